@@ -1,0 +1,1 @@
+"""The sums themselves: pure torch, without Megatron or Transformer Engine."""

@@ -1,0 +1,228 @@
+"""Local products, reductions and elementwise functions that do not depend on shape: overrides in ATen itself.
+
+Tensor parallelism changes the shapes that a rank's kernels see, and libraries choose their order of summation
+by shape. While `LocalInvariance` is on, every call below (Python, autograd's backward or C++) goes through
+`exact` or `elementwise` for float32, bfloat16 and float16; every other dtype runs ATen's own kernel.
+
+Covered, each with its in-place and `out=` forms where ATen has them:
+    products      mm, bmm, addmm, baddbmm, mv, addmv, dot, vdot (linear, matmul and einsum are made of these)
+    row sums      sum, mean, softmax, log_softmax and the last two's backwards
+    elementwise   exp, exp2, expm1, log, log2, log1p, sin, cos, tanh, sigmoid, silu, gelu, softplus, erf, rsqrt,
+                  reciprocal, pow by a number, their backwards, and lerp, addcmul, addcdiv (the optimizer's)
+Refused by name: ATen's fused attention, whose sums are out of reach.
+Exact by themselves: +, -, ×, ÷, sqrt, max, min, comparisons, indexing. Not covered: var, norm, cumsum,
+convolutions, and embedding and scatter sums, which ATen adds in index order at every shape.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patches.order.elementwise import without_tail
+from patches.order.exact import OPERANDS, exact_product, exact_sum, rounded
+
+__all__ = ["LocalInvariance"]
+
+Kernel = Callable[..., Any]
+
+ELEMENTWISE = (
+    "exp exp2 expm1 log log2 log1p sin cos tanh sigmoid silu gelu softplus erf rsqrt reciprocal pow.Tensor_Scalar "
+    "silu_backward gelu_backward sigmoid_backward tanh_backward softplus_backward "
+    "lerp.Scalar lerp.Tensor addcmul addcdiv"
+).split()
+
+REFUSED = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+
+
+class LocalInvariance:
+    """The overrides, on from construction until `remove()`.
+
+    Args:
+        device: dispatch key to override, "CPU" or "CUDA".
+        refuse: called with a message for an operator that cannot be covered; it raises.
+    """
+
+    def __init__(self, device: str, refuse: Callable[[str], None]) -> None:
+        if not hasattr(torch.library, "get_kernel"):
+            raise RuntimeError(
+                f"torch {torch.__version__} cannot hand out its own kernels (torch.library.get_kernel): "
+                "the patches need torch 2.10 or newer"
+            )
+        self._key = device
+        self._keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
+        self._library = torch.library.Library("aten", "IMPL")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Warning only once for all operators")
+            for name, function in {**PRODUCTS, **REDUCTIONS}.items():
+                self._override_forms(name, function)
+            for name in ELEMENTWISE:
+                self._override_forms(name, None)
+            for name in REFUSED:
+                if _has_kernel(name, device):
+                    self._library.impl(name, _refusal(name, refuse), device)
+
+    def remove(self) -> None:
+        """Give ATen its own kernels back."""
+        self._library._destroy()
+
+    def _override_forms(self, name: str, function: Kernel | None) -> None:
+        """Override `aten::name` and its in-place and out= forms by `function`, or by its own kernel without tails."""
+        for form, is_out, is_inplace in _forms(name):
+            if not _has_kernel(form, self._key):
+                continue
+            own = self._own_kernel(form)
+            value = function or self._elementwise(name)
+            self._library.impl(form, _dispatching(own, value, is_out, is_inplace), self._key)
+
+    def _elementwise(self, name: str) -> Kernel:
+        own = self._own_kernel(name)
+        return lambda *args, **kwargs: without_tail(own, args, kwargs)
+
+    def _own_kernel(self, name: str) -> Kernel:
+        kernel = torch.library.get_kernel(f"aten::{name}", self._key)
+        return lambda *args, **kwargs: kernel.call_boxed(self._keys, *args, **kwargs)
+
+
+def _forms(name: str) -> list[tuple[str, bool, bool]]:
+    """(operator, is out=, is in-place) of the functional, in-place and out= forms of an operator."""
+    base, _, overload = name.partition(".")
+    suffix = f".{overload}" if overload else ""
+    out = {"pow.Tensor_Scalar": "pow.Tensor_Scalar_out", "lerp.Scalar": "lerp.Scalar_out", "lerp.Tensor": "lerp.Tensor_out",
+           "sum.dim_IntList": "sum.IntList_out", "mean.dim": "mean.out", "silu_backward": "silu_backward.grad_input",
+           "gelu_backward": "gelu_backward.grad_input", "sigmoid_backward": "sigmoid_backward.grad_input",
+           "tanh_backward": "tanh_backward.grad_input", "softplus_backward": "softplus_backward.grad_input",
+           "pow.Scalar": "pow.Scalar_out", "sum": "", "mean": ""}.get(name, f"{base}.out")  # fmt: skip
+    inplace = {"pow.Tensor_Scalar": "pow_.Scalar"}.get(name, f"{base}_{suffix}")
+    return [(name, False, False), (inplace, False, True), *([(out, True, False)] if out else [])]
+
+
+def _has_kernel(name: str, device: str) -> bool:
+    try:
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", device))
+    except RuntimeError:
+        return False
+
+
+def _dispatching(own: Kernel, value: Kernel, is_out: bool, is_inplace: bool) -> Kernel:
+    """An override: `value` where all floating operands are covered dtypes, ATen's `own` kernel elsewhere."""
+
+    def override(*args: Any, **kwargs: Any) -> Any:
+        if not _covered(args):
+            return own(*args, **kwargs)
+        if is_out:
+            target = kwargs.pop("out", None)
+            if target is None:
+                target = kwargs.pop("grad_input")
+        elif is_inplace:
+            target = args[0]
+        else:
+            return value(*args, **kwargs)
+        result = value(*args, **kwargs)
+        if target.shape != result.shape:
+            target.resize_(result.shape)
+        return target.copy_(result)
+
+    return override
+
+
+def _covered(args: Sequence[Any]) -> bool:
+    floating = [arg for arg in args if isinstance(arg, Tensor)]
+    return bool(floating) and all(arg.dtype in OPERANDS for arg in floating)
+
+
+def _refusal(name: str, refuse: Callable[[str], None]) -> Kernel:
+    def override(*args: Any, **kwargs: Any) -> Any:
+        refuse(
+            f"aten::{name} (torch.nn.functional.scaled_dot_product_attention) picks its sums by shape: "
+            "use Megatron's DotProductAttention, or torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        )
+
+    return override
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    return exact_product(a, b).to(a.dtype)
+
+
+def _addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    total = exact_product(a, b)
+    if alpha != 1:
+        total = total * alpha
+    if beta != 0:
+        total = total + (c.float() if beta == 1 else c.float() * beta)
+    return total.to(a.dtype)
+
+
+def _mv(a: Tensor, x: Tensor) -> Tensor:
+    return exact_product(a, x.unsqueeze(1)).squeeze(1).to(a.dtype)
+
+
+def _addmv(c: Tensor, a: Tensor, x: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return _addmm(c.expand(a.shape[0]).unsqueeze(1), a, x.unsqueeze(1), beta=beta, alpha=alpha).squeeze(1)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return exact_product(x.unsqueeze(0), y.unsqueeze(1)).reshape(()).to(x.dtype)
+
+
+def _sum_dim(
+    x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    return rounded(exact_sum(x, list(dim) if dim else list(range(x.dim())), keepdim), dtype or x.dtype)
+
+
+def _sum(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    return _sum_dim(x, None, dtype=dtype)
+
+
+def _mean_dim(
+    x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    total = exact_sum(x, list(dim) if dim else list(range(x.dim())), keepdim)
+    return rounded(total / (x.numel() / max(total.numel(), 1)), dtype or x.dtype)
+
+
+def _mean(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    return _mean_dim(x, None, dtype=dtype)
+
+
+def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    dtype = torch.float32 if half_to_float else x.dtype
+    weights = torch.exp(x.float() - x.float().amax(dim, keepdim=True))
+    return (weights / exact_sum(weights, dim, keepdim=True).float()).to(dtype)
+
+
+def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    dtype = torch.float32 if half_to_float else x.dtype
+    shifted = x.float() - x.float().amax(dim, keepdim=True)
+    return (shifted - torch.log(exact_sum(torch.exp(shifted), dim, keepdim=True).float())).to(dtype)
+
+
+def _softmax_backward(grad: Tensor, y: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+    weighted = grad.float() * y.float()
+    return (weighted - y.float() * exact_sum(weighted, dim, keepdim=True).float()).to(input_dtype)
+
+
+def _log_softmax_backward(grad: Tensor, y: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+    total = exact_sum(grad, dim, keepdim=True).float()
+    return (grad.float() - torch.exp(y.float()) * total).to(input_dtype)
+
+
+PRODUCTS: dict[str, Kernel] = {
+    "mm": _mm, "bmm": _mm, "addmm": _addmm, "baddbmm": _addmm, "mv": _mv, "addmv": _addmv, "dot": _dot, "vdot": _dot,
+}  # fmt: skip
+REDUCTIONS: dict[str, Kernel] = {
+    "sum.dim_IntList": _sum_dim, "sum": _sum, "mean.dim": _mean_dim, "mean": _mean,
+    "_softmax": _softmax, "_log_softmax": _log_softmax,
+    "_softmax_backward_data": _softmax_backward, "_log_softmax_backward_data": _log_softmax_backward,
+}  # fmt: skip

@@ -1,0 +1,50 @@
+"""What is promised: one order for every sum, and the settings it does not cover.
+
+`tree` walks the balanced binary tree over `leaves` equal leaves of a sharded dimension, wherever its ranks lie.
+`gather` brings a sharded dimension's operands together on every rank and treats it as a single leaf.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+__all__ = ["Contract", "Strategy", "UnsupportedError"]
+
+Strategy = Literal["tree", "gather"]
+
+
+class UnsupportedError(RuntimeError):
+    """A setting that the promise does not cover; the message names it and the way out."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """One order for every sum, whatever the tensor-parallel size.
+
+    Args:
+        strategy: "tree" (default) or "gather".
+        leaves: leaves of a sharded dimension under `tree`, a power of two; it bounds the TP size.
+    """
+
+    strategy: Strategy = "tree"
+    leaves: int = 8
+
+    def __post_init__(self) -> None:
+        if self.strategy not in get_args(Strategy):
+            raise ValueError(f"strategy={self.strategy!r}: use one of {', '.join(get_args(Strategy))}")
+        if not isinstance(self.leaves, int) or self.leaves < 1 or self.leaves & (self.leaves - 1):
+            raise ValueError(f"leaves={self.leaves!r} is not a power of two: use 8, 16, …")
+
+    def check_tp(self, size: int) -> None:
+        """Raise `UnsupportedError` for a TP size whose ranks do not own whole subtrees."""
+        if self.strategy == "tree" and self.leaves % size:
+            raise UnsupportedError(
+                f"tp={size} does not divide leaves={self.leaves}: use a power of two up to {self.leaves}, "
+                'or strategy="gather"'
+            )
+
+    def leaves_of_rank(self, size: int) -> int:
+        """How many leaves of a dimension one of `size` ranks owns."""
+        self.check_tp(size)
+        return self.leaves // size if self.strategy == "tree" else 1

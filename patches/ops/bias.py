@@ -1,0 +1,33 @@
+"""A bias that every token shares: its gradient is the tree sum over tokens, whether SP spreads them or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patches.ops.sharded import Shards
+
+__all__ = ["bias_per_token"]
+
+
+def bias_per_token(bias: Tensor, shape: torch.Size, shards: Shards) -> Tensor:
+    """`bias` [h] seen as [s, b, h], to be added to a row-parallel output of that shape.
+
+    Args:
+        shards: how dimension 0 (tokens) is spread over ranks.
+    """
+    result: Tensor = _BiasPerToken.apply(bias, shape, shards)
+    return result
+
+
+class _BiasPerToken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, shape: torch.Size, shards: Shards) -> Tensor:
+        ctx.dtype, ctx.shards = bias.dtype, shards
+        return bias.expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return ctx.shards.total(dy, 0, ctx.dtype, tuple(range(1, dy.dim() - 1))), None, None

@@ -1,0 +1,58 @@
+"""Vocab-parallel cross-entropy: the sum of exponentials in the contract's order.
+
+    loss = log Σ_v exp(z_v - max z) - (z_target - max z)      z: logits, v spread over ranks
+
+The maximum is exact; the target's logit is one term among zeros, exact as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from patches.ops.sharded import Shards
+
+__all__ = ["cross_entropy"]
+
+
+def cross_entropy(logits_sbV: Tensor, target_sb: Tensor, shards: Shards) -> Tensor:
+    """Loss per token, float32 [s, b].
+
+    Args:
+        logits_sbV: [s, b, V/t], this rank's share of the vocabulary.
+        target_sb: [s, b], ids in the whole vocabulary.
+    """
+    loss: Tensor = _CrossEntropy.apply(logits_sbV, target_sb, shards)
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, shards: Shards) -> Tensor:
+        z = logits.float()
+        top = z.amax(-1)
+        if shards.size > 1:
+            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shards.group)
+        z = z - top.unsqueeze(-1)
+        share = z.shape[-1]
+        local = target - shards.rank * share
+        elsewhere = (local < 0) | (local >= share)
+        local = local.masked_fill(elsewhere, 0).unsqueeze(-1)
+        picked = z.gather(-1, local).squeeze(-1).masked_fill(elsewhere, 0.0)
+        if shards.size > 1:
+            dist.all_reduce(picked, group=shards.group)
+        weights = torch.exp(z)
+        total = shards.total(weights, -1, torch.float32)
+        ctx.save_for_backward(weights.div_(total.unsqueeze(-1)), local, elsewhere)
+        ctx.dtype = logits.dtype
+        return torch.log(total) - picked
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
+        softmax, local, elsewhere = ctx.saved_tensors
+        hit = (~elsewhere).float().unsqueeze(-1)
+        dz = softmax.scatter_add(-1, local, -hit) * dloss.unsqueeze(-1)
+        return dz.to(ctx.dtype), None, None

@@ -1,0 +1,114 @@
+"""Row- and column-parallel linear layers whose forward and backward have the same bits at every TP size.
+
+    row     y_TN  = Σ_r x_TtK · w_NtKᵀ      K spread over ranks: sharded sum; dgrad, wgrad local
+    column  y_TtN = x_TK · w_tNKᵀ           dgrad dy_TtN · w_tNK: sharded sum over N; forward, wgrad local
+
+Local products are single leaves. Under sequence parallelism (SP) x or y is spread over tokens, dimension 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patches.ops.sharded import Shards
+from patches.order.collectives import all_gather
+from patches.order.exact import exact_product, rounded
+
+__all__ = ["column_parallel", "row_parallel"]
+
+
+def row_parallel(x: Tensor, weight: Tensor, shards: Shards, sequence_parallel: bool, main_grad: bool) -> Tensor:
+    """y = x·weightᵀ, K spread over ranks.
+
+    Args:
+        x: [s, b, tK].
+        weight: [N, tK].
+        sequence_parallel: y is [s/t, b, N] instead of [s, b, N].
+        main_grad: add the weight gradient into `weight.main_grad` in float32 (gradient accumulation fusion).
+    """
+    result: Tensor = _RowParallel.apply(x, weight, shards, sequence_parallel and shards.size > 1, main_grad)
+    return result
+
+
+def column_parallel(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shards: Shards,
+    sequence_parallel: bool,
+    main_grad: bool,
+    pieces: int = 1,
+) -> Tensor:
+    """y = x·weightᵀ + bias, N spread over ranks: [s, b, tN].
+
+    Args:
+        x: [s, b, K], or [s/t, b, K] under `sequence_parallel`.
+        weight: [tN, K].
+        pieces: 2 where weight holds [gate_r | up_r] of a gated layer.
+    """
+    sp = sequence_parallel and shards.size > 1
+    y: Tensor = _ColumnParallel.apply(x, weight, shards, sp, main_grad, pieces)
+    return y if bias is None else y + bias
+
+
+class _RowParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, shards: Shards, sp: bool, main_grad: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.weight, ctx.shards, ctx.sp, ctx.main_grad = weight, shards, sp, main_grad
+        y_TN = shards.product(x.flatten(0, -2), weight.t(), x.dtype, scatter=sp)
+        return y_TN.view(-1, *x.shape[1:-1], y_TN.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        if ctx.sp:
+            dy = all_gather(dy, ctx.shards.group)
+        dy_TN = dy.flatten(0, -2)
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = rounded(exact_product(dy_TN, weight), x.dtype).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            dw = _weight_gradient(ctx.weight, dy_TN, x.flatten(0, -2), ctx.main_grad)
+        return dx, dw, None, None, None
+
+
+class _ColumnParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, shards: Shards, sp: bool, main_grad: bool, pieces: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.weight, ctx.shards, ctx.sp, ctx.main_grad, ctx.pieces = weight, shards, sp, main_grad, pieces
+        if sp:
+            x = all_gather(x, shards.group)
+        y_TN = rounded(exact_product(x.flatten(0, -2), weight.t()), x.dtype)
+        return y_TN.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        dy_TN = dy.flatten(0, -2)
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = ctx.shards.product(dy_TN, weight, x.dtype, ctx.pieces, scatter=ctx.sp).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            whole = all_gather(x, ctx.shards.group) if ctx.sp else x
+            dw = _weight_gradient(ctx.weight, dy_TN, whole.flatten(0, -2), ctx.main_grad)
+        return dx, dw, None, None, None, None
+
+
+def _weight_gradient(weight: Tensor, dy_TN: Tensor, x_TK: Tensor, main_grad: bool) -> Tensor | None:
+    """dyᵀ·x in the weight's dtype, or added to `weight.main_grad`, with the placeholder that Megatron's hooks expect."""
+    dw_NK = exact_product(dy_TN.t(), x_TK)
+    if not main_grad:
+        return rounded(dw_NK, weight.dtype)
+    weight.main_grad.add_(dw_NK)
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
+    return make(weight)

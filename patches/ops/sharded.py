@@ -1,0 +1,78 @@
+"""Sums over a dimension that is spread over ranks, by either strategy.
+
+    tree     each rank sums its own leaves; float32 roots meet across ranks (`order.collectives`)
+    gather   operands are brought together, then one exact sum over the whole dimension on every rank
+
+Legend: T tokens, N result features, K the summed dimension, tK a rank's share of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from patches.contract import Contract
+from patches.order.collectives import all_gather, tree_all_reduce, tree_reduce_scatter
+from patches.order.exact import exact_product, exact_sum, rounded
+from patches.order.tree import tree_of_products, tree_of_sums
+
+__all__ = ["Shards"]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A dimension in equal shares over the ranks of `group`, or whole on every rank where `group` is None."""
+
+    contract: Contract
+    group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        self.contract.check_tp(self.size)
+
+    @property
+    def size(self) -> int:
+        return self.group.size() if self.group is not None else 1
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank() if self.group is not None else 0
+
+    def product(
+        self, a_TtK: Tensor, b_tKN: Tensor, dtype: torch.dtype, pieces: int = 1, scatter: bool = False
+    ) -> Tensor:
+        """Σ over all ranks of a·b, rounded once to `dtype`: [T, N] on every rank, or its rows' share if `scatter`.
+
+        Args:
+            a_TtK: [T, tK], float32, bfloat16 or float16.
+            b_tKN: [tK, N].
+            pieces: 2 where a rank's K holds [gate_r | up_r] of a gated layer, else 1.
+        """
+        if self.contract.strategy == "gather":
+            a_TK, b_KN = (self._gather_pieces(x, dim, pieces) for x, dim in ((a_TtK, 1), (b_tKN, 0)))
+            out = rounded(exact_product(a_TK, b_KN), dtype)
+            return out.chunk(self.size)[self.rank].contiguous() if scatter and self.size > 1 else out
+        root = tree_of_products(a_TtK, b_tKN, self.contract.leaves_of_rank(self.size), pieces)
+        return self._meet(root, dtype, scatter)
+
+    def total(self, x: Tensor, dim: int, dtype: torch.dtype, exact_dims: tuple[int, ...] = ()) -> Tensor:
+        """Σx over the sharded `dim` of all ranks (and `exact_dims`, which are whole), rounded once to `dtype`."""
+        if self.contract.strategy == "gather":
+            whole = all_gather(x, self.group, dim % x.dim()) if self.group is not None else x
+            return rounded(exact_sum(whole, (dim, *exact_dims)).float(), dtype)
+        root = tree_of_sums(x, dim, self.contract.leaves_of_rank(self.size), exact_dims)
+        return self._meet(root, dtype, scatter=False)
+
+    def _meet(self, root: Tensor, dtype: torch.dtype, scatter: bool) -> Tensor:
+        if self.group is None:
+            return rounded(root, dtype)
+        reduce = tree_reduce_scatter if scatter else tree_all_reduce
+        return reduce(root, self.group, dtype)
+
+    def _gather_pieces(self, x: Tensor, dim: int, pieces: int) -> Tensor:
+        if self.group is None or self.size == 1:
+            return x
+        parts = [all_gather(piece, self.group, dim) for piece in x.chunk(pieces, dim)]
+        return parts[0] if pieces == 1 else torch.cat(parts, dim)

@@ -1,0 +1,73 @@
+"""Bit-identical training at every tensor-parallel size, for megatron-core.
+
+    import patches
+    patches.enable()                                # strategy="tree", leaves=8
+
+Call it before the model is built. `patches.status()` shows what is on; `patches.disable()` puts everything back.
+Settings that the promise does not cover raise `patches.UnsupportedError` when they are first met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from patches import cpu
+from patches.contract import Contract, Strategy, UnsupportedError
+from patches.registry import REGISTRY, Row, check_versions
+
+__all__ = ["Contract", "Status", "UnsupportedError", "cpu", "disable", "enable", "enabled", "status"]
+
+
+def enable(strategy: Strategy = "tree", leaves: int = 8) -> None:
+    """Patch megatron-core in this process.
+
+    Args:
+        strategy: "tree" sums shards in the order of a fixed binary tree; "gather" sums gathered operands.
+        leaves: leaves of the tree, a power of two; the TP size must divide it.
+
+    Raises:
+        ValueError: unknown strategy, or leaves not a power of two.
+        UnsupportedError: megatron-core is missing or of an unknown version.
+        RuntimeError: already enabled with another contract.
+    """
+    contract = Contract(strategy, leaves)
+    if REGISTRY.contract == contract:
+        return
+    from patches.megatron import PATCHES
+
+    needed = check_versions(PATCHES)
+    cpu.enable()
+    REGISTRY.apply(contract, needed)
+
+
+def disable() -> None:
+    """Put every patched attribute back to the very object that was there before."""
+    REGISTRY.revert()
+
+
+@contextmanager
+def enabled(strategy: Strategy = "tree", leaves: int = 8) -> Iterator[None]:
+    """`enable` for the length of a `with` block."""
+    enable(strategy, leaves)
+    try:
+        yield
+    finally:
+        disable()
+
+
+class Status(list[Row]):
+    """Rows of `status()`; printed as a table."""
+
+    def __str__(self) -> str:
+        lines = [("patch", "applied", "megatron-core", "target", "why")]
+        lines += [(r.name, "yes" if r.applied else "no", r.version, r.target, r.why) for r in self]
+        widths = [max(len(line[i]) for line in lines) for i in range(4)]
+        return "\n".join("  ".join([*map(str.ljust, line[:4], widths), line[4]]) for line in lines)
+
+
+def status() -> Status:
+    """Every patch: its target, the version found, why it is there, whether it is applied."""
+    from patches.megatron import PATCHES
+
+    return Status(REGISTRY.rows(PATCHES))

@@ -1,0 +1,193 @@
+"""Lets stock megatron-core train on CPU and gloo; leaves a machine with a GPU alone.
+
+megatron-core writes "cuda" where it means "this rank's device". `enable()` makes those places mean the
+CPU, and mends what only breaks where neither Apex nor Transformer Engine is installed: torch norms under
+sequence parallelism, and the distributed optimizer's checkpoints. No section changes the bits of a sum.
+Each section names one obstacle; megatron-core may be imported before or after the call.
+"""
+
+import contextlib
+import copy
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+FACTORIES = (
+    "tensor as_tensor zeros ones empty full arange rand randn randint randperm "
+    "zeros_like ones_like empty_like full_like"
+).split()
+
+
+@functools.cache
+def enable() -> None:
+    """Make megatron-core use the CPU. Does nothing where torch sees a GPU; a second call does nothing."""
+    if torch.cuda.is_available():
+        return
+    _no_compiler()
+    _device_is_cpu()
+    _nccl_is_gloo()
+    _streams_are_no_ops()
+    _one_generator()
+    _parameters_look_like_cuda()
+    _norms_take_sequence_parallel()
+    _distributed_optimizer_reloads()
+
+
+def _no_compiler() -> None:
+    # torch.compile on Megatron's fused functions costs 18 s at the first step and gives other bits in bf16.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].config.disable = True
+
+
+def _device_is_cpu() -> None:
+    # device=torch.cuda.current_device(), device="cuda", x.cuda() and x.to("cuda") all over megatron-core.
+    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
+    torch.cuda.set_device = lambda device: None
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.Tensor.to = _on_cpu(torch.Tensor.to)  # type: ignore[method-assign]
+    for name in FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with every CUDA device among its arguments replaced by the CPU."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = CPU
+        if len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _is_cuda(value: Any) -> bool:
+    if isinstance(value, torch.device):
+        return value.type == "cuda"
+    return isinstance(value, str) and value.startswith("cuda")
+
+
+def _nccl_is_gloo() -> None:
+    # Training scripts name the NCCL backend and hand it a device.
+    original = torch.distributed.init_process_group
+
+    @functools.wraps(original)
+    def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
+        kwargs.pop("device_id", None)
+        original("gloo" if backend and "nccl" in backend else backend, *args, **kwargs)
+
+    torch.distributed.init_process_group = init_process_group
+
+
+def _streams_are_no_ops() -> None:
+    # torch.cuda.synchronize() before a checkpoint is written; streams, events and nvtx ranges elsewhere.
+    class Stream:
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return _nothing
+
+    cuda: Any = torch.cuda
+    cuda.Stream = cuda.Event = Stream
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: Stream()
+    cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
+    cuda.synchronize = cuda.empty_cache = _nothing
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _one_generator() -> None:
+    # The device generator is the CPU's own. Without CUDA, `_lazy_call` would queue a new state for ever.
+    cuda: Any = torch.cuda
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = cuda.random.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
+
+    from megatron.core.tensor_parallel import random
+
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+
+
+def _parameters_look_like_cuda() -> None:
+    # megatron.core.optimizer sorts parameters by `param.type() == "torch.cuda.FloatTensor"`.
+    original = torch.Tensor.type
+
+    @functools.wraps(original)
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if isinstance(answer, str) and caller.startswith("megatron.core.optimizer"):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+
+
+def _norms_take_sequence_parallel() -> None:
+    # WrappedTorchNorm refuses sequence parallelism only because nobody marks its weights for the reduction
+    # of their gradients over tensor-parallel ranks.
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    original = WrappedTorchNorm.__new__
+
+    @functools.wraps(original)
+    def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        plain = copy.copy(config)
+        plain.sequence_parallel = False
+        norm = original(cls, plain, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    WrappedTorchNorm.__new__ = staticmethod(new)  # type: ignore[assignment]
+
+
+def _distributed_optimizer_reloads() -> None:
+    # torch's AdamW makes its state, with one `step` per parameter, at the first step; Megatron expects that
+    # state before (loading into a fresh process), loses `step`, or shares one `step` between all parameters.
+    from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+
+    if HAVE_APEX_OR_TE:
+        return
+    shard, load = DistributedOptimizer.sharded_state_dict, DistributedOptimizer.load_state_dict
+    assign = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(shard)
+    def sharded_state_dict(self: Any, model: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
+        if is_loading and self.optimizer is not None and not self.optimizer.state:
+            for group in self.optimizer.param_groups:
+                for p in group["params"]:
+                    moments = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
+                    self.optimizer.state[p] = {"step": torch.zeros(()), **moments}
+        return shard(self, model, is_loading, *args, **kwargs)
+
+    @functools.wraps(load)
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        load(self, state_dict)
+        if state_dict.get("optimizer"):
+            step = float(state_dict["optimizer"]["param_groups"][0]["step"])
+            for state in self.optimizer.state.values():
+                state["step"] = torch.tensor(step)
+
+    @functools.wraps(assign)
+    def set_states(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
+        group, index = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
+        step = {"step": state["step"]} if "step" in state else {}
+        assign(self, model_param, {**step, **tensors})
+
+    DistributedOptimizer.sharded_state_dict = sharded_state_dict
+    DistributedOptimizer.load_state_dict = load_state_dict
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states

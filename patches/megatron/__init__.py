@@ -1,0 +1,32 @@
+"""Call sites in megatron-core, one file per patched module and named after it, in the order of a training step."""
+
+from __future__ import annotations
+
+from patches.megatron import (
+    attention,
+    clip_grads,
+    cross_entropy,
+    finalize_model_grads,
+    layers,
+    local,
+    mlp,
+    param_and_grad_buffer,
+    torch_norm,
+    transformer_config,
+)
+from patches.registry import Patch
+
+__all__ = ["PATCHES"]
+
+PATCHES: list[Patch] = [
+    *transformer_config.PATCHES,
+    *local.PATCHES,
+    *mlp.PATCHES,
+    *layers.PATCHES,
+    *torch_norm.PATCHES,
+    *attention.PATCHES,
+    *cross_entropy.PATCHES,
+    *param_and_grad_buffer.PATCHES,
+    *finalize_model_grads.PATCHES,
+    *clip_grads.PATCHES,
+]

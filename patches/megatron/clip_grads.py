@@ -1,0 +1,64 @@
+"""megatron.core.optimizer: the gradient norm, hence the clip coefficient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from patches.contract import UnsupportedError
+from patches.order.collectives import gradient_norm
+from patches.registry import attribute
+
+__all__ = ["PATCHES"]
+
+
+def _get_grad_norm(original: Any) -> Any:
+    @torch.no_grad()
+    def get_grad_norm_fp32(
+        grads_for_norm: Any, norm_type: float = 2, grad_stats_parallel_group: Any = None
+    ) -> float:
+        grads = [grads_for_norm] if isinstance(grads_for_norm, torch.Tensor) else list(grads_for_norm)
+        if any(type(grad).__name__ == "DTensor" for grad in grads):
+            raise UnsupportedError("gradients in DTensors (FSDP) are not covered: use DistributedDataParallel")
+        if norm_type == float("inf"):
+            return original(grads_for_norm, norm_type, grad_stats_parallel_group)  # type: ignore[no-any-return]
+        if norm_type != 2:
+            raise UnsupportedError(f"gradient norm of type {norm_type} is not covered: use 2 or inf")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return gradient_norm(grads, [grad_stats_parallel_group], device)
+
+    return get_grad_norm_fp32
+
+
+def _init(original: Any) -> Any:
+    def __init__(self: Any, optimizer: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        if config.optimizer not in ("adam", "sgd"):
+            raise UnsupportedError(f"optimizer={config.optimizer!r} is not covered: use adam or sgd")
+        if config.fp16:
+            raise UnsupportedError("fp16 training with loss scaling is not covered: use bf16 or fp32")
+        original(self, optimizer, config, *args, **kwargs)
+
+    return __init__
+
+
+def _norm_patch(name: str, module: str) -> Any:
+    return attribute(
+        name,
+        f"megatron.core.optimizer.{module}:get_grad_norm_fp32",
+        "sum of squares over all parameters, in an order that follows the shards",
+        _get_grad_norm,
+        parameters="grads_for_norm norm_type grad_stats_parallel_group",
+    )
+
+
+PATCHES = [
+    _norm_patch("gradient-norm", "optimizer"),
+    attribute(
+        "optimizer-settings",
+        "megatron.core.optimizer.optimizer:MegatronOptimizer.__init__",
+        "refuses optimizers that are not covered",
+        _init,
+        parameters="optimizer config init_state_fn",
+    ),
+]

@@ -1,0 +1,119 @@
+"""megatron.core.tensor_parallel.layers: the linear layers, and how weights are initialised on a device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patches.contract import UnsupportedError
+from patches.megatron.context import mark_complete, over_tp, tp_group, whole
+from patches.ops.bias import bias_per_token
+from patches.ops.linear import column_parallel, row_parallel
+from patches.registry import attribute
+
+__all__ = ["PATCHES"]
+
+MODULE = "megatron.core.tensor_parallel.layers"
+
+
+def _row_forward(original: Any) -> Any:
+    def forward(self: Any, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        _refuse_experts(self)
+        group = tp_group(self)
+        if not self.input_is_parallel:
+            from megatron.core.tensor_parallel.mappings import scatter_to_tensor_model_parallel_region
+
+            input_ = scatter_to_tensor_model_parallel_region(input_, group=group)
+        sp = self.sequence_parallel and group.size() > 1
+        y = row_parallel(input_, self.weight, over_tp(group), sp, _fused(self.gradient_accumulation_fusion, self.weight))
+        if self.bias is None:
+            return y, None
+        mark_complete(self.bias)
+        bias = bias_per_token(self.bias, y.shape, over_tp(group) if sp else whole())
+        return (y, bias) if self.skip_bias_add else (y + bias, None)
+
+    return forward
+
+
+def _column_forward_impl(original: Any) -> Any:
+    def _forward_impl(self: Any, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        _refuse_experts(self)
+        group = tp_group(self)
+        sp = kwargs["sequence_parallel"]
+        if group.size() > 1 and not (sp or kwargs["allreduce_dgrad"]):
+            raise UnsupportedError("ColumnParallelLinear(disable_grad_reduce=True) is not covered: leave it False")
+        if kwargs.get("grad_output_buffer") is not None:
+            raise UnsupportedError("defer_embedding_wgrad_compute=True is not covered: leave it False")
+        return column_parallel(
+            input,
+            weight,
+            kwargs["bias"],
+            over_tp(group),
+            sp,
+            _fused(kwargs["gradient_accumulation_fusion"], weight),
+            getattr(weight, "partition_stride", 1),
+        )
+
+    return _forward_impl
+
+
+def _initialize_on_device(original: Any) -> Any:
+    def initialize(
+        weight: Tensor, init_method: Any, partition_dim: int, stride: int = 1, is_expert: bool = False
+    ) -> None:
+        """Draw the whole weight on every rank from the generator that TP ranks share, and keep the own shard."""
+        from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+
+        set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=partition_dim, stride=stride)
+        group = tp_group()
+        shape = list(weight.shape)
+        shape[partition_dim] *= group.size()
+        master = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        init_method(master)
+        shards = master.chunk(group.size() * stride, partition_dim)[group.rank() :: group.size()]
+        with torch.no_grad():
+            weight.copy_(torch.cat(shards, partition_dim))
+
+    return initialize
+
+
+def _fused(gradient_accumulation_fusion: bool, weight: Tensor) -> bool:
+    return gradient_accumulation_fusion and hasattr(weight, "main_grad")
+
+
+def _refuse_experts(layer: Any) -> None:
+    if layer.is_expert:
+        raise UnsupportedError("mixture-of-experts layers are not covered: train a dense model")
+
+
+PATCHES = [
+    attribute(
+        "row-parallel",
+        f"{MODULE}:RowParallelLinear.forward",
+        "sum over input features spread over ranks; bias gradient over tokens",
+        _row_forward,
+        parameters="input_",
+    ),
+    attribute(
+        "column-parallel",
+        f"{MODULE}:ColumnParallelLinear._forward_impl",
+        "dgrad sums over output features spread over ranks (QKV, fc1, output layer)",
+        _column_forward_impl,
+        parameters="input weight args kwargs",
+    ),
+    attribute(
+        "device-init",
+        f"{MODULE}:_initialize_affine_weight_gpu",
+        "initial weights are drawn from a generator that TP ranks seed differently",
+        _initialize_on_device,
+        parameters="weight init_method partition_dim stride is_expert",
+    ),
+    attribute(
+        "wgrad-fusion",
+        f"{MODULE}:_grad_accum_fusion_available",
+        "our wgrad adds into main_grad itself and needs no APEX",
+        lambda original: True,
+    ),
+]

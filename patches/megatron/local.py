@@ -1,0 +1,29 @@
+"""ATen's local kernels: see `patches.order.local` for what is covered."""
+
+from __future__ import annotations
+
+import torch
+
+from patches.contract import Contract, UnsupportedError
+from patches.order.local import LocalInvariance
+from patches.registry import Patch, Undo
+
+__all__ = ["PATCHES"]
+
+
+def _refuse(message: str) -> None:
+    raise UnsupportedError(message)
+
+
+def _install(contract: Contract) -> Undo:
+    return LocalInvariance("CUDA" if torch.cuda.is_available() else "CPU", _refuse).remove
+
+
+PATCHES = [
+    Patch(
+        "local-kernels",
+        "torch:ops.aten",
+        "libraries pick a kernel, hence an order of summation, by shapes that TP changes",
+        _install,
+    )
+]

@@ -1,0 +1,86 @@
+"""megatron.core.transformer.torch_norm: RMSNorm and LayerNorm of the local spec, with or without SP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patches.contract import UnsupportedError
+from patches.megatron.context import mark_complete, over_tp, whole
+from patches.ops.norm import norm
+from patches.registry import REGISTRY, attribute
+
+__all__ = ["PATCHES", "InvariantNorm"]
+
+TOKENS, HEADS = 0, 2
+
+
+class InvariantNorm:
+    """Mixed into torch's norms. After `patches.disable()` the module is torch's own again."""
+
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter | None
+    eps: float
+    centered: bool
+    spread: bool
+    leaf_dim = TOKENS
+
+    def setup(self, sequence_parallel: bool) -> None:
+        self.spread = sequence_parallel
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if REGISTRY.contract is None:
+            return super().forward(x)  # type: ignore[misc,no-any-return]
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                mark_complete(parameter)
+        shards = over_tp() if self.spread or self.leaf_dim == HEADS else whole()
+        return norm(x, self.weight, self.bias, self.eps, self.centered, self.leaf_dim, shards)
+
+
+class _RMSNorm(InvariantNorm, torch.nn.RMSNorm):
+    centered = False
+    bias = None
+
+
+class _LayerNorm(InvariantNorm, torch.nn.LayerNorm):
+    centered = True
+
+
+def _new(original: Any) -> Any:
+    def __new__(
+        cls: Any,
+        config: Any,
+        hidden_size: int,
+        eps: float = 1e-5,
+        persist_layer_norm: bool = False,
+        zero_centered_gamma: bool = False,
+        normalization: str = "LayerNorm",
+    ) -> torch.nn.Module:
+        for setting in ("layernorm_zero_centered_gamma", "persist_layer_norm", "memory_efficient_layer_norm"):
+            if getattr(config, setting, False):
+                raise UnsupportedError(f"{setting}=True is not covered by the local layer spec: set it to False")
+        kinds = {"RMSNorm": _RMSNorm, "LayerNorm": _LayerNorm}
+        if config.normalization not in kinds:
+            raise UnsupportedError(f"normalization={config.normalization!r} is not covered: use RMSNorm or LayerNorm")
+        module = kinds[config.normalization](hidden_size, eps=eps)
+        module.setup(config.sequence_parallel)
+        return module
+
+    return __new__
+
+
+PATCHES = [
+    attribute(
+        "norms",
+        "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
+        "gamma and beta gradients sum over tokens, which SP spreads over ranks",
+        _new,
+        parameters="config hidden_size eps persist_layer_norm zero_centered_gamma normalization",
+    )
+]

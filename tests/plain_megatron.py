@@ -1,0 +1,178 @@
+"""A small Megatron training script that knows nothing of this project: megatron-core's GPTModel, DDP and optimizer.
+
+Prints one JSON object: a digest of every gradient, float32 main parameter, loss and gradient norm. Options are
+TransformerConfig fields (KEY=VALUE) besides those below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+QWEN3 = {
+    "num_layers": 1, "hidden_size": 64, "num_attention_heads": 8, "num_query_groups": 8, "kv_channels": 8,
+    "ffn_hidden_size": 72, "normalization": "RMSNorm", "qk_layernorm": True, "gated_linear_unit": True,
+    "activation_func": F.silu, "add_bias_linear": False,
+}  # fmt: skip
+GPT2 = {
+    "num_layers": 1, "hidden_size": 64, "num_attention_heads": 8, "kv_channels": 8, "ffn_hidden_size": 136,
+    "normalization": "LayerNorm", "activation_func": F.gelu, "add_bias_linear": True,
+}  # fmt: skip
+SHARED = {
+    "hidden_dropout": 0.0, "attention_dropout": 0.0, "use_cpu_initialization": True,
+    "gradient_accumulation_fusion": False, "masked_softmax_fusion": False, "persist_layer_norm": False,
+    "apply_rope_fusion": False, "bias_activation_fusion": False, "bias_dropout_fusion": False,
+}  # fmt: skip
+
+
+def train(
+    tp: int = 1,
+    sp: bool = False,
+    dtype: str = "bf16",
+    shape: str = "qwen3",
+    vocab: int = 200,
+    seq: int = 24,
+    micro_batch: int = 2,
+    microbatches: int = 2,
+    steps: int = 2,
+    clip: float = 0.05,
+    tied: bool = False,
+    ddp: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train in an initialised process group; the result is the same on every rank."""
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+    torch.manual_seed(1234)
+    model_parallel_cuda_manual_seed(1234)
+    torch.manual_seed(1234)
+    ddp_options = ddp or {}
+    bf16 = dtype == "bf16"
+    params_dtype = torch.bfloat16 if bf16 else torch.float32
+    config = TransformerConfig(
+        **{**SHARED, **(GPT2 if shape == "gpt2" else QWEN3), **(model or {})},
+        tensor_model_parallel_size=tp, sequence_parallel=sp and tp > 1, bf16=bf16, params_dtype=params_dtype,
+        pipeline_dtype=params_dtype, finalize_model_grads_func=finalize_model_grads,
+    )  # fmt: skip
+    gpt = GPTModel(
+        config,
+        get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization),
+        vocab_size=vocab,
+        max_sequence_length=seq,
+        position_embedding_type="learned_absolute" if shape == "gpt2" else "rope",
+        share_embeddings_and_output_weights=tied,
+    )
+    distributed_optimizer = ddp_options.get("use_distributed_optimizer", False)
+    chunk = DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True, "check_for_nan_in_grad": True, **ddp_options}),
+        Float16Module(config, gpt) if bf16 else gpt,
+    )
+    chunk.broadcast_params()
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam", lr=1e-2, weight_decay=0.1, bf16=bf16, params_dtype=params_dtype, clip_grad=clip,
+            use_distributed_optimizer=distributed_optimizer,
+            overlap_param_gather=ddp_options.get("overlap_param_gather", False),
+        ),
+        [chunk],
+    )  # fmt: skip
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    record: dict[str, Any] = {"initial": digest({n: whole(p, p.data) for n, p in gpt.named_parameters()})}
+    for step in range(steps):
+        chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses = get_forward_backward_func()(
+            forward_step_func=forward_step, data_iterator=batches(step, vocab, seq, micro_batch, microbatches),
+            model=[chunk], num_microbatches=microbatches, seq_length=seq, micro_batch_size=micro_batch,
+            forward_only=False,
+        )  # fmt: skip
+        record[f"step{step} loss"] = [float(loss).hex() for loss in losses]
+        if not distributed_optimizer:
+            grads = {n: whole(p, p.main_grad) for n, p in gpt.named_parameters()}
+            record[f"step{step} gradients"] = {n: digest({n: g}) for n, g in grads.items()}
+        _, norm, _ = optimizer.step()
+        record[f"step{step} gradient norm"] = float(norm).hex()
+    if ddp_options.get("overlap_param_gather"):
+        chunk.start_param_sync(force_sync=True)
+    named = {n: whole(p, getattr(p, "main_param", None) if not distributed_optimizer else p.data, p.data)
+             for n, p in gpt.named_parameters()}  # fmt: skip
+    record["final"] = {n: digest({n: p}) for n, p in named.items()}
+    return record
+
+
+def batches(step: int, vocab: int, seq: int, micro_batch: int, microbatches: int) -> Any:
+    generator = torch.Generator().manual_seed(step)
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    tokens = torch.randint(0, vocab, (size, microbatches, micro_batch, seq + 1), generator=generator)
+    return iter(tokens[rank])
+
+
+def forward_step(iterator: Any, model: Any) -> Any:
+    tokens = next(iterator)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    positions = torch.arange(x.shape[1]).expand_as(x)
+    return model(x, positions, None, labels=y), partial(mean_loss, y.numel())
+
+
+def mean_loss(count: int, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    loss = losses.float().sum() / count
+    return loss, loss.detach().clone()
+
+
+def whole(parameter: Any, value: torch.Tensor | None, default: torch.Tensor | None = None) -> torch.Tensor:
+    """The logical tensor behind this rank's shard, gathered over tensor-parallel ranks."""
+    shard = value if value is not None else default
+    assert shard is not None
+    group = parallel_state.get_tensor_model_parallel_group()
+    if not getattr(parameter, "tensor_model_parallel", False) or group.size() == 1:
+        return shard.detach().clone()
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(shards, shard.detach().contiguous(), group=group)
+    stride, dim = parameter.partition_stride, parameter.partition_dim
+    pieces = [piece.chunk(stride, dim) for piece in shards]
+    return torch.cat([piece[i] for i in range(stride) for piece in pieces], dim)
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        data = tensors[name].contiguous().view(torch.uint8).numpy()
+        sha.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode() + data.tobytes())
+    return sha.hexdigest()[:16]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--sp", action="store_true")
+    parser.add_argument("--dtype", default="bf16")
+    options = parser.parse_args()
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}.items():
+        os.environ.setdefault(key, value)
+    dist.init_process_group("gloo")
+    record = train(tp=options.tp, sp=options.sp, dtype=options.dtype)
+    if dist.get_rank() == 0:
+        print(json.dumps(record))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

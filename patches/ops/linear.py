@@ -8,6 +8,7 @@ Local products are single leaves. Under sequence parallelism (SP) x or y is spre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class _RowParallel(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.weight, ctx.shards, ctx.sp, ctx.main_grad = weight, shards, sp, main_grad
         y_TN = shards.product(x.flatten(0, -2), weight.t(), x.dtype, scatter=sp)
-        return y_TN.view(-1, *x.shape[1:-1], y_TN.shape[1])
+        return _unflattened(y_TN, (-1, *x.shape[1:-1], y_TN.shape[1]))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -86,7 +87,7 @@ class _ColumnParallel(torch.autograd.Function):
         if sp:
             x = all_gather(x, shards.group)
         y_TN = rounded(exact_product(x.flatten(0, -2), weight.t()), x.dtype)
-        return y_TN.view(*x.shape[:-1], weight.shape[0])
+        return _unflattened(y_TN, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -99,6 +100,11 @@ class _ColumnParallel(torch.autograd.Function):
             whole = all_gather(x, ctx.shards.group) if ctx.sp else x
             dw = _weight_gradient(ctx.weight, dy_TN, whole.flatten(0, -2), ctx.main_grad)
         return dx, dw, None, None, None, None
+
+
+def _unflattened(y_TN: Tensor, shape: Sequence[int]) -> Tensor:
+    """`y_TN` in another shape, not as a view: callers may write into a layer's output."""
+    return torch.ops.aten._unsafe_view(y_TN, shape)
 
 
 def _weight_gradient(weight: Tensor, dy_TN: Tensor, x_TK: Tensor, main_grad: bool) -> Tensor | None:

@@ -54,6 +54,7 @@ def train(
     steps: int = 2,
     clip: float = 0.05,
     tied: bool = False,
+    negative_zeros: bool = False,
     ddp: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -78,6 +79,8 @@ def train(
         position_embedding_type="learned_absolute" if shape == "gpt2" else "rope",
         share_embeddings_and_output_weights=tied,
     )
+    if negative_zeros:
+        gpt.embedding.word_embeddings.weight.data[:, ::2] = -0.0
     distributed_optimizer = ddp_options.get("use_distributed_optimizer", False)
     chunk = DistributedDataParallel(
         config,

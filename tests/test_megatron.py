@@ -1,0 +1,131 @@
+"""Stock megatron-core under `patches.enable()`: losses, gradients, gradient norms and float32 main parameters have
+the same bits at every TP size, and without the patches they do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plain_megatron
+import pytest
+from ranks import on_ranks
+
+import patches
+
+FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+FUSIONS = {"bias_activation_fusion": True, "bias_dropout_fusion": True, "cross_entropy_loss_fusion": True}
+
+CASES: dict[str, dict[str, Any]] = {
+    "qwen3": {},
+    "qwen3 fp32": {"dtype": "fp32"},
+    "two layers, three microbatches": {"model": {"num_layers": 2}, "microbatches": 3},
+    "gpt-2 shape": {"shape": "gpt2"},
+    "gpt-2 shape fp32": {"shape": "gpt2", "dtype": "fp32"},
+    "tied embeddings": {"tied": True},
+    "gpt-2 shape, tied": {"shape": "gpt2", "tied": True, "model": {"num_query_groups": 4}},
+    "four KV groups": {"model": {"num_query_groups": 4}},
+    "one KV group fp32": {"model": {"num_query_groups": 1}, "dtype": "fp32"},
+    "two KV groups, sixteen heads": {"model": {"num_query_groups": 2, "num_attention_heads": 16}},
+    "full recompute": {"model": FULL_RECOMPUTE},
+    "selective recompute": {"model": {"recompute_granularity": "selective"}},
+    "gradient accumulation fusion": {"model": {"gradient_accumulation_fusion": True}},
+    "other fusions": {"model": FUSIONS},
+    "other fusions, gpt-2 shape": {"model": FUSIONS, "shape": "gpt2"},
+    "initialised on the device": {"model": {"use_cpu_initialization": False}},
+    "distributed optimizer": {"ddp": {"use_distributed_optimizer": True}},
+    "bf16 gradients": {"ddp": {"grad_reduce_in_fp32": False}},
+    "no clipping": {"clip": 0.0},
+    "feed-forward of an odd size per leaf fp32": {"model": {"ffn_hidden_size": 360}, "dtype": "fp32"},
+}
+WIDE = {"hidden_size": 1024, "num_attention_heads": 16, "num_query_groups": 8, "kv_channels": 64, "ffn_hidden_size": 1000}
+DATA_PARALLEL: dict[str, dict[str, Any]] = {
+    "3 ranks": {"dp": 3},
+    "3 ranks fp32, distributed optimizer": {"dp": 3, "dtype": "fp32", "ddp": {"use_distributed_optimizer": True}},
+    "4 ranks fp32": {"dp": 4, "dtype": "fp32"},
+    "4 ranks, everything overlapped": {"dp": 4, "ddp": {
+        "use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}},
+    "3 ranks, averaged in the collective": {"dp": 3, "ddp": {"average_in_collective": True}},
+}  # fmt: skip
+
+
+def run(strategy: str, tp: int, sp: bool = False, dp: int = 1, threads: int = 1, **options: Any) -> dict[str, Any]:
+    """Rank 0's record, after checking that every tensor-parallel rank saw the same losses and norms."""
+    records = on_ranks(tp * dp, patched_training, strategy, {"tp": tp, "sp": sp, **options}, threads=threads)
+    for record in records[:tp]:
+        assert record == records[0]
+    return records[0]
+
+
+def patched_training(strategy: Any, options: dict[str, Any]) -> dict[str, Any]:
+    if strategy == "stock":
+        patches.cpu.enable()
+    else:
+        patches.enable(strategy)
+    return plain_megatron.train(**options)
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    found = [] if a.keys() == b.keys() else [f"{prefix}: other tensors"]
+    for key in a.keys() & b.keys():
+        if isinstance(a[key], dict):
+            found += differences(a[key], b[key], f"{prefix}{key}/")
+        elif a[key] != b[key]:
+            found.append(f"{prefix}{key}")
+    return sorted(found)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_under_tree_has_same_bits_at_every_tp(name):
+    one = run("tree", 1, **CASES[name])
+    for tp, sp in ((2, True), (4, False), (8, False), (8, True)):
+        assert not differences(one, run("tree", tp, sp, **CASES[name])), f"tp={tp} sp={sp}"
+
+
+@pytest.mark.parametrize("name", ("qwen3 fp32", "gpt-2 shape", "four KV groups", "distributed optimizer"))
+def test_training_under_gather_has_same_bits_at_every_tp(name):
+    one = run("gather", 1, **CASES[name])
+    for tp, sp in ((2, True), (8, False), (8, True)):
+        assert not differences(one, run("gather", tp, sp, **CASES[name])), f"tp={tp} sp={sp}"
+
+
+@pytest.mark.parametrize("name", DATA_PARALLEL)
+def test_data_parallel_training_has_same_bits_at_every_tp(name):
+    one = run("tree", 1, **DATA_PARALLEL[name])
+    assert not differences(one, run("tree", 2, True, **DATA_PARALLEL[name]))
+
+
+@pytest.mark.parametrize("dtype", ("bf16", "fp32"))
+def test_wide_layers_have_same_bits_at_every_tp_and_thread_count(dtype):
+    """Hidden sizes from 1024 up are where libraries begin to pick kernels by shape."""
+    options = {"model": WIDE, "dtype": dtype, "seq": 40, "micro_batch": 1, "vocab": 1016}
+    one = run("tree", 1, **options)
+    assert not differences(one, run("tree", 1, threads=2, **options))
+    assert not differences(one, run("tree", 4, True, **options))
+
+
+def test_odd_sequence_and_vocabulary_have_same_bits_at_every_tp():
+    options = {"seq": 19, "vocab": 204, "dtype": "fp32"}
+    one = run("tree", 1, **options)
+    for tp in (2, 4):
+        assert not differences(one, run("tree", tp, **options))
+
+
+def test_tp_3_has_same_bits_under_gather_and_is_refused_under_tree():
+    options = {"model": {"num_attention_heads": 6, "num_query_groups": 6}, "vocab": 204, "seq": 18}
+    assert not differences(run("gather", 1, **options), run("gather", 3, True, **options))
+    with pytest.raises(AssertionError, match="tp=3 does not divide leaves=8"):
+        run("tree", 3, **options)
+
+
+def test_negative_zeros_in_the_embedding_do_not_tell_tp_sizes_apart():
+    """-0.0 + 0.0 is +0.0, so a sum over ranks loses signs that TP=1 keeps."""
+    options = {"dtype": "fp32", "negative_zeros": True}
+    one = run("tree", 1, **options)
+    for tp, sp in ((2, False), (8, True)):
+        assert not differences(one, run("tree", tp, sp, **options))
+
+
+@pytest.mark.parametrize("dtype", ("bf16", "fp32"))
+def test_stock_training_has_other_bits_at_every_tp(dtype):
+    one = run("stock", 1, dtype=dtype)
+    for tp in (2, 4, 8):
+        assert any(name.startswith("final/") for name in differences(one, run("stock", tp, dtype=dtype)))

@@ -1,0 +1,177 @@
+"""`patches.enable()`, `disable()`, `enabled()`, `status()` and `python -m patches`, as a user meets them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import plain_megatron
+import pytest
+import torch
+from ranks import on_ranks
+from test_megatron import differences, run
+
+import patches
+from patches import registry
+from patches.megatron import PATCHES
+from patches.registry import REGISTRY, _resolve, attribute, check_versions
+
+SCRIPT = Path(plain_megatron.__file__)
+
+
+def targets() -> dict[str, Any]:
+    found = {}
+    for patch in check_versions(PATCHES):
+        if patch.name != "local-kernels":
+            holder, attr = _resolve(patch.target)
+            found[patch.target] = inspect.getattr_static(holder, attr)
+    return found
+
+
+def in_a_rank_of_its_own(function: Any) -> None:
+    on_ranks(1, function)
+
+
+def test_disable_restores_every_attribute_to_the_very_object():
+    @in_a_rank_of_its_own
+    def _() -> None:
+        patches.cpu.enable()
+        before = targets()
+        for _ in range(2):
+            patches.enable()
+            assert all(value is not before[name] for name, value in targets().items() if "fusion_available" not in name)
+            patches.disable()
+            assert all(value is before[name] for name, value in targets().items())
+
+
+def train_after_disable() -> dict[str, Any]:
+    with patches.enabled("tree"):
+        pass
+    return plain_megatron.train(tp=2)
+
+
+def train_when_model_outlives_the_patches() -> torch.Tensor:
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=8, normalization="RMSNorm")
+    with patches.enabled():
+        norm = WrappedTorchNorm(config, 64)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(norm(x), torch.nn.functional.rms_norm(x, (64,), norm.weight, norm.eps))
+    return x
+
+
+def test_disabled_run_is_bit_identical_to_one_that_never_enabled():
+    assert not differences(run("stock", 2), on_ranks(2, train_after_disable)[0])
+
+
+def test_a_norm_built_under_the_patches_is_torchs_own_after_disable():
+    on_ranks(1, train_when_model_outlives_the_patches)
+
+
+def test_a_process_that_never_imported_patches_trains_the_same_stock_bits(tmp_path):
+    """Patches disabled against patches never imported; the CPU shim is loaded from its file in both."""
+    shim = f"import runpy; runpy.run_path({patches.cpu.__file__!r})['enable']()"
+    code = f"import sys; {shim}; sys.argv = ['x']; sys.path.insert(0, {str(SCRIPT.parent)!r}); " \
+           "import plain_megatron; plain_megatron.main(); assert 'patches' not in sys.modules"  # fmt: skip
+    never = json.loads(python("-c", code).stdout.splitlines()[-1])
+    stock = json.loads(python("-m", "patches", "--strategy", "stock", str(SCRIPT)).stdout.splitlines()[-1])
+    assert not differences(never, stock)
+
+
+def python(*arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *arguments], capture_output=True, text=True, env=env, timeout=120, check=check
+    )
+
+
+def test_python_m_patches_runs_an_unmodified_script_with_same_bits_at_every_tp():
+    one = json.loads(python("-m", "patches", str(SCRIPT)).stdout.splitlines()[-1])
+    launch = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29533")
+    two = python(*launch, "-m", "patches", "--strategy", "tree", "--leaves", "8", str(SCRIPT), "--tp", "2", "--sp")
+    assert not differences(one, json.loads(two.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        (("--leaves", "6", str(SCRIPT)), "leaves=6 is not a power of two"),
+        (("--strategy", "trees", str(SCRIPT)), "invalid choice: 'trees'"),
+        (("missing.py",), "missing.py: no such script"),
+    ),
+)
+def test_python_m_patches_answers_bad_input_with_exit_2(arguments, message):
+    done = python("-m", "patches", *arguments, check=False)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_status_names_target_version_and_reason():
+    @in_a_rank_of_its_own
+    def _() -> None:
+        assert not any(row.applied for row in patches.status())
+        patches.enable()
+        rows = {row.name: row for row in patches.status()}
+        assert rows["row-parallel"].applied and rows["row-parallel"].version.startswith("0.1")
+        assert rows["row-parallel"].target == "megatron.core.tensor_parallel.layers:RowParallelLinear.forward"
+        assert "sum over input features" in str(patches.status())
+
+
+def test_enabling_twice_is_fine_and_changing_the_contract_is_not():
+    @in_a_rank_of_its_own
+    def _() -> None:
+        patches.enable("tree", 8)
+        patches.enable("tree", 8)
+        with pytest.raises(RuntimeError, match=r"already enabled.*call patches.disable\(\) first"):
+            patches.enable("gather")
+        patches.disable()
+        patches.enable("gather")
+
+
+@pytest.mark.parametrize("leaves", (0, 3, -8, 2.5))
+def test_leaves_must_be_a_power_of_two(leaves):
+    with pytest.raises(ValueError, match="power of two"):
+        patches.enable(leaves=leaves)
+
+
+def test_unknown_strategy_names_the_known_ones():
+    with pytest.raises(ValueError, match="use one of tree, gather"):
+        patches.enable("treee")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("found", ("0.13.0", "0.17.0", "1.0", None))
+def test_unknown_megatron_version_is_refused_with_what_is_known(found, monkeypatch):
+    monkeypatch.setattr(registry, "_version", lambda package: found)
+    with pytest.raises(patches.UnsupportedError, match="megatron-core .*0.14"):
+        patches.enable()
+    assert REGISTRY.contract is None
+
+
+class Library:
+    @staticmethod
+    def known(x: int) -> int:
+        return x
+
+    @staticmethod
+    def changed(x: int, new_argument: int = 0) -> int:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    ((f"{__name__}:Library.changed", "parameters that the patches do not know: new_argument"),
+     (f"{__name__}:Library.gone", "does not exist here")),
+)  # fmt: skip
+def test_changed_target_is_refused_and_nothing_stays_half_patched(target, message):
+    original = Library.__dict__["known"]
+    good = attribute("good", f"{__name__}:Library.known", "", lambda f: lambda x: x + 1, parameters="x")
+    bad = attribute("bad", target, "", lambda f: f, parameters="x")
+    with pytest.raises(patches.UnsupportedError, match=message):
+        REGISTRY.apply(patches.Contract(), [good, bad])
+    assert Library.__dict__["known"] is original and REGISTRY.contract is None

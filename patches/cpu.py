@@ -151,7 +151,7 @@ def _norms_take_sequence_parallel() -> None:
             parameter.sequence_parallel = config.sequence_parallel
         return norm
 
-    WrappedTorchNorm.__new__ = staticmethod(new)  # type: ignore[assignment]
+    WrappedTorchNorm.__new__ = staticmethod(new)
 
 
 def _distributed_optimizer_reloads() -> None:

@@ -60,5 +60,6 @@ PATCHES = [
         "the gradient of a key shared by query heads (GQA) sums over heads, on several ranks if groups < TP",
         _forward,
         parameters="query key value attention_mask attn_mask_type attention_bias packed_seq_params",
+        versions=">=0.16",  # before, Megatron refuses groups < TP
     ),
 ]

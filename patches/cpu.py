@@ -6,6 +6,8 @@ sequence parallelism, and the distributed optimizer's checkpoints. No section ch
 Each section names one obstacle; megatron-core may be imported before or after the call.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import functools
@@ -15,6 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+__all__ = ["enable"]
 
 CPU = torch.device("cpu")
 FACTORIES = (

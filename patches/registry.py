@@ -23,6 +23,8 @@ __all__ = ["REGISTRY", "SUPPORTED", "Patch", "Row", "attribute", "check_versions
 # Adding a version: run `make test` against it, then widen the range.
 SUPPORTED = {"megatron-core": SpecifierSet(">=0.14,<0.17")}
 
+ANY_VERSION = SpecifierSet("")
+
 Undo = Callable[[], None]
 
 
@@ -42,7 +44,7 @@ class Patch:
     target: str
     why: str
     install: Callable[[Contract], Undo]
-    versions: SpecifierSet = SpecifierSet("")
+    versions: SpecifierSet = ANY_VERSION
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,11 @@ REGISTRY = Registry()
 
 def check_versions(patches: Sequence[Patch]) -> list[Patch]:
     """The patches that the installed megatron-core needs; raise `UnsupportedError` where it is not a known one."""
-    for package, supported in SUPPORTED.items():
-        found = _version(package)
-        if found is None:
-            raise UnsupportedError(f"{package} is not installed: the patches are for {package} {supported}")
-        if not supported.contains(found, prereleases=True):
-            raise UnsupportedError(f"{package} {found} is not known to the patches: install {package} {supported}")
+    found, supported = _version("megatron-core"), SUPPORTED["megatron-core"]
+    if found is None:
+        raise UnsupportedError(f"megatron-core is not installed: the patches are for megatron-core {supported}")
+    if not supported.contains(found, prereleases=True):
+        raise UnsupportedError(f"megatron-core {found} is not known to the patches: install megatron-core {supported}")
     return [patch for patch in patches if patch.versions.contains(found, prereleases=True)]
 
 
@@ -143,7 +144,9 @@ def _resolve(target: str) -> tuple[Any, str]:
             holder = getattr(holder, name)
         getattr(holder, attr)
     except (ImportError, AttributeError) as error:
-        raise UnsupportedError(f"{target} does not exist here ({error}): this version is not known to the patches") from error
+        raise UnsupportedError(
+            f"{target} does not exist here ({error}): this version is not known to the patches"
+        ) from error
     return holder, attr
 
 

@@ -34,7 +34,7 @@ REFUSED_WITHOUT = {
 }
 REFUSALS = {"settings", "layer-modules", "optimizer-settings"}  # tests/test_refusals.py
 
-NEEDED = [patch for patch in check_versions(PATCHES)]
+NEEDED = check_versions(PATCHES)
 
 
 def training_without(names: set[str], options: dict[str, Any]) -> dict[str, Any]:

@@ -107,7 +107,9 @@ def test_product_is_within_its_stated_bound_of_the_exact_value(case):
             assert abs(total) > 3.4e38 or abs(Fraction(out[i, j].item()) - total) <= bound
 
 
-@given(case=cases, leaves=st.sampled_from((1, 2, 4, 8)), pieces=st.sampled_from((1, 2)), tp=st.sampled_from((1, 2, 4, 8)))
+@given(
+    case=cases, leaves=st.sampled_from((1, 2, 4, 8)), pieces=st.sampled_from((1, 2)), tp=st.sampled_from((1, 2, 4, 8))
+)
 @settings(max_examples=150, deadline=None)
 def test_tree_has_same_bits_at_every_tp(case, leaves, pieces, tp):
     tp = min(tp, leaves)
@@ -197,7 +199,9 @@ def test_tree_sum_adds_adjacent_pairs():
     assert tree_sum(parts[:3]).item() == ((torch.tensor(1e8) + 1) + -1e8).item()
 
 
-@given(sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=6), kind=st.sampled_from(KINDS), seed=st.integers(0, 99))
+@given(
+    sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=6), kind=st.sampled_from(KINDS), seed=st.integers(0, 99)
+)
 @settings(max_examples=40, deadline=None)
 def test_sum_of_squares_does_not_depend_on_the_layout(sizes, kind, seed):
     flat = values(kind, (1, sum(sizes) + 1), torch.float32, seed)[0]

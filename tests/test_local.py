@@ -118,6 +118,14 @@ def test_every_product_is_invariant_and_right(name, dtype, on):
     assert (whole.double() - exact).abs().max() <= torch.finfo(dtype).eps * 2 * exact.abs().max()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_whole_sums_do_not_depend_on_shape_or_threads(dtype, on):
+    x = torch.randn(300, 401, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for reduce in (torch.sum, torch.mean):
+        want = reduce(x.double()).to(dtype)
+        assert all(torch.equal(reduce(y), want) for y in (x, x.t(), x.flatten(), x[None].contiguous()))
+
+
 def test_fused_attention_is_refused_by_name(on):
     q = torch.randn(1, 2, 8, 16)
     with pytest.raises(UnsupportedError, match="scaled_dot_product_attention"):

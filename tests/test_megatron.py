@@ -38,7 +38,13 @@ CASES: dict[str, dict[str, Any]] = {
     "no clipping": {"clip": 0.0},
     "feed-forward of an odd size per leaf fp32": {"model": {"ffn_hidden_size": 360}, "dtype": "fp32"},
 }
-WIDE = {"hidden_size": 1024, "num_attention_heads": 16, "num_query_groups": 8, "kv_channels": 64, "ffn_hidden_size": 1000}
+WIDE = {
+    "hidden_size": 1024,
+    "num_attention_heads": 16,
+    "num_query_groups": 8,
+    "kv_channels": 64,
+    "ffn_hidden_size": 1000,
+}
 DATA_PARALLEL: dict[str, dict[str, Any]] = {
     "3 ranks": {"dp": 3},
     "3 ranks fp32, distributed optimizer": {"dp": 3, "dtype": "fp32", "ddp": {"use_distributed_optimizer": True}},
@@ -49,7 +55,9 @@ DATA_PARALLEL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-SHARED_GROUPS = Version(version("megatron-core")) >= Version("0.16")  # before, Megatron refuses fewer KV groups than ranks
+SHARED_GROUPS = Version(version("megatron-core")) >= Version(
+    "0.16"
+)  # before, Megatron refuses fewer KV groups than ranks
 
 
 def sizes(options: dict[str, Any], *candidates: tuple[int, bool]) -> list[tuple[int, bool]]:

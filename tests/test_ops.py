@@ -79,7 +79,11 @@ def stock(dtype: torch.dtype, centered: bool, compute: torch.dtype) -> dict[str,
     y = F.layer_norm(x, (H,), leaf["gamma"], leaf["beta"]) if centered else F.rms_norm(x, (H,), leaf["gamma"], 1e-5)
     gate, up = F.linear(y, leaf["fc1"], leaf["b1"]).chunk(2, -1)
     z = F.linear(F.silu(gate) * up, leaf["fc2"], leaf["b2"])
-    loss = F.cross_entropy(F.linear(z, leaf["out"]).flatten(0, 1).to(max(compute, torch.float32, key=lambda d: d.itemsize)), TARGET.flatten(), reduction="none").view(S, B)
+    loss = F.cross_entropy(
+        F.linear(z, leaf["out"]).flatten(0, 1).to(max(compute, torch.float32, key=lambda d: d.itemsize)),
+        TARGET.flatten(),
+        reduction="none",
+    ).view(S, B)
     loss.sum().backward()
     return {"loss": loss.detach(), **{name: w.grad for name, w in leaf.items() if w.grad is not None}}
 

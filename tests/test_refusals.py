@@ -57,7 +57,9 @@ def build_with_uncovered_module() -> None:
 
 
 def test_transformer_engine_layers_are_refused_by_name():
-    with pytest.raises(AssertionError, match="self_attention.q_layernorm is a transformer_engine.pytorch.module.rmsnorm.RMSNorm"):
+    with pytest.raises(
+        AssertionError, match="self_attention.q_layernorm is a transformer_engine.pytorch.module.rmsnorm.RMSNorm"
+    ):
         on_ranks(1, build_with_uncovered_module)
 
 
@@ -70,7 +72,9 @@ def optimize(**settings: Any) -> None:
     FP32Optimizer(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1), OptimizerConfig(**settings), None)
 
 
-@pytest.mark.parametrize(("settings", "message"), (({"optimizer": "muon"}, "optimizer='muon'"), ({"fp16": True}, "fp16")))
+@pytest.mark.parametrize(
+    ("settings", "message"), (({"optimizer": "muon"}, "optimizer='muon'"), ({"fp16": True}, "fp16"))
+)
 def test_optimizer_is_refused_by_name(settings, message):
     with pytest.raises(AssertionError, match=message):
         on_ranks(1, lambda: optimize(**settings))

@@ -15,14 +15,12 @@ __all__ = ["PATCHES"]
 
 def _get_grad_norm(original: Any) -> Any:
     @torch.no_grad()
-    def get_grad_norm_fp32(
-        grads_for_norm: Any, norm_type: float = 2, grad_stats_parallel_group: Any = None
-    ) -> float:
+    def get_grad_norm_fp32(grads_for_norm: Any, norm_type: float = 2, grad_stats_parallel_group: Any = None) -> float:
         grads = [grads_for_norm] if isinstance(grads_for_norm, torch.Tensor) else list(grads_for_norm)
         if any(type(grad).__name__ == "DTensor" for grad in grads):
             raise UnsupportedError("gradients in DTensors (FSDP) are not covered: use DistributedDataParallel")
         if norm_type == float("inf"):
-            return original(grads_for_norm, norm_type, grad_stats_parallel_group)  # type: ignore[no-any-return]
+            return original(grads_for_norm, norm_type, grad_stats_parallel_group)
         if norm_type != 2:
             raise UnsupportedError(f"gradient norm of type {norm_type} is not covered: use 2 or inf")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -27,7 +27,9 @@ def _row_forward(original: Any) -> Any:
 
             input_ = scatter_to_tensor_model_parallel_region(input_, group=group)
         sp = self.sequence_parallel and group.size() > 1
-        y = row_parallel(input_, self.weight, over_tp(group), sp, _fused(self.gradient_accumulation_fusion, self.weight))
+        y = row_parallel(
+            input_, self.weight, over_tp(group), sp, _fused(self.gradient_accumulation_fusion, self.weight)
+        )
         if self.bias is None:
             return y, None
         mark_complete(self.bias)

@@ -79,9 +79,7 @@ class _RowParallel(torch.autograd.Function):
 
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, shards: Shards, sp: bool, main_grad: bool, pieces: int
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, shards: Shards, sp: bool, main_grad: bool, pieces: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.weight, ctx.shards, ctx.sp, ctx.main_grad, ctx.pieces = weight, shards, sp, main_grad, pieces
         if sp:
@@ -107,8 +105,8 @@ def _unflattened(y_TN: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.aten._unsafe_view(y_TN, shape)
 
 
-def _weight_gradient(weight: Tensor, dy_TN: Tensor, x_TK: Tensor, main_grad: bool) -> Tensor | None:
-    """dyᵀ·x in the weight's dtype, or added to `weight.main_grad`, with the placeholder that Megatron's hooks expect."""
+def _weight_gradient(weight: Any, dy_TN: Tensor, x_TK: Tensor, main_grad: bool) -> Tensor | None:
+    """dyᵀ·x in the weight's dtype, or added to `weight.main_grad`, with the placeholder Megatron's hooks expect."""
     dw_NK = exact_product(dy_TN.t(), x_TK)
     if not main_grad:
         return rounded(dw_NK, weight.dtype)

@@ -41,7 +41,7 @@ class _Norm(torch.autograd.Function):
         shards: Shards,
     ) -> Tensor:  # fmt: skip
         mean = _row_mean(x) if centered else None
-        rstd = 1.0 / torch.sqrt(_row_mean((x.double() - mean if centered else x.double()).square()) + eps)
+        rstd = 1.0 / torch.sqrt(_row_mean(_centered(x, mean).square()) + eps)
         ctx.save_for_backward(x, gamma, mean, rstd)
         ctx.has_beta, ctx.leaf_dim, ctx.shards = beta is not None, leaf_dim, shards
         y = _normalised(x, mean, rstd) * gamma.float()
@@ -71,4 +71,8 @@ def _row_mean(x: Tensor) -> Tensor:
 
 
 def _normalised(x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
-    return ((x.double() if mean is None else x.double() - mean) * rstd).float()
+    return (_centered(x, mean) * rstd).float()
+
+
+def _centered(x: Tensor, mean: Tensor | None) -> Tensor:
+    return x.double() if mean is None else x.double() - mean

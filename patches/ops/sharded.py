@@ -60,7 +60,7 @@ class Shards:
     def total(self, x: Tensor, dim: int, dtype: torch.dtype, exact_dims: tuple[int, ...] = ()) -> Tensor:
         """Σx over the sharded `dim` of all ranks (and `exact_dims`, which are whole), rounded once to `dtype`."""
         if self.contract.strategy == "gather":
-            whole = all_gather(x, self.group, dim % x.dim()) if self.group is not None else x
+            whole = all_gather(x, self.group, dim % x.dim())
             return rounded(exact_sum(whole, (dim, *exact_dims)).float(), dtype)
         root = tree_of_sums(x, dim, self.contract.leaves_of_rank(self.size), exact_dims)
         return self._meet(root, dtype, scatter=False)
@@ -72,7 +72,5 @@ class Shards:
         return reduce(root, self.group, dtype)
 
     def _gather_pieces(self, x: Tensor, dim: int, pieces: int) -> Tensor:
-        if self.group is None or self.size == 1:
-            return x
         parts = [all_gather(piece, self.group, dim) for piece in x.chunk(pieces, dim)]
         return parts[0] if pieces == 1 else torch.cat(parts, dim)

@@ -1,7 +1,7 @@
 """The tree's upper levels, across ranks: float32 partials travel, the rounded result comes back.
 
-    rank r's root ──all-to-all──▶ everybody's slice r ──tree sum, one rounding──▶ slice r ──all-gather──▶ all
-                                                                     reduce-scatter semantics stop here ┘
+rank r's root ──all-to-all──▶ everybody's slice r ──tree sum, one rounding──▶ slice r ──all-gather──▶ all
+                                                                 reduce-scatter semantics stop here ┘
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def tree_reduce_scatter(root: Tensor, group: dist.ProcessGroup, dtype: torch.dty
     return rounded(root / divide_by if divide_by > 1 else root, dtype)
 
 
-def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int = 0) -> Tensor:
-    """Every rank's `x`, in rank order, side by side along `dim`."""
-    if group.size() == 1:
+def all_gather(x: Tensor, group: dist.ProcessGroup | None, dim: int = 0) -> Tensor:
+    """Every rank's `x`, in rank order, side by side along `dim`; `x` itself without a group."""
+    if group is None or group.size() == 1:
         return x
     x = x.movedim(dim, 0).contiguous()
     out = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))

@@ -143,14 +143,14 @@ def _sliced_product(a: list[tuple[Tensor | None, Tensor]], b: list[tuple[Tensor 
     for i, j in pairs[1:]:
         (rows, a_i), (cols, b_j) = a[i], b[j]
         part = _matmul(a_i, b_j)
-        if rows is None and cols is None:
-            out.add_(part)
-        elif rows is None:
-            out.index_add_(1, cols, part)
-        elif cols is None:
-            out.index_add_(0, rows, part)
-        else:
+        if rows is not None and cols is not None:
             out.index_copy_(0, rows, out.index_select(0, rows).index_add_(1, cols, part))
+        elif rows is not None:
+            out.index_add_(0, rows, part)
+        elif cols is not None:
+            out.index_add_(1, cols, part)
+        else:
+            out.add_(part)
     return out
 
 

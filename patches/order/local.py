@@ -17,7 +17,7 @@ convolutions, and embedding and scatter sums, which ATen adds in index order at 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,10 +54,7 @@ class LocalInvariance:
 
     def __init__(self, device: str, refuse: Callable[[str], None]) -> None:
         if not hasattr(torch.library, "get_kernel"):
-            raise RuntimeError(
-                f"torch {torch.__version__} cannot hand out its own kernels (torch.library.get_kernel): "
-                "the patches need torch 2.10 or newer"
-            )
+            refuse(f"torch {torch.__version__} has no torch.library.get_kernel: the patches need torch 2.9 or newer")
         self._key = device
         self._keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
         self._library = torch.library.Library("aten", "IMPL")
@@ -93,17 +90,23 @@ class LocalInvariance:
         return lambda *args, **kwargs: kernel.call_boxed(self._keys, *args, **kwargs)
 
 
-def _forms(name: str) -> list[tuple[str, bool, bool]]:
-    """(operator, is out=, is in-place) of the functional, in-place and out= forms of an operator."""
+def _forms(name: str) -> Iterator[tuple[str, bool, bool]]:
+    """(operator, is out=, is in-place) of an operator and those that take the same arguments, and where to write."""
     base, _, overload = name.partition(".")
-    suffix = f".{overload}" if overload else ""
-    out = {"pow.Tensor_Scalar": "pow.Tensor_Scalar_out", "lerp.Scalar": "lerp.Scalar_out", "lerp.Tensor": "lerp.Tensor_out",
-           "sum.dim_IntList": "sum.IntList_out", "mean.dim": "mean.out", "silu_backward": "silu_backward.grad_input",
-           "gelu_backward": "gelu_backward.grad_input", "sigmoid_backward": "sigmoid_backward.grad_input",
-           "tanh_backward": "tanh_backward.grad_input", "softplus_backward": "softplus_backward.grad_input",
-           "pow.Scalar": "pow.Scalar_out", "sum": "", "mean": ""}.get(name, f"{base}.out")  # fmt: skip
-    inplace = {"pow.Tensor_Scalar": "pow_.Scalar"}.get(name, f"{base}_{suffix}")
-    return [(name, False, False), (inplace, False, True), *([(out, True, False)] if out else [])]
+    yield name, False, False
+    wanted = _signature(getattr(torch.ops.aten, base), overload or "default")
+    for packet_name in (base, f"{base}_"):
+        packet = getattr(torch.ops.aten, packet_name, None)
+        for form in packet.overloads() if packet else ():
+            written = [a for a in getattr(packet, form)._schema.arguments if a.alias_info and a.alias_info.is_write]
+            if len(written) == 1 and _signature(packet, form) == wanted:
+                operator = packet_name if form == "default" else f"{packet_name}.{form}"
+                yield operator, written[0].kwarg_only, not written[0].kwarg_only
+
+
+def _signature(packet: Any, overload: str) -> list[tuple[str, str]]:
+    arguments = getattr(packet, overload)._schema.arguments
+    return [(a.name, str(a.type)) for a in arguments if not (a.kwarg_only and a.alias_info)]
 
 
 def _has_kernel(name: str, device: str) -> bool:
@@ -163,10 +166,6 @@ def _addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1
     return total.to(a.dtype)
 
 
-def _mv(a: Tensor, x: Tensor) -> Tensor:
-    return exact_product(a, x.unsqueeze(1)).squeeze(1).to(a.dtype)
-
-
 def _addmv(c: Tensor, a: Tensor, x: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     return _addmm(c.expand(a.shape[0]).unsqueeze(1), a, x.unsqueeze(1), beta=beta, alpha=alpha).squeeze(1)
 
@@ -181,19 +180,11 @@ def _sum_dim(
     return rounded(exact_sum(x, list(dim) if dim else list(range(x.dim())), keepdim), dtype or x.dtype)
 
 
-def _sum(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    return _sum_dim(x, None, dtype=dtype)
-
-
 def _mean_dim(
     x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Tensor:
     total = exact_sum(x, list(dim) if dim else list(range(x.dim())), keepdim)
     return rounded(total / (x.numel() / max(total.numel(), 1)), dtype or x.dtype)
-
-
-def _mean(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    return _mean_dim(x, None, dtype=dtype)
 
 
 def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
@@ -219,10 +210,10 @@ def _log_softmax_backward(grad: Tensor, y: Tensor, dim: int, input_dtype: torch.
 
 
 PRODUCTS: dict[str, Kernel] = {
-    "mm": _mm, "bmm": _mm, "addmm": _addmm, "baddbmm": _addmm, "mv": _mv, "addmv": _addmv, "dot": _dot, "vdot": _dot,
+    "mm": _mm, "bmm": _mm, "addmm": _addmm, "baddbmm": _addmm, "addmv": _addmv, "dot": _dot, "vdot": _dot,
 }  # fmt: skip
 REDUCTIONS: dict[str, Kernel] = {
-    "sum.dim_IntList": _sum_dim, "sum": _sum, "mean.dim": _mean_dim, "mean": _mean,
+    "sum.dim_IntList": _sum_dim, "mean.dim": _mean_dim,
     "_softmax": _softmax, "_log_softmax": _log_softmax,
     "_softmax_backward_data": _softmax_backward, "_log_softmax_backward_data": _log_softmax_backward,
 }  # fmt: skip

@@ -15,6 +15,7 @@ N result features, K the summed dimension, tK a rank's share of it, P pieces (2 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -29,7 +30,7 @@ def cuts(size: int, leaves: int) -> list[tuple[int, int]]:
     Cutting a rank's equal share into its leaves gives the same places as cutting the whole dimension.
     """
     edges = [j * size // leaves for j in range(leaves + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def tree_sum(parts: Iterable[Tensor]) -> Tensor:

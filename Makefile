@@ -1,0 +1,66 @@
+# Two commands do everything on a fresh machine, set-up included: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Where torch comes from: empty is pip's own index. For the small CPU build on Linux:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+SWEEP ?= slurm/sweeps/qwen3-tiny-cpu.yaml
+
+READY := $(VENV)/.ready
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
+
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help venv demo test lint bench clean distclean
+
+help:
+	@echo "make demo    train Qwen3 at TP=1/2/4/8, stock and patched; compare every bit; draw the picture"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   what the patches cost, as ratios to stock"
+	@echo "make venv    only set up $(VENV) (the others do it when needed)"
+	@echo "make clean   remove caches and the demo's results; distclean also $(VENV)"
+
+venv: $(READY)
+
+# torch first, at its exact version: nothing may ever resolve a bare "torch".
+$(READY): setup.py constraints.txt
+	@echo "==> setting up $(VENV) (once; some minutes, most of them for torch)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "==> installing $$(grep '^torch==' constraints.txt)"
+	@$(PIP) install -c constraints.txt setuptools "$$(grep '^torch==' constraints.txt)" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@echo "==> installing tpcheck, its dependencies and the development tools"
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+	@echo "==> $(VENV) is ready"
+
+demo: $(READY)
+	@echo "==> sweep $(SWEEP): completed cells are kept, 'make clean' starts over"
+	@$(BIN)/tpcheck sweep $(SWEEP)
+
+test: $(READY)
+	@echo "==> tests"
+	@$(BIN)/python -m pytest
+
+lint: $(READY)
+	@echo "==> ruff check"
+	@$(BIN)/ruff check .
+	@echo "==> ruff format --check"
+	@$(BIN)/ruff format --check .
+	@echo "==> mypy"
+	@$(BIN)/mypy
+
+bench: $(READY)
+	@echo "==> benchmarks"
+	@$(BIN)/python tests/bench.py
+
+clean:
+	@echo "==> removing caches and results/qwen3-tiny-cpu"
+	@rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis results/qwen3-tiny-cpu
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	@echo "==> removing $(VENV)"
+	@rm -rf $(VENV)

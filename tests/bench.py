@@ -1,0 +1,87 @@
+"""What the patches cost, as ratios of two things timed in one run: `make bench`.
+
+Step times are medians over a run of the tiny Qwen3, all ranks sharing this machine's cores: with more ranks than
+cores they measure overhead, not scaling. Products are timed on the shapes of Qwen3-0.6B's layers.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import bench_hash
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from patches.order.exact import exact_product
+from patches.order.tree import tree_of_products
+from tpcheck.config import load_run
+from tpcheck.launch import launch
+
+STEPS = 12
+# tokens, in-features, out-features: QKV, projection, fc1, fc2 at 512 tokens
+SHAPES = {"qkv": (512, 1024, 4096), "proj": (512, 2048, 1024), "fc1": (512, 1024, 6144), "fc2": (512, 3072, 1024)}
+
+
+def main() -> None:
+    console = Console()
+    console.print(_steps())
+    console.print(_products())
+    bench_hash.main()
+
+
+def _steps() -> Table:
+    table = Table(title=f"seconds per step, qwen3-tiny bf16, median of {STEPS - 2}")
+    for column in ("TP", "stock", "tree", "gather", "tree / stock", "gather / tree"):
+        table.add_column(column, justify="right")
+    for tp in (1, 2, 4):
+        stock, tree, gather = (_step_seconds(strategy, tp) for strategy in ("stock", "tree", "gather"))
+        cells = [f"{s:.3f}" for s in (stock, tree, gather)]
+        table.add_row(str(tp), *cells, f"{tree / stock:.2f}", f"{gather / tree:.2f}")
+    return table
+
+
+def _step_seconds(strategy: str, tp: int) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        path, output = Path(folder, "run.yaml"), Path(folder, "run")
+        path.write_text("model: qwen3-tiny\n")
+        overrides = (f"strategy={strategy}", f"tp={tp}", f"steps={STEPS}", f"output={output}")
+        if launch(load_run(path, overrides)):
+            raise SystemExit(f"{strategy} at TP={tp} failed:\n{(output / 'log.txt').read_text()[-2000:]}")
+        steps = [json.loads(line) for line in (output / "steps.jsonl").read_text().splitlines()]
+    return statistics.median(step["seconds"] for step in steps[2:])
+
+
+def _products() -> Table:
+    table = Table(title=f"x·Wᵀ at 512 tokens, {torch.get_num_threads()} threads: time over torch.mm's")
+    for column in ("layer", "dtype", "torch.mm", "float64 mm", "one leaf", "8 leaves", "one leaf / float64 mm"):
+        table.add_column(column, justify="right")
+    for name, (tokens, k, n) in SHAPES.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            x, w = torch.randn(tokens, k).to(dtype), torch.randn(n, k).to(dtype)
+            mm = _seconds(lambda x=x, w=w: torch.mm(x, w.t()))
+            wide = _seconds(lambda x=x, w=w: torch.mm(x.double(), w.double().t()))
+            leaf = _seconds(lambda x=x, w=w: exact_product(x, w.t()))
+            tree = _seconds(lambda x=x, w=w: tree_of_products(x, w.t(), 8))
+            ratios = (f"{t / mm:.1f}" for t in (wide, leaf, tree))
+            table.add_row(name, str(dtype)[6:], f"{mm * 1e3:.1f} ms", *ratios, f"{leaf / wide:.1f}")
+    return table
+
+
+def _seconds(call: Callable[[], object], repeat: int = 5) -> float:
+    call()
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()

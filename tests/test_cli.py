@@ -1,0 +1,97 @@
+"""The command line: one line and exit code 2 for bad input, nothing heavy imported before it is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch_dist import save
+
+import tpcheck
+from tpcheck import cli, digest
+from tpcheck.cli import main
+from tpcheck.errors import TpcheckError
+
+
+def test_help_and_version_are_answered(capsys: Any) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in ("train", "hash", "diff", "sweep"))
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"tpcheck {tpcheck.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing command"),
+        (["nonsense"], "No such command"),
+        (["hash"], "Missing argument"),
+        (["hash", "--nonsense", "x"], "No such option"),
+        (["hash", "no/such/folder"], "no such folder"),
+        (["diff", "a"], "Missing argument"),
+        (["diff", "no/such/a", "no/such/b"], "no such folder"),
+        (["train", "no/such/run.yaml"], "no/such/run.yaml"),
+        (["sweep", "no/such/sweep.yaml"], "no/such/sweep.yaml"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: str, capsys: Any) -> None:
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("tpcheck: error: ")
+    assert output.err.count("\n") == 1
+    assert message in output.err
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "line"),
+    [
+        (TpcheckError("two\n lines"), 2, "tpcheck: error: two lines\n"),
+        (PermissionError(13, "Permission denied", "file"), 2, "tpcheck: error: file: Permission denied\n"),
+        (OSError(28, "No space left on device"), 2, "tpcheck: error: [Errno 28] No space left on device\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_errors_have_their_exit_codes(
+    raised: BaseException, status: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(digest, "command", lambda *args, **kwargs: _raise(raised))
+    assert main(["hash", "x"]) == status
+    assert capsys.readouterr().err.lstrip("\n") == line
+
+
+def test_a_bug_shows_its_traceback_and_is_not_taken_for_a_difference(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(digest, "command", lambda *args, **kwargs: _raise(ZeroDivisionError("oops")))
+    assert main(["hash", "x"]) == cli.BUG
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_reason_to_complain(tmp_path: Path) -> None:
+    many = {f"layer{index}.{'x' * 200}": torch.ones(1) for index in range(500)}
+    path = save(tmp_path / "x", many)
+    command = [sys.executable, "-m", "tpcheck", "hash", "--tensors", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == cli.PIPE_CLOSED
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, tpcheck.cli; sys.exit(sum(name in sys.modules for name in ('torch', 'numpy', 'rich', 'pydantic')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def _raise(error: BaseException) -> None:
+    raise error

@@ -1,0 +1,163 @@
+"""Pickles and torch.save archives are read right, and nothing in them runs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import enum
+import io
+import os
+import pickle
+import zipfile
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tpcheck.errors import TpcheckError
+from tpcheck.unpickle import ITEMSIZE, Inert, Stored, load_archive, load_pickle
+
+DTYPES = [getattr(torch, name) for name in ITEMSIZE if hasattr(torch, name)]
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class Touch:
+    """Creates a file when it is unpickled the ordinary way."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+class Shell(Touch):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+class Exec(Touch):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (f"open({str(self.marker)!r}, 'w')",)
+
+
+class SetState(Touch):
+    """Gets hold of an attribute and sets the state of what it finds."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (argparse.Namespace, "__class__"), {"marker": self.marker}
+
+
+def saved(value: Any) -> memoryview:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return memoryview(file.getvalue())
+
+
+def read(view: memoryview, stored: Stored) -> bytes:
+    size = ITEMSIZE[stored.dtype]
+    strides = [stride * size for stride in stored.strides]
+    return np.ndarray(stored.shape, f"V{size}", view, stored.position, strides).tobytes()
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_tensor_of_every_dtype_is_found_in_its_archive(dtype: torch.dtype) -> None:
+    tensor = torch.arange(60, dtype=torch.uint8).repeat(16).view(dtype if dtype != torch.bool else torch.uint8)
+    tensor = (tensor % 2).bool() if dtype == torch.bool else tensor
+    view = saved(tensor)
+    stored = load_archive(view, "x")
+    assert stored.dtype == str(dtype).removeprefix("torch.")
+    assert read(view, stored) == raw(tensor)
+
+
+@given(st.permutations(range(3)), st.integers(0, 2), st.integers(1, 3), st.booleans())
+def test_views_are_read_with_their_strides_and_offset(order: list[int], start: int, step: int, flag: bool) -> None:
+    tensor = torch.arange(120, dtype=torch.int32).reshape(4, 5, 6).permute(*order)[start::step]
+    tensor = torch.nn.Parameter(tensor.float()) if flag else tensor
+    view = saved(tensor)
+    assert read(view, load_archive(view, "x")) == raw(tensor.detach())
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,)])
+def test_scalars_and_empty_tensors_are_tensors(shape: tuple[int, ...]) -> None:
+    view = saved(torch.ones(shape))
+    stored = load_archive(view, "x")
+    assert stored.shape == shape
+    assert read(view, stored) == raw(torch.ones(shape))
+
+
+def test_a_conjugate_view_is_refused() -> None:
+    with pytest.raises(TpcheckError, match="conjugated"):
+        load_archive(saved(torch.ones(2, dtype=torch.complex64).conj()), "x")
+
+
+def test_ordinary_structures_are_kept_and_foreign_objects_are_inert() -> None:
+    value = {
+        "list": [1, 2.5, None, "x", (1,), {2}],
+        "ordered": OrderedDict(a=1),
+        "size": torch.Size([2, 3]),
+        "args": argparse.Namespace(lr=0.1, colour=Colour.RED),
+        "default": defaultdict(list, a=[1]),
+        "dtype": torch.bfloat16,
+    }
+    found = load_pickle(pickle.dumps(value), "x")
+    assert found["list"] == value["list"]
+    assert found["ordered"] == {"a": 1}
+    assert found["size"] == (2, 3)
+    assert isinstance(found["args"], Inert)
+    assert found["args"].get("lr") == 0.1
+    assert found["default"].items == [("a", [1])]
+    assert found["dtype"].qualname == "torch.bfloat16"
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("attack", [Touch, Shell, Exec, SetState])
+def test_nothing_in_a_pickle_runs(attack: type[Touch], protocol: int, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    data = pickle.dumps({"x": attack(marker)}, protocol)
+    assert isinstance(load_pickle(data, "x")["x"], Inert)
+    view = saved([attack(marker), torch.ones(2)])
+    assert isinstance(load_archive(view, "x")[1], Stored)
+    assert not marker.exists()
+
+
+def test_the_attacks_would_work_on_an_ordinary_unpickler(tmp_path: Path) -> None:
+    for attack in (Touch, Shell, Exec):
+        marker = tmp_path / attack.__name__
+        pickle.loads(pickle.dumps(attack(marker)))
+        assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(b"K@\x85", b"K\x7f\x85"), (b"K\x01\x85", b"K\x02\x85")], ids=["shape", "stride"]
+)
+def test_a_tensor_that_reaches_beyond_its_storage_is_refused(old: bytes, new: bytes) -> None:
+    changed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(saved(torch.arange(64.0)))) as good, zipfile.ZipFile(changed, "w") as bad:
+        for name in good.namelist():
+            bad.writestr(name, good.read(name).replace(old, new))
+    with pytest.raises(TpcheckError, match="beyond its storage"):
+        load_archive(memoryview(changed.getvalue()), "x")
+
+
+@given(st.data())
+def test_a_damaged_archive_is_read_or_refused_but_never_crashes(data: st.DataObject) -> None:
+    good = bytes(saved({"a": torch.arange(8.0), "b": [1, "x"]}))
+    at = data.draw(st.integers(0, len(good) - 1))
+    broken = data.draw(
+        st.sampled_from([good[:at], good[at:], good[:at] + b"\xff" + good[at + 1 :], good[:at] + good[at + 1 :]])
+    )
+    with contextlib.suppress(TpcheckError):
+        load_archive(memoryview(broken), "x")

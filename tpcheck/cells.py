@@ -1,0 +1,209 @@
+"""A sweep file, and the cells it stands for: one base run times a matrix of settings.
+
+    name: qwen3-tiny-cpu
+    base: {model: qwen3-tiny, steps: 20}      # a run, or the path of a run file beside this one
+    matrix: {strategy: [stock, tree], tp: [1, 2]}
+    exclude: [{strategy: stock, tp: 2}]       # optional
+    invariant: [tp, sequence_parallel]        # what must not change a bit (these are the default)
+    output: results/qwen3-tiny-cpu            # the default; one result directory per cell in it
+
+A cell is named after its settings, `tree-tp2`. Cells that differ only in invariant settings form a group.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tpcheck.config import RunConfig, parse_run
+from tpcheck.config import _override as override
+from tpcheck.errors import TpcheckError
+
+__all__ = ["Cell", "Sweep", "label", "load_sweep"]
+
+Scalar = bool | int | float | str
+
+
+class SweepFile(BaseModel):
+    """The keys of a sweep file; unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    base: dict[str, Any] | str
+    matrix: dict[str, list[Scalar]] = Field(min_length=1)
+    exclude: list[dict[str, Scalar]] = []
+    invariant: list[str] = ["tp", "sequence_parallel"]
+    output: str | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep.
+
+    `settings` are the matrix values that make it, in matrix order; `group` those that may change the bits.
+    """
+
+    name: str
+    settings: Mapping[str, Scalar]
+    group: Mapping[str, Scalar]
+    config: RunConfig
+
+    @property
+    def path(self) -> Path:
+        return Path(self.config.output)
+
+    @property
+    def promised(self) -> bool:
+        """Whether the patches promise that the invariant settings do not change its bits."""
+        return self.config.strategy != "stock"
+
+    @property
+    def variant(self) -> str:
+        """The cell among those of its group: `TP=4`, `TP=4 sequence_parallel`."""
+        rest = {key: value for key, value in self.settings.items() if key not in self.group}
+        parts = [f"TP={value}" if key == "tp" else label({key: value}) for key, value in rest.items()]
+        return " ".join(parts) or self.name
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep: every cell's configuration is decided."""
+
+    name: str
+    output: Path
+    cells: tuple[Cell, ...]
+
+    def groups(self) -> list[tuple[str, list[Cell]]]:
+        """The cells by group, in the sweep's order."""
+        groups: dict[str, list[Cell]] = {}
+        for cell in self.cells:
+            groups.setdefault(label(cell.group) or "all", []).append(cell)
+        return list(groups.items())
+
+
+def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Read the sweep file at `path`; `key=value` overrides a key of the base run, `output=DIR` the sweep's output."""
+    file = _parse(_read(path), path)
+    base = _base(file, path)
+    output = Path(file.output or f"results/{file.name}")
+    for text in overrides:
+        key = text.partition("=")[0]
+        if key in file.matrix:
+            raise TpcheckError(f"{text}: {key} is what the matrix of {path} varies; edit it there, or use `exclude`")
+        override(base, text)
+        if key == "output":
+            output = Path(str(base["output"]))
+    return Sweep(file.name, output, tuple(_cells(file, base, output, path)))
+
+
+def label(settings: Mapping[str, Scalar]) -> str:
+    """Settings as a name: `tree-tp4`; words stand for themselves, other values behind the last part of their key."""
+    return "-".join(_word(key.rpartition(".")[2], value) for key, value in settings.items())
+
+
+def _word(key: str, value: Scalar) -> str:
+    if isinstance(value, bool):
+        return key if value else f"no-{key}"
+    text = value if isinstance(value, str) else f"{key}{value}"
+    return re.sub(r"[^A-Za-z0-9._+-]+", "_", text).strip("._-") or "_"
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise TpcheckError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise TpcheckError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _parse(content: Any, path: Path) -> SweepFile:
+    if not isinstance(content, dict):
+        raise TpcheckError(f"{path} holds a {type(content).__name__}, not a sweep: it needs name, base and matrix")
+    try:
+        file = SweepFile.model_validate(content)
+    except ValidationError as error:
+        raise TpcheckError(f"{path}: {_explain(error)}") from error
+    for key, values in file.matrix.items():
+        if key == "output":
+            raise TpcheckError(f"{path}: output cannot be in the matrix; every cell has a directory of its own")
+        if not values:
+            raise TpcheckError(f"{path}: matrix.{key} is empty: give it at least one value, or leave the key out")
+    for excluded in file.exclude:
+        strangers = [key for key in excluded if key not in file.matrix]
+        if strangers or not excluded:
+            keys = ", ".join(file.matrix)
+            raise TpcheckError(f"{path}: exclude {excluded}: its keys must be keys of the matrix ({keys})")
+    return file
+
+
+def _explain(error: ValidationError) -> str:
+    """The first thing that is wrong with a sweep file, in one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in ("str", "dict[str,any]"))
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {where}: a sweep file has {', '.join(SweepFile.model_fields)}"
+    if first["type"] == "missing":
+        return f"{where} is missing: a sweep file needs name, base and matrix"
+    if first["type"] == "too_short":
+        return f"{where} is empty: name at least one setting and its values, as in tp: [1, 2]"
+    return f"{where}: {first['msg']}, not {first['input']!r}"
+
+
+def _base(file: SweepFile, path: Path) -> dict[str, Any]:
+    if isinstance(file.base, dict):
+        return copy.deepcopy(file.base)
+    settings = _read(path.parent / file.base)
+    if not isinstance(settings, dict):
+        raise TpcheckError(f"{path.parent / file.base} holds a {type(settings).__name__}, not a mapping of settings")
+    return settings
+
+
+def _cells(file: SweepFile, base: Mapping[str, Any], output: Path, path: Path) -> list[Cell]:
+    cells: dict[str, Cell] = {}
+    unused = list(file.exclude)
+    for values in itertools.product(*file.matrix.values()):
+        settings = dict(zip(file.matrix, values, strict=True))
+        matches = [excluded for excluded in file.exclude if excluded.items() <= settings.items()]
+        unused = [excluded for excluded in unused if excluded not in matches]
+        if matches:
+            continue
+        name = label(settings)
+        if name in cells:
+            raise TpcheckError(
+                f"{path}: {settings} and {dict(cells[name].settings)} would both be cell {name}: remove one of them"
+            )
+        cells[name] = Cell(
+            name, settings, _group(settings, file.invariant), _resolve(base, settings, output, path, name)
+        )
+    if unused:
+        raise TpcheckError(f"{path}: exclude {unused[0]} matches no cell: correct it or remove it")
+    if not cells:
+        raise TpcheckError(f"{path}: every cell is excluded")
+    return list(cells.values())
+
+
+def _group(settings: Mapping[str, Scalar], invariant: Sequence[str]) -> dict[str, Scalar]:
+    return {key: value for key, value in settings.items() if key not in invariant}
+
+
+def _resolve(base: Mapping[str, Any], settings: Mapping[str, Scalar], output: Path, path: Path, name: str) -> RunConfig:
+    run = copy.deepcopy(dict(base))
+    for key, value in settings.items():
+        override(run, f"{key}={json.dumps(value)}")
+    run["output"] = str(output / name)
+    origin = f"{path}, cell {name}"
+    try:
+        return parse_run(run, origin)
+    except TpcheckError as error:
+        raise TpcheckError(f"{origin}: {str(error).removeprefix(origin + ': ')}") from error

@@ -1,0 +1,107 @@
+"""The `tpcheck` command: four thin commands, each imported only when it is called, so that `--help` is quick.
+
+Exit codes: what the command returns (`diff`: 0 identical, 1 different, 2 can't tell), 2 for bad input, which is
+answered with one line on standard error, 130 for Ctrl-C, 141 when the reader of the output has gone, 70 for a bug
+in tpcheck, which shows its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from tpcheck import __version__
+from tpcheck.errors import TpcheckError
+
+__all__ = ["main"]
+
+BAD_INPUT, BUG, INTERRUPTED, PIPE_CLOSED = 2, 70, 130, 141
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (`sys.argv[1:]` by default) and return its exit code."""
+    try:
+        return int(tpcheck.main(args=arguments, prog_name="tpcheck", standalone_mode=False) or 0)
+    except TpcheckError as error:
+        return _refuse(str(error))
+    except click.ClickException as error:
+        return _refuse(error.format_message())
+    except (KeyboardInterrupt, click.Abort):
+        return INTERRUPTED
+    except OSError as error:
+        return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except Exception:
+        traceback.print_exc()
+        return BUG
+
+
+def _refuse(message: str) -> int:
+    print("tpcheck: error:", " ".join(message.split()), file=sys.stderr)
+    return BAD_INPUT
+
+
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> int:
+        """Run the command; when the reader of its output goes away, as `head` does, end quietly."""
+        try:
+            status: int = super().invoke(ctx)
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return PIPE_CLOSED
+
+
+@click.group(cls=_Commands, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="tpcheck %(version)s")
+def tpcheck() -> None:
+    """Megatron training that gives the same bits at every tensor-parallel size, and the proof of it."""
+
+
+@tpcheck.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--resume", is_flag=True, help="Go on from the last complete checkpoint of the output.")
+def train(run: Path, overrides: tuple[str, ...], resume: bool) -> int:
+    """Train the run that RUN.yaml describes; `tp=2` or `optimizer.lr=1e-4` overrides a key of it."""
+    from tpcheck.launch import command
+
+    return command(run, overrides, resume)
+
+
+@tpcheck.command(name="hash")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="List every tensor with its digest.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def hash_(checkpoint: Path, tensors: bool, as_json: bool) -> int:
+    """Print the logical digests of CHECKPOINT, or of the last checkpoint of a result directory."""
+    from tpcheck.digest import command
+
+    return command(checkpoint, tensors=tensors, as_json=as_json)
+
+
+@tpcheck.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--all", "show_all", is_flag=True, help="List all tensors that differ, not only the first ten.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def diff(a: Path, b: Path, show_all: bool, as_json: bool) -> int:
+    """Compare two result directories or two checkpoints: 0 identical, 1 different, 2 can't tell."""
+    from tpcheck.difftext import command
+
+    return command(a, b, show_all=show_all, as_json=as_json)
+
+
+@tpcheck.command()
+@click.argument("sweep", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def sweep(sweep: Path, overrides: tuple[str, ...]) -> int:
+    """Run every cell of SWEEP.yaml that is not complete yet, then say which digests agree."""
+    from tpcheck.sweep import command
+
+    return command(sweep, overrides)

@@ -1,0 +1,218 @@
+"""The logical digest of a checkpoint: a function of the tensors alone, whatever the ranks that saved them.
+
+    per tensor   BLAKE3 of its bytes in row-major order
+    in total     BLAKE3 of one line `["name","dtype",[shape],"digest"]` per tensor, sorted by name
+
+Model and optimizer have a total each. Opaque objects (`_extra_state`, random-number states) do not enter; the
+optimizer's step counts, which Megatron keeps apart from its tensors, do, as `optimizer.step`. Hyper-parameters
+do not: they are the configuration's. Checkpoints are streamed: no tensor is ever held in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from tpcheck import result
+from tpcheck.checkpoint import Checkpoint, LogicalTensor
+from tpcheck.errors import TpcheckError
+from tpcheck.unpickle import Stored, number
+
+__all__ = ["PARTS", "Digests", "TensorDigest", "command", "digest_checkpoint", "digest_with_progress"]
+
+ALGORITHM = "blake3"
+PARTS = ("model", "optimizer")
+FLAT_BUFFERS = re.compile(r"(chained_\d+\.)?optimizer\.distributed\.")
+
+
+@dataclass(frozen=True)
+class TensorDigest:
+    """One logical tensor and the digest of its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Digests:
+    """A checkpoint's digests: in total, and by part and tensor name.
+
+    `optimizer` is None where no optimizer was saved, or none that can be digested; `notes` say which.
+    """
+
+    model: str
+    optimizer: str | None
+    tensors: Mapping[str, Mapping[str, TensorDigest]]
+    notes: tuple[str, ...] = ()
+    algorithm: str = ALGORITHM
+
+    def to_json(self) -> dict[str, Any]:
+        """What digests.json holds, less the step."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], where: str) -> Digests:
+        """The inverse of `to_json`; `where` names the file in an error."""
+        if value.get("algorithm") != ALGORITHM:
+            raise TpcheckError(f"{where} has {value.get('algorithm')!r} digests: this tpcheck compares {ALGORITHM}")
+        try:
+            tensors = {
+                part: {
+                    name: TensorDigest(str(t["dtype"]), tuple(t["shape"]), str(t["digest"]))
+                    for name, t in value["tensors"][part].items()
+                }
+                for part in PARTS
+            }
+            return cls(value["model"], value["optimizer"], tensors, tuple(value.get("notes", ())))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise TpcheckError(f"{where} does not hold digests ({error!r}): damaged") from error
+
+
+def digest_checkpoint(path: Path, on_bytes: Callable[[int, int], None] | None = None) -> Digests:
+    """Digest the torch_dist checkpoint in `path`.
+
+    Args:
+        on_bytes: called with the bytes done so far and their total, after each tensor.
+
+    Raises:
+        TpcheckError: when `path` is no such checkpoint, or is damaged.
+    """
+    checkpoint = Checkpoint(path)
+    logical = [tensor for name, tensor in checkpoint.tensors.items() if part_of(name)]
+    total, done = sum(tensor.nbytes for tensor in logical), 0
+    tensors: dict[str, dict[str, TensorDigest]] = {part: {} for part in PARTS}
+    for tensor, digest in _digests(checkpoint, logical):
+        tensors[part_of(tensor.name)][tensor.name] = digest
+        done += tensor.nbytes
+        if on_bytes:
+            on_bytes(done, total)
+    if not any(tensors.values()):
+        raise TpcheckError(f"{path} holds no tensors: not a checkpoint of a model")
+    if tensors["optimizer"] and (steps := _optimizer_steps(checkpoint)):
+        tensors["optimizer"]["optimizer.step"] = _values(steps)
+    return Digests(
+        _total(tensors["model"]),
+        _total(tensors["optimizer"]) if tensors["optimizer"] else None,
+        {part: dict(sorted(by_name.items())) for part, by_name in tensors.items()},
+        tuple(_notes(checkpoint, tensors)),
+    )
+
+
+def digest_with_progress(path: Path) -> Digests:
+    """`digest_checkpoint`, with a progress bar on standard error where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return digest_checkpoint(path)
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(path.name)
+        return digest_checkpoint(path, lambda done, total: progress.update(task, completed=done, total=total))
+
+
+def _digests(checkpoint: Checkpoint, tensors: list[LogicalTensor]) -> Iterator[tuple[LogicalTensor, TensorDigest]]:
+    """Every tensor with its digest, one tensor a thread, the big ones first."""
+
+    def digest(tensor: LogicalTensor) -> tuple[LogicalTensor, TensorDigest]:
+        hasher = blake3()  # one thread: the threads of its own pool would not survive a fork
+        for block in checkpoint.blocks(tensor):
+            hasher.update(block)
+        return tensor, TensorDigest(tensor.dtype, tensor.shape, hasher.hexdigest())
+
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield from pool.map(digest, sorted(tensors, key=lambda tensor: -tensor.nbytes))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def part_of(name: str) -> str:
+    """Which part a tensor belongs to; empty for what has no place in a logical digest."""
+    if "_extra_state" in name or FLAT_BUFFERS.match(name):
+        return ""
+    return "optimizer" if re.match(r"(chained_\d+\.)?optimizer\.", name) else "model"
+
+
+def command(path: Path, *, tensors: bool, as_json: bool) -> int:
+    """`tpcheck hash`: one line a part, or a tensor, in the manner of b3sum."""
+    digests, where = _find(path)
+    if as_json:
+        print(json.dumps({"checkpoint": str(where), **digests.to_json()}, indent=1))
+        return 0
+    if tensors:
+        for by_name in digests.tensors.values():
+            for name, tensor in by_name.items():
+                print(f"{tensor.digest}  {name}  {tensor.dtype}{list(tensor.shape)}")
+    print(f"{digests.model}  model")
+    print(f"{digests.optimizer}  optimizer" if digests.optimizer else "# no optimizer to digest")
+    for note in digests.notes:
+        print(f"# {note}")
+    return 0
+
+
+def _find(path: Path) -> tuple[Digests, Path]:
+    """Digests of a checkpoint or of a result directory's last one, which may be deleted: then those on record."""
+    if (path / ".metadata").exists() or not result.is_result(path):
+        return digest_with_progress(path), path
+    if saved := result.checkpoints(path):
+        return digest_with_progress(saved[-1][1]), saved[-1][1]
+    recorded = result.read_digests(path)
+    if recorded is None:
+        raise TpcheckError(f"{path} has neither a complete checkpoint nor digests: train it first, or with --resume")
+    file = path / result.DIGESTS
+    return Digests.from_json(recorded, str(file)), file
+
+
+def _total(tensors: Mapping[str, TensorDigest]) -> str:
+    lines = (
+        json.dumps([name, tensor.dtype, list(tensor.shape), tensor.digest], separators=(",", ":")) + "\n"
+        for name, tensor in sorted(tensors.items())
+    )
+    return blake3("".join(lines).encode()).hexdigest()
+
+
+def _values(numbers: list[float]) -> TensorDigest:
+    return TensorDigest("float64", (len(numbers),), blake3(np.array(numbers, "<f8").tobytes()).hexdigest())
+
+
+def _optimizer_steps(checkpoint: Checkpoint) -> list[float]:
+    """The distinct step counts of the optimizer's parameter groups: one, unless it is a strange run."""
+    common, view = checkpoint.common()
+    found = _steps_in(common.get("optimizer")) if isinstance(common, dict) else ()
+    return sorted({number(step, view) if isinstance(step, Stored) else float(step) for step in found})
+
+
+def _steps_in(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key in ("step", "common_step") and isinstance(inner, (Stored, int, float)):
+                yield inner
+            else:
+                yield from _steps_in(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _steps_in(inner)
+
+
+def _notes(checkpoint: Checkpoint, tensors: Mapping[str, Mapping[str, TensorDigest]]) -> Iterator[str]:
+    names = (*checkpoint.tensors, *checkpoint.objects)
+    if any(FLAT_BUFFERS.match(name) for name in names):
+        yield (
+            "the optimizer was saved as flat buffers, whose layout depends on TP and DP: it has no logical digest; "
+            "save it as fully_reshardable to compare it"
+        )
+    elif tensors["optimizer"] and "optimizer.step" not in tensors["optimizer"]:
+        yield "the optimizer's step count was not found and is not part of its digest"

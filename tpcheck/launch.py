@@ -1,0 +1,281 @@
+"""Starting the ranks of a run: forked from this process after one import, or as torchrun or srun started them.
+
+    launch ── import torch and megatron-core once ── fork tp * dp ranks ── wait
+                                                         └─ the first that fails takes the others with it
+
+A forked rank leads its own process group and dies with its parent, so nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tpcheck import result
+from tpcheck.config import RunConfig, check, load_run
+from tpcheck.errors import TpcheckError
+from tpcheck.manifest import resume_point
+from tpcheck.progress import to_log
+
+__all__ = ["command", "launch"]
+
+LOG = "log.txt"
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 1.0  # for the other ranks to say why they fail, before they are killed
+PR_SET_PDEATHSIG = 1
+SIGNALS = {signal.SIGTERM, signal.SIGUSR2, signal.SIGINT}
+
+
+def command(path: Path, overrides: Sequence[str] = (), resume: bool = False) -> int:
+    """`tpcheck train PATH [key=value …] [--resume]`: train here, or in ranks forked from this process."""
+    return launch(load_run(path, overrides), resume)
+
+
+def launch(config: RunConfig, resume: bool = False) -> int:
+    """Train `config` and return an exit code; bad input is a `TpcheckError`, raised before any rank starts."""
+    check(config)
+    rank_settings = _rank_from_environment(config)
+    if rank_settings is None:
+        resume_point(config, resume)
+        if resume and _is_complete(config):
+            print(f"complete already: {config.output}")
+            return 0
+        return _fork_ranks(config, resume)
+    os.environ.update(rank_settings)
+    with _quiet_imports():
+        from tpcheck.train import Stop, train
+    stop = Stop()
+    with to_log(Path(config.output) / LOG, int(os.environ["RANK"])) as display, _refusals():
+        train(config, resume, stop, display)
+    return 0
+
+
+def _fork_ranks(config: RunConfig, resume: bool) -> int:
+    data = _check_before_forking(config)
+    ranks: dict[int, int] = {}
+    with (
+        _exclusively(config),
+        tempfile.TemporaryDirectory(prefix="tpcheck-") as scratch,
+        _forwarded_signals(ranks),
+    ):
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            for rank in range(config.world_size):
+                ranks[rank] = _fork(config, resume, data, rank, Path(scratch))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        return _supervise(ranks, Path(scratch), Path(config.output) / LOG)
+
+
+@contextlib.contextmanager
+def _exclusively(config: RunConfig) -> Iterator[None]:
+    """Hold the result directory's lock, which forked ranks inherit, so that no two runs write to one place."""
+    log = Path(config.output) / LOG
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TpcheckError(f"{config.output} is being written by another run: wait for it, or stop it") from error
+        yield
+
+
+def _check_before_forking(config: RunConfig) -> Any:
+    """Import everything heavy, once for all ranks; refuse what can be refused here; open the data."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asks for GPUs without starting CUDA
+    with _quiet_imports():
+        import psutil  # noqa: F401  without it Megatron's checkpoint writer hangs
+
+        import tpcheck.train  # noqa: F401
+        from tpcheck.data import open_data
+        from tpcheck.model import transformer_config
+
+        transformer_config(config)
+    return open_data(config)
+
+
+@contextlib.contextmanager
+def _quiet_imports() -> Iterator[None]:
+    # megatron-core warns seven times that Apex and Transformer Engine are not installed.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What the patches do not cover is bad input like any other."""
+    from patches import UnsupportedError
+
+    try:
+        yield
+    except UnsupportedError as error:
+        raise TpcheckError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _forwarded_signals(ranks: dict[int, int]) -> Iterator[None]:
+    """While this lasts, a request to stop goes to every rank; a second Ctrl-C ends them at once."""
+    interrupted = False
+
+    def forward(number: int, frame: object) -> None:
+        nonlocal interrupted
+        if number == signal.SIGINT:
+            if interrupted:
+                raise KeyboardInterrupt
+            interrupted = True
+        for pid in ranks.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _fork(config: RunConfig, resume: bool, data: Any, rank: int, scratch: Path) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        _die_with_parent()
+        os.register_at_fork(after_in_child=_die_with_parent)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(config.world_size))
+        os.environ["TPCHECK_STORE"] = str(scratch / "store")
+        if "lo" in (name for _, name in socket.if_nameindex()):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        code = _run_rank(config, resume, data, rank, scratch)
+    finally:
+        os._exit(code)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _run_rank(config: RunConfig, resume: bool, data: Any, rank: int, scratch: Path) -> int:
+    from tpcheck.train import Stop, train
+
+    stop = Stop()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    report: dict[str, Any] = {}
+    with to_log(Path(config.output) / LOG, rank) as display:
+        try:
+            with _refusals():
+                train(config, resume, stop, display, data)
+            return 0
+        except TpcheckError as error:
+            report = {"refused": True, "why": str(error)}
+        except BaseException as error:
+            traceback.print_exc()
+            report = {"refused": False, "why": "".join(traceback.format_exception_only(error)).strip()}
+    result.write_json(scratch / f"rank-{rank}.json", {"time": time.time(), **report})
+    return 1
+
+
+def _supervise(ranks: dict[int, int], scratch: Path, log: Path) -> int:
+    """Wait for all ranks; when one fails, end the others. Bad input that a rank found is raised here."""
+    waiting, failed, deadline = dict(ranks), {}, float("inf")
+    try:
+        while waiting and time.monotonic() < deadline:
+            for rank, pid in list(waiting.items()):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if not ended:
+                    continue
+                del waiting[rank]
+                if status:
+                    failed[rank] = os.waitstatus_to_exitcode(status)
+                    _kill_group(pid)
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            time.sleep(POLL_SECONDS)
+    finally:
+        for pid in waiting.values():
+            _kill_group(pid)
+            os.waitpid(pid, 0)
+    if not failed:
+        return 0
+    reports = {rank: _report(scratch, rank, code) for rank, code in failed.items()}
+    rank = min(reports, key=lambda rank: (reports[rank]["order"], reports[rank].get("time", 0.0)))
+    if reports[rank].get("refused"):
+        raise TpcheckError(reports[rank]["why"])
+    message = f"rank {rank} {reports[rank]['why']}"
+    if waiting:
+        message += f" (the {len(waiting)} ranks still running were ended)"
+    with open(log, "a", encoding="utf-8") as file:
+        print(f"[launch] {message}", file=file)
+    print(f"tpcheck: {message}; see {log}", file=sys.stderr)
+    return 1
+
+
+def _report(scratch: Path, rank: int, code: int) -> dict[str, Any]:
+    """Why a rank ended; a lower `order` is nearer to the cause: the others often fail because it did."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return {"order": 2 if code == -signal.SIGABRT else 0, "why": f"was killed by {name}"}
+    try:
+        report = json.loads((scratch / f"rank-{rank}.json").read_text())
+    except (OSError, ValueError):
+        return {"order": 3, "why": f"ended with exit code {code}"}
+    return {"order": 1, **report, "why": report["why"] if report["refused"] else f"failed: {report['why']}"}
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _is_complete(config: RunConfig) -> bool:
+    digests = result.read_digests(Path(config.output))
+    return digests is not None and digests["step"] == config.steps
+
+
+def _rank_from_environment(config: RunConfig) -> dict[str, str] | None:
+    """This process's place among ranks that torchrun or srun started; None when there are none."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        found, settings = int(env["WORLD_SIZE"]), {}
+    elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        found, settings = int(env["SLURM_STEP_NUM_TASKS"]), _rank_from_slurm()
+    else:
+        return None
+    if found != config.world_size:
+        raise TpcheckError(f"{found} ranks were started, tp * dp = {config.tp} * {config.dp} needs {config.world_size}")
+    return settings
+
+
+def _rank_from_slurm() -> dict[str, str]:
+    env = os.environ
+    host = "127.0.0.1"
+    if int(env.get("SLURM_STEP_NUM_NODES", "1")) > 1:
+        call = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
+        host = subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()[0]
+    port = 20000 + (int(env["SLURM_JOB_ID"]) * 31 + int(env["SLURM_STEP_ID"])) % 20000
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "MASTER_ADDR": env.get("MASTER_ADDR", host),
+        "MASTER_PORT": env.get("MASTER_PORT", str(port)),
+    }

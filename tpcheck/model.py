@@ -1,0 +1,200 @@
+"""The model and its optimizer, built from megatron-core, and one training step with them.
+
+    GPTModel -> Float16Module (bf16) -> DistributedDataParallel -> Adam
+
+Everything is in Megatron's local implementation (`get_gpt_layer_local_spec`), without fused kernels whose
+bits would depend on what happens to be installed. Initial weights are made on the CPU, whole, then cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import layers, model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from tpcheck.config import RunConfig
+from tpcheck.errors import TpcheckError
+
+__all__ = [
+    "build_model",
+    "build_optimizer",
+    "global_mean",
+    "learning_rate",
+    "seed_everything",
+    "set_learning_rate",
+    "train_step",
+    "transformer_config",
+]
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def transformer_config(config: RunConfig) -> TransformerConfig:
+    """The run's model in megatron-core's terms; `TpcheckError` with megatron-core's reason if it refuses."""
+    model, dtype = config.model, DTYPES[config.dtype]
+    if config.gradient_accumulation_fusion and config.strategy == "stock" and not layers._grad_accum_fusion_available:
+        raise TpcheckError("gradient_accumulation_fusion needs Apex's fused_weight_gradient_mlp_cuda: set it false")
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    try:
+        return TransformerConfig(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            num_attention_heads=model.num_attention_heads,
+            num_query_groups=model.num_query_groups,
+            kv_channels=model.head_dim,
+            ffn_hidden_size=model.ffn_hidden_size,
+            normalization=model.normalization,
+            layernorm_epsilon=model.norm_eps,
+            qk_layernorm=model.qk_layernorm,
+            gated_linear_unit=model.activation == "swiglu",
+            activation_func=torch.nn.functional.silu if model.activation == "swiglu" else torch.nn.functional.gelu,
+            add_bias_linear=model.bias,
+            init_method_std=model.init_std,
+            hidden_dropout=model.dropout,
+            attention_dropout=model.dropout,
+            tensor_model_parallel_size=config.tp,
+            sequence_parallel=config.sequence_parallel and config.tp > 1,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            bf16=config.dtype == "bf16",
+            use_cpu_initialization=True,
+            gradient_accumulation_fusion=config.gradient_accumulation_fusion,
+            masked_softmax_fusion=False,
+            persist_layer_norm=False,
+            apply_rope_fusion=False,
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+            finalize_model_grads_func=finalize_model_grads,
+            **(recompute if config.recompute else {}),
+        )
+    except (AssertionError, ValueError, ImportError) as error:
+        raise TpcheckError(f"megatron-core refuses this model: {error}") from error
+
+
+def build_model(config: RunConfig) -> tuple[GPTModel, DistributedDataParallel]:
+    """The bare model, whose state is saved, and the same model as it is trained."""
+    settings = transformer_config(config)
+    model = config.model
+    seed_everything(config.seed)
+    gpt = GPTModel(
+        settings,
+        get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization=model.normalization),
+        vocab_size=model.padded_vocab_size,
+        max_sequence_length=model.max_positions,
+        position_embedding_type="rope" if model.positions == "rope" else "learned_absolute",
+        rotary_base=model.rope_base,
+        share_embeddings_and_output_weights=model.tied,
+        parallel_output=True,
+    )
+    gpt.cuda()
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.distributed_optimizer,
+        check_for_nan_in_grad=True,
+    )
+    module = Float16Module(settings, gpt) if config.dtype == "bf16" else gpt
+    return gpt, DistributedDataParallel(settings, ddp_config, module)
+
+
+def seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Any:
+    """Megatron's Adam with its gradient norm, clipping and float32 main parameters."""
+    settings = config.optimizer
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad,
+            bf16=config.dtype == "bf16",
+            params_dtype=DTYPES[config.dtype],
+            use_distributed_optimizer=config.distributed_optimizer,
+        ),
+        [ddp],
+    )
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """The rate of `step` (counted from 0): linear warm-up to lr, then half a cosine down to min_lr."""
+    settings = config.optimizer
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    span = max(1, (settings.decay_steps or config.steps) - settings.warmup_steps)
+    progress = min(1.0, (step - settings.warmup_steps) / span)
+    return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(config: RunConfig, optimizer: Any, step: int) -> float:
+    rate = learning_rate(config, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_mult", 1.0)
+        group["weight_decay"] = config.optimizer.weight_decay * group.get("wd_mult", 1.0)
+    return rate
+
+
+def train_step(
+    config: RunConfig, ddp: DistributedDataParallel, optimizer: Any, batches: list[torch.Tensor]
+) -> tuple[float, float]:
+    """One step on this rank's microbatches: the global batch's mean loss, and the gradient norm."""
+    ddp.zero_grad_buffer()
+    optimizer.zero_grad()
+    losses = get_forward_backward_func()(
+        forward_step_func=_forward,
+        data_iterator=iter(batches),
+        model=[ddp],
+        num_microbatches=len(batches),
+        seq_length=config.seq_length,
+        micro_batch_size=config.micro_batch_size,
+        forward_only=False,
+    )
+    _, grad_norm, _ = optimizer.step()
+    return global_mean(losses), float(grad_norm)
+
+
+def _forward(batches: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    tokens = next(batches).cuda()
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
+    return model(inputs, positions, None, labels=labels), _loss
+
+
+def _loss(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return token_losses.float().mean(), token_losses.detach().float()
+
+
+def global_mean(losses: list[torch.Tensor]) -> float:
+    """The mean of all token losses of all data-parallel ranks, as a float32.
+
+    `fsum` rounds a sum once whatever its order, so samples may sit in any microbatch of any rank.
+    """
+    samples = torch.cat(losses).cpu()
+    sums = torch.tensor([math.fsum(row) for row in samples.tolist()], dtype=torch.float64).cuda()
+    group = parallel_state.get_data_parallel_group()
+    gathered = [torch.empty_like(sums) for _ in range(group.size())]
+    torch.distributed.all_gather(gathered, sums, group=group)
+    every = torch.cat(gathered)
+    mean = math.fsum(every.tolist()) / (len(every) * samples.shape[1])
+    return torch.tensor(mean, dtype=torch.float32).item()

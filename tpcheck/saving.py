@@ -1,0 +1,159 @@
+"""Checkpoints of a run: Megatron's torch_dist format, complete or not there at all.
+
+    checkpoints/.new-step-00000020/   while it is written
+    checkpoints/step-00000020/        renamed into place once every byte is on disk
+
+A checkpoint loads at any tensor- and data-parallel size, with the distributed optimizer or without,
+whichever way it was saved.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_outplace,
+    extract_matching_values,
+    merge,
+    nested_values,
+)
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
+
+from tpcheck import result
+from tpcheck.errors import TpcheckError
+
+__all__ = ["load", "save"]
+
+MAIN_PARAMETER = "optimizer.state.fp32_param."  # as the plain optimizer names it
+SHARDED_MAIN_PARAMETER = "optimizer.state.param."  # as the distributed optimizer does
+RESHARDABLE = "fully_reshardable" in getattr(DistributedOptimizer, "checkpoint_fully_reshardable_formats", ())
+
+
+def save(output: Path, step: int, gpt: Any, optimizer: Any) -> Path:
+    """Write the state after `step` steps and put it into place; every rank calls this, at the same step."""
+    final = result.checkpoint_path(output, step)
+    new = final.with_name(f".new-{final.name}")
+    if dist.get_rank() == 0:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+    dist.barrier()
+    model_state, optimizer_state = _state(gpt, optimizer, is_loading=False)
+    _write({"model": model_state, "optimizer": optimizer_state, "step": step}, new)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        _sync_files(new)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(new, final)
+        _sync(final.parent)
+    dist.barrier()
+    return final
+
+
+def _write(state: dict[str, Any], folder: Path) -> None:
+    # Megatron would start a manager process per rank for this queue, which outlives a killed rank.
+    filesystem_async._results_queue = queue.SimpleQueue()
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    request = dist_checkpointing.save(state, str(folder), strategy, async_sharded_save=True)
+    if request.preload_fn:  # to the CPU; megatron-core 0.14 leaves it out of a synchronous save
+        rank, _, results = request.async_fn_args
+        request = request._replace(async_fn_args=[rank, request.preload_fn(), results], preload_fn=None)
+    request.execute_sync()
+
+
+def load(path: Path, step: int, gpt: Any, optimizer: Any) -> None:
+    """Fill model and optimizer from the checkpoint at `path`; every rank calls this."""
+    try:
+        _load(path, step, gpt, optimizer)
+    except TpcheckError:
+        raise
+    except (Exception, CheckpointException) as error:  # the second is torch's, and no Exception
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TpcheckError(f"{path} does not load into this model: {reason[:300]}") from error
+
+
+def _load(path: Path, step: int, gpt: Any, optimizer: Any) -> None:
+    """Only tensors come from the checkpoint: the rest of the optimizer's state follows from config and step."""
+    model_state, optimizer_state = _state(gpt, optimizer, is_loading=True)
+    wanted, rest = extract_matching_values(optimizer_state, _is_placeholder)
+    stored = dist_checkpointing.load_tensors_metadata(str(path))
+    keys = [value.key for value in nested_values(wanted) if isinstance(value, ShardedBase)]
+    if not RESHARDABLE and _is_distributed(keys) != _is_distributed(stored):
+        raise TpcheckError("megatron-core 0.14 resumes only with the distributed_optimizer setting that was saved")
+    wanted = dict_list_map_outplace(lambda value: _as_stored(value, stored), wanted)
+    gpt.load_state_dict(dist_checkpointing.load({"model": model_state}, str(path))["model"])
+    tensors = dist_checkpointing.load({"resumed": wanted}, str(path))["resumed"]
+    optimizer.load_state_dict(_with_step(merge(rest, tensors), step))
+
+
+def _state(gpt: Any, optimizer: Any, is_loading: bool) -> tuple[Any, Any]:
+    metadata = {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "distrib_optim_sharding_type": "fully_reshardable" if RESHARDABLE else "fully_sharded_model_space",
+    }
+    model_state = gpt.sharded_state_dict(metadata=metadata)
+    return model_state, optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+
+
+def _is_distributed(keys: Iterable[str]) -> bool:
+    return any(key.startswith(SHARDED_MAIN_PARAMETER) for key in keys)
+
+
+def _is_placeholder(value: Any) -> bool:
+    return isinstance(value, (ShardedBase, LocalNonpersistentObject))
+
+
+def _as_stored(value: Any, stored: dict[str, ShardedTensor]) -> Any:
+    """A main parameter under the name that the checkpoint has for it; anything else unchanged."""
+    if not isinstance(value, (ShardedTensor, ShardedTensorFactory)):
+        return value
+    for prefix in (MAIN_PARAMETER, SHARDED_MAIN_PARAMETER):
+        if value.key.startswith(prefix):
+            name = value.key.removeprefix(prefix)
+            names = [MAIN_PARAMETER + name, SHARDED_MAIN_PARAMETER + name]
+            if name in stored and stored[name].dtype == torch.float32:
+                names.append(name)  # float32 parameters are their own main parameters
+            return replace(value, key=next((key for key in names if key in stored), value.key))
+    return value
+
+
+def _with_step(state: Any, step: int) -> Any:
+    """The optimizer's state with Adam's step count, which is the number of steps that were trained."""
+    inner = state.get("optimizer", state)
+    if "state" in inner and not HAVE_APEX_OR_TE:
+        inner["state"]["common_step"] = torch.tensor(float(step))
+    else:
+        for group in inner["param_groups"]:
+            group["step"] = step
+    return state
+
+
+def _sync_files(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        _sync(file)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,166 @@
+"""The training loop, as every rank of a run goes through it.
+
+What a rank computes follows from (model, data, seed, step) alone. From where the run goes on, and whether it
+stops, is agreed between ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from tpcheck import manifest, result, saving
+from tpcheck.config import RunConfig
+from tpcheck.data import Source, open_data, rank_batches
+from tpcheck.model import build_model, build_optimizer, seed_everything, set_learning_rate, train_step
+from tpcheck.progress import Steps
+
+__all__ = ["Stop", "enable_patches", "process_group", "train"]
+
+TIMEOUT = datetime.timedelta(minutes=10)  # a collective that waits longer has lost a rank
+
+
+def train(
+    config: RunConfig, resume: bool, stop: Stop, display: TextIO | None = None, data: Source | None = None
+) -> None:
+    """Train until the last step, or until a signal asks to leave; runs on every rank of the run."""
+    output = Path(config.output)
+    patched = enable_patches(config)
+    with process_group(config):
+        gpt, ddp = build_model(config)
+        optimizer = build_optimizer(config, ddp)
+        data = data or open_data(config)
+        step = _start(config, resume, data, patched)
+        if step:
+            saving.load(result.checkpoint_path(output, step), step, gpt, optimizer)
+        dp_rank = parallel_state.get_data_parallel_rank()
+        main = dist.get_rank() == 0
+        with Steps(display if main else None, step, config.steps) as steps:
+            while step < config.steps:
+                began = time.perf_counter()
+                rate = set_learning_rate(config, optimizer, step)
+                if config.model.dropout:
+                    seed_everything(config.seed + step)
+                loss, grad_norm = train_step(config, ddp, optimizer, rank_batches(data, config, step, dp_rank))
+                step += 1
+                if main:
+                    record = _record(config, step, loss, grad_norm, rate, time.perf_counter() - began)
+                    result.append_step(output, record)
+                    steps.show(record)
+                leaving = stop.agreed() or step == config.stop_after
+                due = config.checkpoint_every and step % config.checkpoint_every == 0
+                if due or leaving or step == config.steps:
+                    saving.save(output, step, gpt, optimizer)
+                if leaving:
+                    break
+            if main and step == config.steps:
+                _write_digests(output, step)
+                steps.say(f"complete: {output}")
+            elif main:
+                steps.say(f"stopped and saved at step {step}: go on with --resume")
+
+
+def enable_patches(config: RunConfig) -> list[dict[str, Any]]:
+    """Turn on what the strategy asks for, and report it for the manifest."""
+    import patches
+
+    if config.strategy == "stock":
+        patches.cpu.enable()
+    else:
+        patches.enable(strategy=config.strategy, leaves=config.leaves)
+    return [dataclasses.asdict(row) for row in patches.status()]
+
+
+@contextlib.contextmanager
+def process_group(config: RunConfig) -> Iterator[None]:
+    """The run's ranks, connected; RANK and WORLD_SIZE name this one, TPCHECK_STORE or MASTER_ADDR the place.
+
+    Left by an exception, it stays as it is: closing it would wait for ranks that may never come.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
+    else:
+        torch.set_num_threads(config.threads)
+    store = os.environ.get("TPCHECK_STORE")
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        init_method=f"file://{store}" if store else "env://",
+        rank=rank,
+        world_size=world_size,
+        timeout=TIMEOUT,
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tp, distributed_timeout_minutes=TIMEOUT.seconds // 60
+    )
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+class Stop:
+    """Hears the signals that ask a run to save and leave."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: object) -> None:
+        self.asked = True
+
+    def agreed(self) -> bool:
+        """Whether any rank heard one; all ranks get the same answer."""
+        asked = torch.tensor([int(self.asked)]).cuda()
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked.item())
+
+
+def _start(config: RunConfig, resume: bool, data: Source, patched: list[dict[str, Any]]) -> int:
+    """Rank 0 decides where the run starts and prepares the result directory; every rank gets the step."""
+    answer: list[int] = [0]
+    if dist.get_rank() == 0:
+        output = Path(config.output)
+        step = manifest.resume_point(config, resume)
+        now = manifest.describe(config, data, patched)
+        if result.is_result(output):
+            now = manifest.continued(result.read_manifest(output), now, step)
+        output.mkdir(parents=True, exist_ok=True)
+        result.write_manifest(output, now)
+        result.truncate_steps(output, step)
+        (output / result.DIGESTS).unlink(missing_ok=True)
+        answer = [step]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def _record(config: RunConfig, step: int, loss: float, grad_norm: float, rate: float, seconds: float) -> dict[str, Any]:
+    return {
+        "step": step,
+        "loss": loss,
+        "loss_hex": loss.hex(),
+        "grad_norm": grad_norm,
+        "grad_norm_hex": grad_norm.hex(),
+        "lr": rate,
+        "tokens": config.global_batch_size * config.seq_length,
+        "seconds": seconds,
+    }
+
+
+def _write_digests(output: Path, step: int) -> None:
+    from tpcheck.digest import digest_checkpoint
+
+    digests = digest_checkpoint(result.checkpoint_path(output, step))
+    result.write_digests(output, {"step": step, **digests.to_json()})

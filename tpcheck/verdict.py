@@ -1,0 +1,208 @@
+"""The verdict on a sweep: for every group of cells that differ only in invariant settings, one digest or not.
+
+What the patches promise (every strategy but stock) must hold; stock is reported, not judged. Read from the
+result directories alone, so it can be given on an unfinished sweep too: it then says what is missing.
+
+    exit code 0   every cell is complete, everything promised held
+              1   cells of a promised group differ: the first step and the tensors are named
+              2   cells are missing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from tpcheck import result
+from tpcheck.cells import Cell, Sweep
+
+__all__ = ["VERDICT", "Group", "Verdict", "judge", "write"]
+
+VERDICT = "verdict.json"
+SHORT = 12  # digits of a digest in a table
+
+DIFFERING = 3  # tensors named where a promise is broken
+
+Difference = Callable[[Path, Path], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Digests:
+    """One cell's final state; an optimizer whose checkpoint has no logical tensors has no digest."""
+
+    model: str
+    optimizer: str | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cells that differ only in invariant settings; a cell that is not complete has no digests."""
+
+    name: str
+    promised: bool
+    variants: tuple[str, ...]  # what sets its cells apart: TP=1, TP=2, …
+    cells: Mapping[str, Digests | None]
+    difference: tuple[str, ...] = ()  # where two of them part, in lines; only for what was promised
+
+    @property
+    def complete(self) -> list[Digests]:
+        return [digests for digests in self.cells.values() if digests]
+
+    @property
+    def missing(self) -> list[str]:
+        return [name for name, digests in self.cells.items() if not digests]
+
+    @property
+    def status(self) -> Literal["different", "incomplete", "alone", "identical"]:
+        if len(set(self.complete)) > 1:
+            return "different"
+        if self.missing:
+            return "incomplete"
+        return "identical" if len(self.cells) > 1 else "alone"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What can be said of a sweep."""
+
+    sweep: str
+    groups: tuple[Group, ...]
+
+    @property
+    def broken(self) -> list[Group]:
+        return [group for group in self.groups if group.promised and group.status == "different"]
+
+    @property
+    def missing(self) -> list[str]:
+        return [name for group in self.groups for name in group.missing]
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.broken else 2 if self.missing else 0
+
+    def sentence(self) -> str:
+        """The verdict in one line."""
+        if self.broken:
+            return f"BROKEN: {_names(self.broken)} promised one digest and has several"
+        if self.missing:
+            return f"no verdict yet: {len(self.missing)} of {sum(len(g.cells) for g in self.groups)} cells are missing"
+        held = [group for group in self.groups if group.promised and group.status == "identical"]
+        if not held:
+            return "nothing was promised and compared: no group of patched cells differs in an invariant setting"
+        over = " and ".join(sorted({_over(group) for group in held}))
+        digested = all(digests.optimizer for group in held for digests in group.complete)
+        of = "of the model and of the optimizer" if digested else "of the model (there is none of the optimizer)"
+        return f"HELD: {_names(held)}: one digest each, {of}, over {over}"
+
+    def table(self) -> Table:
+        """One row per group, for a terminal."""
+        table = Table(title=f"{self.sweep}: verdict", title_justify="left")
+        for heading in ("group", "cells", "model", "optimizer", "verdict"):
+            table.add_column(heading)
+        for row in self.rows():
+            table.add_row(*row)
+        return table
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """Group, cells, model digests, optimizer digests and verdict, as text."""
+        return [
+            (
+                group.name,
+                f"{len(group.complete)} of {len(group.cells)}: {_over(group)}",
+                _count([digests.model for digests in group.complete]),
+                _count([digests.optimizer for digests in group.complete]),
+                _opinion(group),
+            )
+            for group in self.groups
+        ]
+
+    def details(self) -> list[str]:
+        """What a reader needs beyond the table: where promised groups differ, what is missing."""
+        lines = [line for group in self.broken for line in group.difference]
+        if self.missing:
+            lines.append(f"missing: {', '.join(self.missing)}")
+        return lines
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "format": result.FORMAT,
+            "sweep": self.sweep,
+            "exit_code": self.exit_code,
+            "verdict": self.sentence(),
+            "groups": [
+                {
+                    "name": group.name,
+                    "promised": group.promised,
+                    "status": group.status,
+                    "cells": {name: vars(digests) if digests else None for name, digests in group.cells.items()},
+                    "difference": list(group.difference),
+                }
+                for group in self.groups
+            ],
+        }
+
+
+def judge(sweep: Sweep, difference: Difference | None = None) -> Verdict:
+    """Compare what the cells left; `difference(a, b)` tells in a few lines where two result directories part."""
+    return Verdict(sweep.name, tuple(_judge(name, cells, difference or _diff) for name, cells in sweep.groups()))
+
+
+def write(verdict: Verdict, output: Path) -> Path:
+    """Leave the verdict beside the cells."""
+    result.write_json(output / VERDICT, verdict.as_json())
+    return output / VERDICT
+
+
+def digests_of(cell: Cell) -> Digests | None:
+    """The digests of a complete cell's final state."""
+    found = result.read_digests(cell.path)
+    if found is None or found["step"] != cell.config.steps:
+        return None
+    return Digests(found["model"], found.get("optimizer"))
+
+
+def _judge(name: str, cells: Sequence[Cell], difference: Difference) -> Group:
+    found = {cell.name: digests_of(cell) for cell in cells}
+    promised = all(cell.promised for cell in cells)
+    complete = [cell for cell in cells if found[cell.name]]
+    strangers = [cell for cell in complete if found[cell.name] != found[complete[0].name]]
+    lines: tuple[str, ...] = ()
+    if promised and strangers:
+        a, b = complete[0], strangers[0]
+        lines = (f"{name}: {a.name} and {b.name} differ", *(f"  {line}" for line in difference(a.path, b.path)))
+    return Group(name, promised, tuple(cell.variant for cell in cells), found, lines)
+
+
+def _diff(a: Path, b: Path) -> Iterable[str]:
+    from tpcheck.diff import diff
+    from tpcheck.difftext import lines
+
+    return lines(diff(a, b), DIFFERING)
+
+
+def _names(groups: Sequence[Group]) -> str:
+    return ", ".join(group.name for group in groups)
+
+
+def _over(group: Group) -> str:
+    """`TP=1, 2, 4, 8` where only TP varies, else every variant in full."""
+    if all(variant.startswith("TP=") and " " not in variant for variant in group.variants):
+        return "TP=" + ", ".join(variant.removeprefix("TP=") for variant in group.variants)
+    return "; ".join(group.variants)
+
+
+def _count(digests: Sequence[str | None]) -> str:
+    known = {digest for digest in digests if digest}
+    if not known:
+        return "-"
+    return f"one: {known.pop()[:SHORT]}" if len(known) == 1 else f"{len(known)} different"
+
+
+def _opinion(group: Group) -> str:
+    words = {"identical": "identical", "different": "different", "alone": "one cell, nothing to compare"}
+    opinion = words.get(group.status, f"{len(group.missing)} missing")
+    return opinion if group.promised else f"{opinion}, not promised"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patches.ops.sharded import Shards
 from patches.order.collectives import all_gather
-from patches.order.exact import exact_product, rounded
+from patches.order.exact import exact_product
 
 __all__ = ["column_parallel", "row_parallel"]
 
@@ -71,7 +71,7 @@ class _RowParallel(torch.autograd.Function):
         dy_TN = dy.flatten(0, -2)
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = rounded(exact_product(dy_TN, weight), x.dtype).view(x.shape)
+            dx = exact_product(dy_TN, weight).to(x.dtype).view(x.shape)
         if ctx.needs_input_grad[1]:
             dw = _weight_gradient(ctx.weight, dy_TN, x.flatten(0, -2), ctx.main_grad)
         return dx, dw, None, None, None
@@ -84,7 +84,7 @@ class _ColumnParallel(torch.autograd.Function):
         ctx.weight, ctx.shards, ctx.sp, ctx.main_grad, ctx.pieces = weight, shards, sp, main_grad, pieces
         if sp:
             x = all_gather(x, shards.group)
-        y_TN = rounded(exact_product(x.flatten(0, -2), weight.t()), x.dtype)
+        y_TN = exact_product(x.flatten(0, -2), weight.t()).to(x.dtype)
         return _unflattened(y_TN, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
@@ -109,7 +109,7 @@ def _weight_gradient(weight: Any, dy_TN: Tensor, x_TK: Tensor, main_grad: bool) 
     """dyᵀ·x in the weight's dtype, or added to `weight.main_grad`, with the placeholder Megatron's hooks expect."""
     dw_NK = exact_product(dy_TN.t(), x_TK)
     if not main_grad:
-        return rounded(dw_NK, weight.dtype)
+        return dw_NK.to(weight.dtype)
     weight.main_grad.add_(dw_NK)
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None

@@ -57,15 +57,19 @@ def widened(x: Tensor) -> Tensor:
 
 def exact_product_of(a: Tensor, b: Tensor) -> Tensor:
     """`exact_product` of two `widened` operands, which it consumes."""
+    if not a.shape[-1]:
+        return a.new_zeros((*a.shape[:-1], b.shape[-1]), dtype=torch.float32)
+    tops = [_largest(a, -1), _largest(b, -2)]
     special = None
-    if not (_all_finite(a) and _all_finite(b)):
+    if not all(bool(top.isfinite().all()) for top in tops):
         special = _matmul(a, b)
         a, b = (torch.where(x.isfinite(), x, 0.0) for x in (a, b))
+        tops = [_largest(a, -1), _largest(b, -2)]
     bits = (FLOAT64_BITS - _log2_ceil(a.shape[-1])) // 2
-    out = _sliced_product(list(_slices(a, -1, bits)), list(_slices(b, -2, bits)))
-    if special is not None:
-        out = torch.where(special.isfinite(), out, special)
-    return rounded(out, torch.float32)
+    out = _sliced_product(list(_slices(a, tops[0], -1, bits)), list(_slices(b, tops[1], -2, bits)))
+    if special is None:
+        return out.float().add_(0.0)
+    return rounded(torch.where(special.isfinite(), out, special), torch.float32)
 
 
 def exact_sum(x: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Tensor:
@@ -113,26 +117,32 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.masked_fill_(nan, math.nan) if bool(nan.any()) else x
 
 
-def _slices(x: Tensor, dim: int, bits: int) -> Iterator[tuple[Tensor | None, Tensor]]:
+def _slices(x: Tensor, top: Tensor, dim: int, bits: int) -> Iterator[tuple[Tensor | None, Tensor]]:
     """Cut float64 `x`, which it consumes, along `dim`: (indices of the rows that are left or None for all, slice)."""
     rows: Tensor | None = None
-    while x.numel():
-        head = _on_grid(x, dim, bits)
+    while True:
+        head = _on_grid(x, top, bits)
         x.sub_(head)
         yield rows, head
-        left = x.any(dim)
+        top = _largest(x, dim)
+        left = top.ne(0).squeeze(dim)
         if not bool(left.any()):
             return
         if x.dim() == 2 and not bool(left.all()):
             index = left.nonzero().squeeze(1)
-            x = x.index_select(0 if dim == -1 else 1, index)
+            kept = 0 if dim == -1 else 1
+            x, top = x.index_select(kept, index), top.index_select(kept, index)
             rows = index if rows is None else rows[index]
-    yield None, x
 
 
-def _on_grid(x: Tensor, dim: int, bits: int) -> Tensor:
-    """`x` rounded to multiples of 2^(e-bits), 2^e being the power of two above the largest |x| along `dim`."""
-    power = x.abs().amax(dim, keepdim=True).view(torch.int64).bitwise_and_(EXPONENT_MASK).view(torch.float64)
+def _largest(x: Tensor, dim: int) -> Tensor:
+    """max |x| along `dim`, which stays as size 1; infinities and NaNs come through."""
+    return x.abs().amax(dim, keepdim=True)
+
+
+def _on_grid(x: Tensor, top: Tensor, bits: int) -> Tensor:
+    """`x` rounded to multiples of 2^(e-bits), 2^e being the power of two above `top`, which it consumes."""
+    power = top.view(torch.int64).bitwise_and_(EXPONENT_MASK).view(torch.float64)
     shift = power.mul_(1.5 * 2.0 ** (FLOAT64_BITS - bits))
     return (x + shift).sub_(shift)
 
@@ -156,25 +166,26 @@ def _sliced_product(a: list[tuple[Tensor | None, Tensor]], b: list[tuple[Tensor 
 
 def _exact_row_sum(x: Tensor) -> Tensor:
     """Σx over the last dimension of float64 `x`, which it consumes."""
-    bits = min(FLOAT64_BITS - _log2_ceil(x.shape[-1]), GRID_BITS)
-    finite = _all_finite(x)
-    special = None if finite else x.sum(-1)
-    if not finite:
-        x = torch.where(x.isfinite(), x, 0.0)
     total = torch.zeros(x.shape[:-1], dtype=torch.float64, device=x.device)
-    while bool(x.any()):
-        head = _on_grid(x, -1, bits)
+    if not x.numel():
+        return total
+    bits = min(FLOAT64_BITS - _log2_ceil(x.shape[-1]), GRID_BITS)
+    top = _largest(x, -1)
+    special = None
+    if not bool(top.isfinite().all()):
+        special = x.sum(-1)
+        x = torch.where(x.isfinite(), x, 0.0)
+        top = _largest(x, -1)
+    while bool(top.any()):
+        head = _on_grid(x, top, bits)
         x.sub_(head)
         total.add_(head.sum(-1))
+        top = _largest(x, -1)
     return total if special is None else torch.where(special.isfinite(), total, special)
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b) if a.dim() == 2 else torch.bmm(a, b)
-
-
-def _all_finite(x: Tensor) -> bool:
-    return bool(x.abs().amax().isfinite()) if x.numel() else True
 
 
 def _log2_ceil(n: int) -> int:

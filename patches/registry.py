@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -38,6 +39,7 @@ class Patch:
         why: one line.
         install: applies the patch for a contract and returns what undoes it.
         versions: megatron-core versions that need it.
+        package: where this is not importable, the patch has nothing to do.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Patch:
     why: str
     install: Callable[[Contract], Undo]
     versions: SpecifierSet = ANY_VERSION
+    package: str = "megatron.core"
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def attribute(
     replacement: Callable[[Any], Any],
     parameters: str | None = None,
     versions: str = "",
+    package: str = "megatron.core",
 ) -> Patch:
     """A patch that replaces the attribute `target` by `replacement(original)`.
 
@@ -81,7 +85,7 @@ def attribute(
         setattr(holder, attr, replacement(getattr(holder, attr)))
         return (lambda: setattr(holder, attr, original)) if owned else (lambda: delattr(holder, attr))
 
-    return Patch(name, target, why, install, SpecifierSet(versions))
+    return Patch(name, target, why, install, SpecifierSet(versions), package)
 
 
 class Registry:
@@ -125,7 +129,7 @@ def check_versions(patches: Sequence[Patch]) -> list[Patch]:
         raise UnsupportedError(f"megatron-core is not installed: the patches are for megatron-core {supported}")
     if not supported.contains(found, prereleases=True):
         raise UnsupportedError(f"megatron-core {found} is not known to the patches: install megatron-core {supported}")
-    return [patch for patch in patches if patch.versions.contains(found, prereleases=True)]
+    return [p for p in patches if p.versions.contains(found, prereleases=True) and find_spec(p.package) is not None]
 
 
 def _version(package: str) -> str | None:

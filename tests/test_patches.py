@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import plain_megatron
@@ -175,3 +177,34 @@ def test_changed_target_is_refused_and_nothing_stays_half_patched(target, messag
     with pytest.raises(patches.UnsupportedError, match=message):
         REGISTRY.apply(patches.Contract(), [good, bad])
     assert Library.__dict__["known"] is original and REGISTRY.contract is None
+
+
+MEGATRON_LM = """
+import math
+
+def _vocab_size_with_padding(orig_vocab_size, args, logging_enabled=True):
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    return math.ceil(orig_vocab_size / multiple) * multiple
+"""
+
+
+def padded_vocabularies(package: str) -> dict[str, list[int]]:
+    sys.path.insert(0, package)
+    importlib.invalidate_caches()
+
+    def sizes() -> list[int]:
+        tokenizer = importlib.import_module("megatron.training.tokenizer.tokenizer")
+        args = [SimpleNamespace(make_vocab_size_divisible_by=128, tensor_model_parallel_size=tp) for tp in (1, 2, 4, 8)]
+        return [tokenizer._vocab_size_with_padding(50257, a) for a in args]
+
+    stock = sizes()
+    with patches.enabled():
+        return {"stock": stock, "patched": sizes()}
+
+
+def test_padded_vocabulary_of_megatrons_own_scripts_does_not_depend_on_tp(tmp_path):
+    folder = tmp_path / "megatron" / "training" / "tokenizer"
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.py").write_text(MEGATRON_LM)
+    sizes = on_ranks(1, padded_vocabularies, str(tmp_path))[0]
+    assert len(set(sizes["stock"])) > 1 and set(sizes["patched"]) == {51200}

@@ -112,6 +112,7 @@ def _assembled(slab: Sequence[Part]) -> Iterator[Array]:
     for start in range(0, height, rows):
         block = buffer[: min(rows, height - start)]
         for part in slab:
-            box = tuple(slice(low, low + size) for low, size in zip(part.offset[1:], part.array.shape[1:], strict=True))
-            block[(slice(None), *box)] = part.array[start : start + len(block)]
+            box = (slice(low, low + size) for low, size in zip(part.offset[1:], part.array.shape[1:], strict=True))
+            columns = (slice(None), *box)
+            block[columns] = part.array[start : start + len(block)]
         yield block

@@ -11,6 +11,7 @@ from patches.megatron import (
     local,
     mlp,
     param_and_grad_buffer,
+    tokenizer,
     torch_norm,
     transformer_config,
 )
@@ -21,6 +22,7 @@ __all__ = ["PATCHES"]
 PATCHES: list[Patch] = [
     *transformer_config.PATCHES,
     *local.PATCHES,
+    *tokenizer.PATCHES,
     *mlp.PATCHES,
     *layers.PATCHES,
     *torch_norm.PATCHES,

@@ -1,0 +1,37 @@
+"""megatron.training (Megatron-LM's own scripts, no part of megatron-core): the padded vocabulary."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from patches.contract import UnsupportedError
+from patches.megatron.context import contract
+from patches.registry import attribute
+
+__all__ = ["PATCHES"]
+
+
+def _padding(original: Any) -> Any:
+    def _vocab_size_with_padding(orig_vocab_size: int, args: Any, *rest: Any, **kwargs: Any) -> int:
+        """Pad as at the largest TP size, `leaves`, whatever the TP size is."""
+        leaves, tp = contract().leaves, args.tensor_model_parallel_size
+        if leaves % tp:
+            raise UnsupportedError(f"tp={tp} does not divide leaves={leaves}, which sets the padded vocabulary")
+        padded = copy.copy(args)
+        padded.tensor_model_parallel_size = leaves
+        return original(orig_vocab_size, padded, *rest, **kwargs)
+
+    return _vocab_size_with_padding
+
+
+PATCHES = [
+    attribute(
+        "padded-vocabulary",
+        "megatron.training.tokenizer.tokenizer:_vocab_size_with_padding",
+        "the vocabulary is padded to a multiple of the TP size",
+        _padding,
+        parameters="orig_vocab_size args logging_enabled",
+        package="megatron.training",
+    )
+]

@@ -96,7 +96,8 @@ def test_a_row_does_not_depend_on_the_rows_beside_it_and_is_right(name, dtype, o
 PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "linear": lambda x, w, b: F.linear(x, w, b), "matmul": lambda x, w, b: x @ w.t(),
     "addmm": lambda x, w, b: torch.addmm(b, x, w.t(), beta=0.5, alpha=2.0),
-    "einsum": lambda x, w, b: torch.einsum("mk,nk->mn", x, w), "bmm": lambda x, w, b: torch.bmm(x[None], w.t()[None])[0],
+    "einsum": lambda x, w, b: torch.einsum("mk,nk->mn", x, w),
+    "bmm": lambda x, w, b: torch.bmm(x[None], w.t()[None])[0],
     "baddbmm": lambda x, w, b: torch.baddbmm(b.expand(1, len(x), -1), x[None], w.t()[None], alpha=0.1)[0],
     "mv": lambda x, w, b: torch.stack([x @ row for row in w], 1),
     "out": lambda x, w, b: torch.mm(x, w.t(), out=torch.empty(len(x), len(w), dtype=x.dtype)),

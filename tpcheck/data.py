@@ -28,7 +28,7 @@ END_OF_DOCUMENT = 256
 BYTE_VOCAB = 257
 STDLIB_FILES = (
     "argparse.py ast.py calendar.py codecs.py configparser.py copy.py csv.py datetime.py difflib.py dis.py "
-    "fractions.py ftplib.py heapq.py inspect.py locale.py mailbox.py optparse.py os.py pathlib.py pdb.py "
+    "fractions.py ftplib.py heapq.py inspect.py locale.py mailbox.py optparse.py os.py pdb.py "
     "pickle.py platform.py random.py shutil.py statistics.py subprocess.py tarfile.py threading.py typing.py"
 ).split()
 
@@ -117,7 +117,11 @@ class Text(Source):
 def _text_files(path: str | None) -> list[Path]:
     if path is None:
         folder = Path(sysconfig.get_paths()["stdlib"])
-        return [folder / name for name in STDLIB_FILES if (folder / name).is_file()]
+        if missing := [name for name in STDLIB_FILES if not (folder / name).is_file()]:
+            raise TpcheckError(
+                f"the default text is Python's own source, {folder / missing[0]} is missing: set data.path"
+            )
+        return [folder / name for name in STDLIB_FILES]
     root = Path(path)
     if root.is_file():
         return [root]

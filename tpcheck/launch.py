@@ -60,7 +60,11 @@ def launch(config: RunConfig, resume: bool = False) -> int:
         from tpcheck.train import Stop, train
     stop = Stop()
     with to_log(Path(config.output) / LOG, int(os.environ["RANK"])) as display, _refusals():
-        train(config, resume, stop, display)
+        try:
+            train(config, resume, stop, display)
+        except Exception:
+            traceback.print_exc()
+            raise
     return 0
 
 
@@ -113,7 +117,10 @@ def _quiet_imports() -> Iterator[None]:
     # megatron-core warns seven times that Apex and Transformer Engine are not installed.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        try:
+            yield
+        except ModuleNotFoundError as error:
+            raise TpcheckError(f"{error}: install {error.name}, which megatron-core or tpcheck needs") from error
 
 
 @contextlib.contextmanager
@@ -190,9 +197,13 @@ def _run_rank(config: RunConfig, resume: bool, data: Any, rank: int, scratch: Pa
             report = {"refused": True, "why": str(error)}
         except BaseException as error:
             traceback.print_exc()
-            report = {"refused": False, "why": "".join(traceback.format_exception_only(error)).strip()}
+            report = {"refused": False, "why": _one_line(error)}
     result.write_json(scratch / f"rank-{rank}.json", {"time": time.time(), **report})
     return 1
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join("".join(traceback.format_exception_only(error)).split())[:400]
 
 
 def _supervise(ranks: dict[int, int], scratch: Path, log: Path) -> int:

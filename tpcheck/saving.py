@@ -14,6 +14,7 @@ import queue
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +41,25 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tpcheck import result
 from tpcheck.errors import TpcheckError
 
-__all__ = ["load", "save"]
+__all__ = ["discard_unfinished", "load", "save"]
 
+UNFINISHED = ".new-"
 MAIN_PARAMETER = "optimizer.state.fp32_param."  # as the plain optimizer names it
 SHARDED_MAIN_PARAMETER = "optimizer.state.param."  # as the distributed optimizer does
 RESHARDABLE = "fully_reshardable" in getattr(DistributedOptimizer, "checkpoint_fully_reshardable_formats", ())
 
 
+def discard_unfinished(output: Path) -> None:
+    """Remove what a killed run left half written."""
+    for folder in (output / "checkpoints").glob(f"{UNFINISHED}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def save(output: Path, step: int, gpt: Any, optimizer: Any) -> Path:
     """Write the state after `step` steps and put it into place; every rank calls this, at the same step."""
     final = result.checkpoint_path(output, step)
-    new = final.with_name(f".new-{final.name}")
+    new = final.with_name(UNFINISHED + final.name)
     if dist.get_rank() == 0:
-        shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
     dist.barrier()
     model_state, optimizer_state = _state(gpt, optimizer, is_loading=False)
@@ -71,7 +78,9 @@ def _write(state: dict[str, Any], folder: Path) -> None:
     # Megatron would start a manager process per rank for this queue, which outlives a killed rank.
     filesystem_async._results_queue = queue.SimpleQueue()
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    request = dist_checkpointing.save(state, str(folder), strategy, async_sharded_save=True)
+    # From megatron-core 0.17 on, the default writer is a package of its own that need not be installed.
+    writer = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
+    request = dist_checkpointing.save(state, str(folder), strategy, async_sharded_save=True, **writer)
     if request.preload_fn:  # to the CPU; megatron-core 0.14 leaves it out of a synchronous save
         rank, _, results = request.async_fn_args
         request = request._replace(async_fn_args=[rank, request.preload_fn(), results], preload_fn=None)

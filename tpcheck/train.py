@@ -47,6 +47,8 @@ def train(
         dp_rank = parallel_state.get_data_parallel_rank()
         main = dist.get_rank() == 0
         with Steps(display if main else None, step, config.steps) as steps:
+            if step:
+                steps.say(f"going on from step {step}")
             while step < config.steps:
                 began = time.perf_counter()
                 rate = set_learning_rate(config, optimizer, step)
@@ -141,6 +143,7 @@ def _start(config: RunConfig, resume: bool, data: Source, patched: list[dict[str
         result.write_manifest(output, now)
         result.truncate_steps(output, step)
         (output / result.DIGESTS).unlink(missing_ok=True)
+        saving.discard_unfinished(output)
         answer = [step]
     dist.broadcast_object_list(answer, src=0)
     return answer[0]

@@ -5,6 +5,8 @@ VENV ?= .venv
 # Where torch comes from: empty is pip's own index. For the small CPU build on Linux:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
+# Older versions that the patches cover, besides the one in constraints.txt.
+MEGATRON_VERSIONS ?= 0.14.0 0.15.3
 SWEEP ?= slurm/sweeps/qwen3-tiny-cpu.yaml
 
 READY := $(VENV)/.ready
@@ -13,11 +15,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help venv demo test lint bench clean distclean
+.PHONY: help venv demo test test-megatron lint bench clean distclean
 
 help:
 	@echo "make demo    train Qwen3 at TP=1/2/4/8, stock and patched; compare every bit; draw the picture"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests; test-megatron only those against older versions of megatron-core"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   what the patches cost, as ratios to stock"
 	@echo "make venv    only set up $(VENV) (the others do it when needed)"
@@ -40,9 +42,20 @@ demo: $(READY)
 	@echo "==> sweep $(SWEEP): completed cells are kept, 'make clean' starts over"
 	@$(BIN)/tpcheck sweep $(SWEEP)
 
-test: $(READY)
+test: $(READY) test-megatron
 	@echo "==> tests"
 	@$(BIN)/python -m pytest
+
+test-megatron: $(MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%)
+	@for version in $(MEGATRON_VERSIONS); do \
+	    echo "==> the patches on megatron-core $$version"; \
+	    PYTHONPATH=$(VENV)/megatron-core-$$version $(BIN)/python -m pytest -q -W ignore tests/test_megatron.py \
+	        tests/test_patches.py -k "under_tree and (qwen3 or distributed or initialised) or very_object" || exit 1; \
+	done
+
+$(VENV)/megatron-core-%: $(READY)
+	@echo "==> installing megatron-core $* beside the other"
+	@$(PIP) install --no-deps --target $@ megatron-core==$*
 
 lint: $(READY)
 	@echo "==> ruff check"

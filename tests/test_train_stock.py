@@ -51,6 +51,7 @@ def background(config: RunConfig, after_steps: int = 1) -> Iterator[tuple[int, C
         deadline = time.monotonic() + 60
         while len(result.read_steps(Path(config.output))) < after_steps:
             assert time.monotonic() < deadline, "the run does not get under way"
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the run ended before it got under way"
             time.sleep(0.05)
         yield pid, lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     finally:

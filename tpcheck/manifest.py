@@ -78,7 +78,7 @@ def resume_point(config: RunConfig, resume: bool) -> int:
         raise TpcheckError(f"{output} holds a run already: go on with --resume, or name another output")
     before = result.read_manifest(output)["config"]
     now = config.model_dump(mode="json")
-    for key in [key for key in now if key not in MAY_CHANGE and before.get(key) != now[key]]:
+    for key in [key for key in now if key not in _may_change() and before.get(key) != now[key]]:
         raise TpcheckError(
             f"{output} was trained with {key}={_short(before.get(key), now[key])}, not "
             f"{_short(now[key], before.get(key))}: resume with the same {key}, or name another output"
@@ -90,6 +90,12 @@ def resume_point(config: RunConfig, resume: bool) -> int:
     if step:
         Checkpoint(result.checkpoint_path(output, step))  # refuses a damaged one
     return step
+
+
+def _may_change() -> set[str]:
+    # megatron-core 0.14 saves the distributed optimizer's state flattened, and loads it only so.
+    saved_flat = _versions().get("megatron-core", "").startswith("0.14.")
+    return MAY_CHANGE - {"distributed_optimizer"} if saved_flat else MAY_CHANGE
 
 
 def _short(value: Any, other: Any) -> Any:

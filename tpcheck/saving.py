@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import queue
 import shutil
-from collections.abc import Iterable
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -25,7 +24,6 @@ from megatron.core.dist_checkpointing.dict_utils import (
     dict_list_map_outplace,
     extract_matching_values,
     merge,
-    nested_values,
 )
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
@@ -103,9 +101,6 @@ def _load(path: Path, step: int, gpt: Any, optimizer: Any) -> None:
     model_state, optimizer_state = _state(gpt, optimizer, is_loading=True)
     wanted, rest = extract_matching_values(optimizer_state, _is_placeholder)
     stored = dist_checkpointing.load_tensors_metadata(str(path))
-    keys = [value.key for value in nested_values(wanted) if isinstance(value, ShardedBase)]
-    if not RESHARDABLE and _is_distributed(keys) != _is_distributed(stored):
-        raise TpcheckError("megatron-core 0.14 resumes only with the distributed_optimizer setting that was saved")
     wanted = dict_list_map_outplace(lambda value: _as_stored(value, stored), wanted)
     gpt.load_state_dict(dist_checkpointing.load({"model": model_state}, str(path))["model"])
     tensors = dist_checkpointing.load({"resumed": wanted}, str(path))["resumed"]
@@ -119,10 +114,6 @@ def _state(gpt: Any, optimizer: Any, is_loading: bool) -> tuple[Any, Any]:
     }
     model_state = gpt.sharded_state_dict(metadata=metadata)
     return model_state, optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
-
-
-def _is_distributed(keys: Iterable[str]) -> bool:
-    return any(key.startswith(SHARDED_MAIN_PARAMETER) for key in keys)
 
 
 def _is_placeholder(value: Any) -> bool:

@@ -41,11 +41,13 @@ def train(
         gpt, ddp = build_model(config)
         optimizer = build_optimizer(config, ddp)
         data = data or open_data(config)
-        step = _start(config, resume, data, patched)
+        step = _agreed_start(config, resume)
         if step:
             saving.load(result.checkpoint_path(output, step), step, gpt, optimizer)
         dp_rank = parallel_state.get_data_parallel_rank()
         main = dist.get_rank() == 0
+        if main:
+            _prepare_output(output, manifest.describe(config, data, patched), step)
         with Steps(display if main else None, step, config.steps) as steps:
             if step:
                 steps.say(f"going on from step {step}")
@@ -130,23 +132,22 @@ class Stop:
         return bool(asked.item())
 
 
-def _start(config: RunConfig, resume: bool, data: Source, patched: list[dict[str, Any]]) -> int:
-    """Rank 0 decides where the run starts and prepares the result directory; every rank gets the step."""
-    answer: list[int] = [0]
-    if dist.get_rank() == 0:
-        output = Path(config.output)
-        step = manifest.resume_point(config, resume)
-        now = manifest.describe(config, data, patched)
-        if result.is_result(output):
-            now = manifest.continued(result.read_manifest(output), now, step)
-        output.mkdir(parents=True, exist_ok=True)
-        result.write_manifest(output, now)
-        result.truncate_steps(output, step)
-        (output / result.DIGESTS).unlink(missing_ok=True)
-        saving.discard_unfinished(output)
-        answer = [step]
+def _agreed_start(config: RunConfig, resume: bool) -> int:
+    """The step to go on from, as rank 0 finds it."""
+    answer = [manifest.resume_point(config, resume) if dist.get_rank() == 0 else 0]
     dist.broadcast_object_list(answer, src=0)
     return answer[0]
+
+
+def _prepare_output(output: Path, description: dict[str, Any], step: int) -> None:
+    """Make the result directory what it was after `step` steps."""
+    if result.is_result(output):
+        description = manifest.continued(result.read_manifest(output), description, step)
+    output.mkdir(parents=True, exist_ok=True)
+    result.write_manifest(output, description)
+    result.truncate_steps(output, step)
+    (output / result.DIGESTS).unlink(missing_ok=True)
+    saving.discard_unfinished(output)
 
 
 def _record(config: RunConfig, step: int, loss: float, grad_norm: float, rate: float, seconds: float) -> dict[str, Any]:

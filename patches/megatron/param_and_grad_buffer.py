@@ -44,6 +44,8 @@ def _start_grad_sync(original: Any) -> Any:
             grads = bucket.grad_data
             if bucket.gradient_scaling_factor != 1.0:
                 grads *= bucket.gradient_scaling_factor
+            if group.size() == 1:
+                continue
             if scatter:
                 own = tree_reduce_scatter(grads.float(), group, grads.dtype, divide_by)
                 grads.chunk(group.size())[group.rank()].copy_(own)

@@ -61,9 +61,13 @@ class Status(list[Row]):
 
     def __str__(self) -> str:
         lines = [("patch", "applied", "megatron-core", "target", "why")]
-        lines += [(r.name, "yes" if r.applied else "no", r.version, r.target, r.why) for r in self]
+        lines += [(r.name, _state(r), r.version, r.target, r.why) for r in self]
         widths = [max(len(line[i]) for line in lines) for i in range(4)]
         return "\n".join("  ".join([*map(str.ljust, line[:4], widths), line[4]]) for line in lines)
+
+
+def _state(row: Row) -> str:
+    return "yes" if row.applied else "no" if row.needed else "not needed"
 
 
 def status() -> Status:

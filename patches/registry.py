@@ -57,6 +57,7 @@ class Row:
     name: str
     target: str
     version: str
+    needed: bool
     applied: bool
     why: str
 
@@ -115,8 +116,11 @@ class Registry:
 
     def rows(self, patches: Sequence[Patch]) -> list[Row]:
         applied = {patch.name for patch, _ in self._applied}
-        found = _version("megatron-core") or "not installed"
-        return [Row(p.name, p.target, found, p.name in applied, p.why) for p in patches]
+        found = _version("megatron-core")
+        return [
+            Row(p.name, p.target, found or "not installed", _needed(p, found), p.name in applied, p.why)
+            for p in patches
+        ]
 
 
 REGISTRY = Registry()
@@ -129,7 +133,13 @@ def check_versions(patches: Sequence[Patch]) -> list[Patch]:
         raise UnsupportedError(f"megatron-core is not installed: the patches are for megatron-core {supported}")
     if not supported.contains(found, prereleases=True):
         raise UnsupportedError(f"megatron-core {found} is not known to the patches: install megatron-core {supported}")
-    return [p for p in patches if p.versions.contains(found, prereleases=True) and find_spec(p.package) is not None]
+    return [patch for patch in patches if _needed(patch, found)]
+
+
+def _needed(patch: Patch, found: str | None) -> bool:
+    if found is None or not patch.versions.contains(found, prereleases=True):
+        return False
+    return find_spec(patch.package) is not None
 
 
 def _version(package: str) -> str | None:

@@ -22,7 +22,7 @@ from patches.contract import Contract, UnsupportedError
 __all__ = ["REGISTRY", "SUPPORTED", "Patch", "Row", "attribute", "check_versions"]
 
 # Adding a version: run `make test` against it, then widen the range.
-SUPPORTED = {"megatron-core": SpecifierSet(">=0.14,<0.17")}
+SUPPORTED = {"megatron-core": SpecifierSet(">=0.14,<0.20")}
 
 ANY_VERSION = SpecifierSet("")
 

@@ -33,7 +33,7 @@ REFUSED_WITHOUT = {
     "wgrad-fusion": ({"model": {"gradient_accumulation_fusion": True}}, "you must install APEX"),
 }
 ELSEWHERE = {"settings", "layer-modules", "optimizer-settings"}  # tests/test_refusals.py
-ELSEWHERE |= {"padded-vocabulary"}  # tests/test_patches.py
+ELSEWHERE |= {"padded-vocabulary", "padded-vocabulary-0.17"}  # tests/test_patches.py
 
 NEEDED = check_versions(PATCHES)
 

@@ -52,7 +52,8 @@ PATCHES = [
         "megatron.core.transformer.attention:SelfAttention.__init__",
         "q/k-layernorm's gamma gradient sums over heads, which TP spreads over ranks",
         _init,
-        parameters="config submodules layer_number attn_mask_type cp_comm_type model_comm_pgs pg_collection",
+        parameters="config submodules layer_number attn_mask_type cp_comm_type model_comm_pgs pg_collection "
+        "pp_layer_offset name",
     ),
     attribute(
         "shared-kv",

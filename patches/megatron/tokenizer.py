@@ -1,4 +1,4 @@
-"""megatron.training (Megatron-LM's own scripts, no part of megatron-core): the padded vocabulary."""
+"""The padded vocabulary of Megatron-LM's scripts: megatron.training's before 0.17, megatron.core.tokenizers' since."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from patches.registry import attribute
 
 __all__ = ["PATCHES"]
 
+WHY = "the vocabulary is padded to a multiple of the TP size"
+
 
 def _padding(original: Any) -> Any:
-    def _vocab_size_with_padding(orig_vocab_size: int, args: Any, *rest: Any, **kwargs: Any) -> int:
+    def vocab_size_with_padding(orig_vocab_size: int, args: Any, *rest: Any, **kwargs: Any) -> int:
         """Pad as at the largest TP size, `leaves`, whatever the TP size is."""
         leaves, tp = contract().leaves, args.tensor_model_parallel_size
         if leaves % tp:
@@ -22,16 +24,25 @@ def _padding(original: Any) -> Any:
         padded.tensor_model_parallel_size = leaves
         return original(orig_vocab_size, padded, *rest, **kwargs)
 
-    return _vocab_size_with_padding
+    return vocab_size_with_padding
 
 
 PATCHES = [
     attribute(
         "padded-vocabulary",
         "megatron.training.tokenizer.tokenizer:_vocab_size_with_padding",
-        "the vocabulary is padded to a multiple of the TP size",
+        WHY,
         _padding,
         parameters="orig_vocab_size args logging_enabled",
-        package="megatron.training",
-    )
+        versions="<0.17",
+        package="megatron.training",  # comes with Megatron-LM, not with megatron-core
+    ),
+    attribute(
+        "padded-vocabulary-0.17",
+        "megatron.core.tokenizers.utils.build_tokenizer:vocab_size_with_padding",
+        WHY,
+        _padding,
+        parameters="orig_vocab_size args logging_enabled",
+        versions=">=0.17",
+    ),
 ]

@@ -23,6 +23,7 @@ COVERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "pipeline_model_parallel_size": ((None, 1), "set it to 1"),
     "tp_comm_overlap": ((None, False), "set it to False"),
     "cpu_offloading": ((None, False), "set it to False"),
+    "gtp_weight_remat_size": ((None, 1), "set it to 1"),
     "delay_wgrad_compute": ((None, False), "set it to False"),
     "use_te_activation_func": ((None, False), "set it to False"),
 }

@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 
 
-def on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 120, threads: int = 1) -> list[Any]:
+def on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 240, threads: int = 1) -> list[Any]:
     """`function(*args)` on `size` forked gloo ranks; their results in rank order.
+
+    More than one thread a rank only from a process that has not used OpenMP yet: its threads don't survive a fork.
 
     Raises AssertionError with the first traceback when a rank fails, and when `timeout` seconds are over.
     """
@@ -36,7 +38,7 @@ def _fork(rank: int, size: int, folder: Path, function: Callable[..., Any], args
     try:
         torch.set_num_threads(threads)
         store = dist.FileStore(str(folder / "store"), size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
         result = function(*args)
         (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
         dist.barrier()

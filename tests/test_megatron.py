@@ -3,7 +3,9 @@ the same bits at every TP size, and without the patches they do not."""
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from multiprocessing import get_context
 from typing import Any
 
 import plain_megatron
@@ -95,14 +97,15 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[
 @pytest.mark.parametrize("name", CASES)
 def test_training_under_tree_has_same_bits_at_every_tp(name):
     one = run("tree", 1, **CASES[name])
-    for tp, sp in sizes(CASES[name], (2, True), (4, False), (8, False), (8, True)):
+    every = ((2, False), (2, True), (4, False), (4, True), (8, False), (8, True))
+    for tp, sp in sizes(CASES[name], *(every if name in ("qwen3", "gpt-2 shape fp32") else ((4, True), (8, False)))):
         assert not differences(one, run("tree", tp, sp, **CASES[name])), f"tp={tp} sp={sp}"
 
 
 @pytest.mark.parametrize("name", ("qwen3 fp32", "gpt-2 shape", "four KV groups", "distributed optimizer"))
 def test_training_under_gather_has_same_bits_at_every_tp(name):
     one = run("gather", 1, **CASES[name])
-    for tp, sp in sizes(CASES[name], (2, True), (8, False), (8, True)):
+    for tp, sp in sizes(CASES[name], (2, False), (8, True)):
         assert not differences(one, run("gather", tp, sp, **CASES[name])), f"tp={tp} sp={sp}"
 
 
@@ -117,8 +120,10 @@ def test_wide_layers_have_same_bits_at_every_tp_and_thread_count(dtype):
     """Hidden sizes from 1024 up are where libraries begin to pick kernels by shape."""
     options = {"model": WIDE, "dtype": dtype, "seq": 40, "micro_batch": 1, "vocab": 1016}
     one = run("tree", 1, **options)
-    assert not differences(one, run("tree", 1, threads=2, **options))
     assert not differences(one, run("tree", 4, True, **options))
+    # A rank forked from a process whose OpenMP threads have run would wait for them for ever.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        assert not differences(one, fresh.submit(run, "tree", 1, threads=2, **options).result())
 
 
 def test_odd_sequence_and_vocabulary_have_same_bits_at_every_tp():

@@ -42,7 +42,10 @@ def enable(strategy: Strategy = "tree", leaves: int = 8) -> None:
 
 
 def disable() -> None:
-    """Put every patched attribute back to the very object that was there before."""
+    """Put every patched attribute back to the very object that was there before.
+
+    `patches.cpu`, which only makes Megatron run without a GPU and changes no bits, stays.
+    """
     REGISTRY.revert()
 
 

@@ -24,8 +24,9 @@ from tpcheck.config import load_run
 from tpcheck.launch import launch
 
 STEPS = 12
-# tokens, in-features, out-features: QKV, projection, fc1, fc2 at 512 tokens
-SHAPES = {"qkv": (512, 1024, 4096), "proj": (512, 2048, 1024), "fc1": (512, 1024, 6144), "fc2": (512, 3072, 1024)}
+# tokens, summed features, result features at 512 tokens; dlogits: the output layer's dgrad, over 8192 words
+SHAPES = {"qkv": (512, 1024, 4096), "proj": (512, 2048, 1024), "fc1": (512, 1024, 6144), "fc2": (512, 3072, 1024),
+          "dlogits": (512, 8192, 1024)}  # fmt: skip
 
 
 def main() -> None:
@@ -63,7 +64,8 @@ def _products() -> Table:
         table.add_column(column, justify="right")
     for name, (tokens, k, n) in SHAPES.items():
         for dtype in (torch.float32, torch.bfloat16):
-            x, w = torch.randn(tokens, k).to(dtype), torch.randn(n, k).to(dtype)
+            x = (_dlogits(tokens, k) if name == "dlogits" else torch.randn(tokens, k)).to(dtype)
+            w = torch.randn(n, k).to(dtype)
             mm = _seconds(lambda x=x, w=w: torch.mm(x, w.t()))
             wide = _seconds(lambda x=x, w=w: torch.mm(x.double(), w.double().t()))
             leaf = _seconds(lambda x=x, w=w: exact_product(x, w.t()))
@@ -71,6 +73,12 @@ def _products() -> Table:
             ratios = (f"{t / mm:.1f}" for t in (wide, leaf, tree))
             table.add_row(name, str(dtype)[6:], f"{mm * 1e3:.1f} ms", *ratios, f"{leaf / wide:.1f}")
     return table
+
+
+def _dlogits(tokens: int, vocabulary: int) -> torch.Tensor:
+    """softmax - one-hot of a confident model: values from 1 down to 2^-60, the widest rows that training has."""
+    softmax = torch.softmax(torch.randn(tokens, vocabulary) * 8, -1)
+    return softmax - torch.nn.functional.one_hot(softmax.argmax(-1), vocabulary)
 
 
 def _seconds(call: Callable[[], object], repeat: int = 5) -> float:

@@ -19,7 +19,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **{name: getattr(torch, name) for name in "exp exp2 expm1 sin cos tanh sigmoid erf".split()},
     **{name: (lambda f: lambda x: f(x.abs() + 0.1))(getattr(torch, name))
        for name in "log log2 log1p rsqrt reciprocal sqrt".split()},
-    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "softplus": F.softplus,
+    "silu": F.silu, "elu": F.elu, "mish": F.mish, "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "softplus": F.softplus,
     "pow": lambda x: (x.abs() + 0.1).pow(1.5), "cube": lambda x: x.pow(3),
     "lerp": lambda x: torch.lerp(x, -x, 0.1), "addcmul": lambda x: torch.addcmul(x, x, x, value=0.3),
     "addcdiv": lambda x: torch.addcdiv(x, x, x * x + 1, value=0.3), "swiglu": lambda x: F.silu(x) * x,
@@ -125,6 +126,28 @@ def test_whole_sums_do_not_depend_on_shape_or_threads(dtype, on):
     for reduce in (torch.sum, torch.mean):
         want = reduce(x.double()).to(dtype)
         assert all(torch.equal(reduce(y), want) for y in (x, x.t(), x.flatten(), x[None].contiguous()))
+
+
+def test_scalars_and_empty_tensors_reduce_as_in_stock_torch(on):
+    scalar, empty = torch.tensor(2.0), torch.ones(0, 3)
+    assert scalar.sum() == scalar.mean() == scalar.sum(0) == scalar.mean(0) == 2
+    assert torch.softmax(scalar, 0) == 1 and torch.log_softmax(scalar, 0) == 0
+    assert empty.sum() == 0 and torch.equal(empty.sum(0), torch.zeros(3)) and empty.mean().isnan()
+    assert torch.softmax(empty, -1).shape == (0, 3)
+    assert torch.ones(3).sum(0, dtype=torch.int64).dtype == torch.int64
+
+
+def test_what_stock_torch_refuses_is_refused(on):
+    with pytest.raises(RuntimeError):
+        torch.zeros(3).addcmul_(torch.ones(2, 3), torch.ones(2, 3))
+    with pytest.raises(RuntimeError, match="dtype"):
+        torch.mm(torch.ones(2, 2), torch.ones(2, 2).bfloat16())
+
+
+def test_elementwise_results_keep_their_operands_layout(on):
+    x = torch.randn(5, 7)
+    assert torch.equal(torch.exp(x.t()).t().contiguous().view(-1), torch.exp(x).view(-1))
+    assert torch.exp(x.t()).stride() == x.t().stride()
 
 
 def test_fused_attention_is_refused_by_name(on):

@@ -114,6 +114,15 @@ def test_python_m_patches_answers_bad_input_with_exit_2(arguments, message):
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
+def test_the_fused_softmax_whose_use_depends_on_the_heads_of_a_rank_is_off():
+    @in_a_rank_of_its_own
+    def _() -> None:
+        from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
+
+        patches.enable()
+        assert FusedScaleMaskSoftmax.is_kernel_available(None, None, 1, 4, 64, 64) is False
+
+
 def test_status_names_target_version_and_reason():
     @in_a_rank_of_its_own
     def _() -> None:
@@ -192,14 +201,20 @@ def padded_vocabularies(package: str) -> dict[str, list[int]]:
     sys.path.insert(0, package)
     importlib.invalidate_caches()
 
+    tokenizer = importlib.import_module("megatron.training.tokenizer.tokenizer")
+
     def sizes() -> list[int]:
-        tokenizer = importlib.import_module("megatron.training.tokenizer.tokenizer")
         args = [SimpleNamespace(make_vocab_size_divisible_by=128, tensor_model_parallel_size=tp) for tp in (1, 2, 4, 8)]
         return [tokenizer._vocab_size_with_padding(50257, a) for a in args]
 
     stock = sizes()
     with patches.enabled():
-        return {"stock": stock, "patched": sizes()}
+        patched = sizes()
+    with patches.enabled("gather"), pytest.raises(patches.UnsupportedError, match="--make-vocab-size-divisible-by 384"):
+        tokenizer._vocab_size_with_padding(
+            50257, SimpleNamespace(make_vocab_size_divisible_by=128, tensor_model_parallel_size=3)
+        )
+    return {"stock": stock, "patched": patched}
 
 
 def test_padded_vocabulary_of_megatrons_own_scripts_does_not_depend_on_tp(tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 
 import plain_megatron
 import pytest
+import torch
 from ranks import on_ranks
 
 import patches
@@ -17,6 +18,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "experts": ({"model": {"num_moe_experts": 2, "add_bias_linear": False}}, "num_moe_experts=2"),
     "latent attention": ({"model": {"multi_latent_attention": True}}, "multi_latent_attention=True"),
     "normalization": ({"model": {"normalization": "L2Norm"}}, "normalization='L2Norm'"),
+    "activation": ({"model": {"activation_func": torch.nn.functional.celu}}, "celu.* is not covered: use one of silu"),
+    "uninitialised weights": ({"model": {"perform_initialization": False}}, "perform_initialization=False"),
+    "transformer engine's cross-entropy": (
+        {"model": {"cross_entropy_fusion_impl": "te"}},
+        "cross_entropy_fusion_impl='te'",
+    ),
     "fp16": ({"model": {"fp16": True}, "dtype": "fp32"}, "fp16=True"),
 }
 

@@ -48,6 +48,13 @@ def _forward(original: Any) -> Any:
 
 PATCHES = [
     attribute(
+        "masked-softmax",
+        "megatron.core.fusions.fused_softmax:FusedScaleMaskSoftmax.is_kernel_available",
+        "whether the fused softmax kernel is used depends on the heads of a rank",
+        lambda original: lambda self, mask, b, np, sq, sk: False,
+        parameters="mask b np sq sk",
+    ),
+    attribute(
         "qk-layernorm",
         "megatron.core.transformer.attention:SelfAttention.__init__",
         "q/k-layernorm's gamma gradient sums over heads, which TP spreads over ranks",

@@ -29,6 +29,10 @@ def _start_grad_sync(original: Any) -> Any:
             return
         if config.num_distributed_optimizer_instances > 1:
             raise UnsupportedError("num_distributed_optimizer_instances > 1 is not covered: use 1")
+        for bucket in self.buckets:  # gradients that 0.17 and later accumulate outside the buffer
+            for parameter in getattr(bucket, "params_with_extra_main_grads", ()):
+                if getattr(parameter, "main_grad_copy_in_grad_buffer", None) is not None:
+                    parameter.main_grad_copy_in_grad_buffer.copy_(parameter.main_grad)
         if config.check_for_nan_in_grad or config.check_for_large_grads:
             self.check_grads(
                 check_for_nan_or_inf=config.check_for_nan_in_grad, check_for_large=config.check_for_large_grads

@@ -17,12 +17,14 @@ WHY = "the vocabulary is padded to a multiple of the TP size"
 def _padding(original: Any) -> Any:
     def vocab_size_with_padding(orig_vocab_size: int, args: Any, *rest: Any, **kwargs: Any) -> int:
         """Pad as at the largest TP size, `leaves`, whatever the TP size is."""
-        leaves, tp = contract().leaves, args.tensor_model_parallel_size
-        if leaves % tp:
-            raise UnsupportedError(f"tp={tp} does not divide leaves={leaves}, which sets the padded vocabulary")
-        padded = copy.copy(args)
-        padded.tensor_model_parallel_size = leaves
-        return original(orig_vocab_size, padded, *rest, **kwargs)
+        counted, tp = copy.copy(args), args.tensor_model_parallel_size
+        counted.tensor_model_parallel_size = contract().leaves
+        size = original(orig_vocab_size, counted, *rest, **kwargs)
+        if size % tp:
+            raise UnsupportedError(
+                f"tp={tp} does not divide the padded vocabulary {size}: use --make-vocab-size-divisible-by {tp * 128}"
+            )
+        return size
 
     return vocab_size_with_padding
 

@@ -10,25 +10,35 @@ from patches.registry import attribute
 
 __all__ = ["PATCHES", "check_config"]
 
-# setting: (what is covered, the way out)
+# setting: (what is covered besides None, the way out)
 COVERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_dropout": ((0, 0.0), "set it to 0"),
     "attention_dropout": ((0, 0.0), "set it to 0"),
-    "fp8": ((None, False), "train in bf16 or fp32"),
-    "fp4": ((None, False), "train in bf16 or fp32"),
-    "fp16": ((None, False), "train in bf16 or fp32"),
-    "num_moe_experts": ((None,), "train a dense model"),
-    "multi_latent_attention": ((None, False), "use multi-head or grouped-query attention"),
-    "context_parallel_size": ((None, 1), "set it to 1"),
-    "pipeline_model_parallel_size": ((None, 1), "set it to 1"),
-    "tp_comm_overlap": ((None, False), "set it to False"),
-    "cpu_offloading": ((None, False), "set it to False"),
-    "gtp_weight_remat_size": ((None, 1), "set it to 1"),
-    "delay_wgrad_compute": ((None, False), "set it to False"),
-    "use_te_activation_func": ((None, False), "set it to False"),
+    "fp8": ((False,), "train in bf16 or fp32"),
+    "fp4": ((False,), "train in bf16 or fp32"),
+    "fp16": ((False,), "train in bf16 or fp32"),
+    "num_moe_experts": ((), "train a dense model"),
+    "multi_latent_attention": ((False,), "use multi-head or grouped-query attention"),
+    "context_parallel_size": ((1,), "set it to 1"),
+    "pipeline_model_parallel_size": ((1,), "set it to 1"),
+    "tp_comm_overlap": ((False,), "set it to False"),
+    "cpu_offloading": ((False,), "set it to False"),
+    "gtp_weight_remat_size": ((1,), "set it to 1"),
+    "mlp_chunks_for_training": ((1,), "set it to 1"),
+    "perform_initialization": ((True,), "set it to True"),
+    "cross_entropy_fusion_impl": (("native",), "set it to 'native'"),
+    "enable_cuda_graph": ((False,), "set it to False"),
+    "external_cuda_graph": ((False,), "set it to False"),
+    "cuda_graph_impl": (("none",), "set it to 'none'"),
+    "experimental_attention_variant": ((), "use multi-head or grouped-query attention"),
+    "delay_wgrad_compute": ((False,), "set it to False"),
+    "use_te_activation_func": ((False,), "set it to False"),
 }
 
-UNCOVERED_MODULES = ("transformer_engine", "apex", "megatron.core.extensions")
+UNCOVERED_MODULES = (
+    "transformer_engine", "apex", "megatron.core.extensions", "megatron.core.fusions.fused_layer_norm",
+)  # fmt: skip
+ACTIVATIONS = "silu gelu elu mish relu squared_relu quick_gelu fast_gelu openai_gelu erf_gelu sigmoid tanh".split()
 
 
 def check_config(config: Any) -> None:
@@ -36,8 +46,12 @@ def check_config(config: Any) -> None:
     contract().check_tp(getattr(config, "tensor_model_parallel_size", 1))
     for setting, (covered, way_out) in COVERED.items():
         value = getattr(config, setting, None)
-        if value not in covered:
+        if value is not None and value not in covered:
             raise UnsupportedError(f"{setting}={value!r} is not covered by the patches: {way_out}")
+    activation = getattr(config, "activation_func", None)
+    activation = getattr(activation, "func", activation)  # functools.partial
+    if activation is not None and getattr(activation, "__name__", None) not in ACTIVATIONS:
+        raise UnsupportedError(f"activation_func={activation!r} is not covered: use one of {', '.join(ACTIVATIONS)}")
 
 
 def _module_init(original: Any) -> Any:
@@ -48,7 +62,7 @@ def _module_init(original: Any) -> Any:
     return __init__
 
 
-def _layer_init(original: Any) -> Any:
+def _module_tree_init(original: Any) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         for name, module in self.named_modules():
@@ -73,6 +87,12 @@ PATCHES = [
         "layer-modules",
         "megatron.core.transformer.transformer_layer:TransformerLayer.__init__",
         "refuses layers made of modules that are not covered",
-        _layer_init,
+        _module_tree_init,
+    ),
+    attribute(
+        "block-modules",
+        "megatron.core.transformer.transformer_block:TransformerBlock.__init__",
+        "refuses a final layernorm that is not covered",
+        _module_tree_init,
     ),
 ]

@@ -32,7 +32,11 @@ def without_tail(kernel: Callable[..., Tensor], args: tuple[Any, ...], kwargs: d
     for i, tensor in zip(positions, tensors, strict=True):
         flat = tensor.reshape(-1)
         padded[i] = flat if full == count else torch.cat([flat, flat.new_ones(full - count)])
-    return kernel(*padded, **kwargs)[:count].view(shape)
+    result = kernel(*padded, **kwargs)[:count].view(shape)
+    first = args[positions[0]]
+    if first.is_contiguous() or first.shape != shape:
+        return result
+    return torch.empty_like(first, dtype=result.dtype).copy_(result)  # ATen keeps the first operand's layout
 
 
 def _padded_size(count: int, threads: int) -> int:

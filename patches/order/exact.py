@@ -23,14 +23,14 @@ from torch import Tensor
 
 __all__ = ["exact_product", "exact_product_of", "exact_sum", "rounded", "sum_of_squares", "widened"]
 
-OPERANDS = (torch.float32, torch.bfloat16, torch.float16)
+OPERANDS = frozenset((torch.float32, torch.bfloat16, torch.float16))
 FLOAT64_BITS = 53
 GRID_BITS = 50  # adding and subtracting 1.5·2^52 units rounds |x| < 2^51 units
 EXPONENT_MASK = 0x7FF0_0000_0000_0000
 
-# Grid of the gradient norm: 2^33 squares of 20 bits sum exactly; 4 slices keep 80 bits below the largest.
-NORM_BITS = 20
-NORM_SLICES = 4
+# Grid of the gradient norm: 2^37 squares of 16 bits sum exactly; 5 slices keep 80 bits below the largest.
+NORM_BITS = 16
+NORM_SLICES = 5
 NORM_CHUNK = 1 << 22
 
 
@@ -79,6 +79,8 @@ def exact_sum(x: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Ten
         x: float32, bfloat16, float16, or float64 with a dynamic range that float32 products can have.
         dim: one or several dimensions; an empty one sums to 0.
     """
+    if x.dim() == 0:
+        return x.double()
     dims = tuple(d % x.dim() for d in ([dim] if isinstance(dim, int) else dim))
     kept = [d for d in range(x.dim()) if d not in dims]
     rows = x.permute(*kept, *dims).reshape(*(x.shape[d] for d in kept), math.prod(x.shape[d] for d in dims))
@@ -92,7 +94,7 @@ def sum_of_squares(tensors: Sequence[Tensor], largest: float) -> Tensor:
     """Slices of Σx² over all tensors: float64 [NORM_SLICES], each exact, so that ranks may add them in any order.
 
     Args:
-        tensors: float32, bfloat16 or float16; together with the other ranks' at most 2^33 elements.
+        tensors: float32, bfloat16 or float16; together with the other ranks' at most 2^37 elements.
         largest: a power of two above every |x| on every rank; it sets the grid.
 
     What lies below 2^-80 of the largest square is rounded per element: no layout can change it.

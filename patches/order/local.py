@@ -7,11 +7,12 @@ by shape. While `LocalInvariance` is on, every call below (Python, autograd's ba
 Covered, each with its in-place and `out=` forms where ATen has them:
     products      mm, bmm, addmm, baddbmm, mv, addmv, dot, vdot (linear, matmul and einsum are made of these)
     row sums      sum, mean, softmax, log_softmax and the last two's backwards
-    elementwise   exp, exp2, expm1, log, log2, log1p, sin, cos, tanh, sigmoid, silu, gelu, softplus, erf, rsqrt,
-                  reciprocal, pow by a number, their backwards, and lerp, addcmul, addcdiv (the optimizer's)
+    elementwise   exp, exp2, expm1, log, log2, log1p, sin, cos, tanh, sigmoid, silu, gelu, elu, mish, softplus, erf,
+                  rsqrt, reciprocal, pow by a number, their backwards, and lerp, addcmul, addcdiv (the optimizer's)
 Refused by name: ATen's fused attention, whose sums are out of reach.
-Exact by themselves: +, -, ×, ÷, sqrt, max, min, comparisons, indexing. Not covered: var, norm, cumsum,
-convolutions, and embedding and scatter sums, which ATen adds in index order at every shape.
+Exact by themselves: +, -, ×, ÷, sqrt, max, min, comparisons, indexing. Not covered: var, norm, cumsum, glu, sinh,
+cosh, atan2, logaddexp, pow by a tensor, convolutions, `add(alpha=…)` in bfloat16, and embedding and scatter sums,
+which ATen adds in index order at every shape.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ __all__ = ["LocalInvariance"]
 Kernel = Callable[..., Any]
 
 ELEMENTWISE = (
-    "exp exp2 expm1 log log2 log1p sin cos tanh sigmoid silu gelu softplus erf rsqrt reciprocal pow.Tensor_Scalar "
-    "silu_backward gelu_backward sigmoid_backward tanh_backward softplus_backward "
-    "lerp.Scalar lerp.Tensor addcmul addcdiv"
+    "exp exp2 expm1 log log2 log1p sin cos tanh sigmoid silu gelu softplus elu mish erf rsqrt reciprocal "
+    "pow.Tensor_Scalar elu_backward mish_backward silu_backward gelu_backward sigmoid_backward tanh_backward "
+    "softplus_backward lerp.Scalar lerp.Tensor addcmul addcdiv"
 ).split()
 
 REFUSED = (
@@ -63,7 +64,7 @@ class LocalInvariance:
             for name, function in {**PRODUCTS, **REDUCTIONS}.items():
                 self._override_forms(name, function)
             for name in ELEMENTWISE:
-                self._override_forms(name, None)
+                self._override_forms(name, self._elementwise(name))
             for name in REFUSED:
                 if _has_kernel(name, device):
                     self._library.impl(name, _refusal(name, refuse), device)
@@ -72,14 +73,13 @@ class LocalInvariance:
         """Give ATen its own kernels back."""
         self._library._destroy()
 
-    def _override_forms(self, name: str, function: Kernel | None) -> None:
-        """Override `aten::name` and its in-place and out= forms by `function`, or by its own kernel without tails."""
+    def _override_forms(self, name: str, function: Kernel) -> None:
+        """Override `aten::name` and its in-place and out= forms by `function`."""
         for form, is_out, is_inplace in _forms(name):
             if not _has_kernel(form, self._key):
                 continue
-            own = self._own_kernel(form)
-            value = function or self._elementwise(name)
-            self._library.impl(form, _dispatching(own, value, is_out, is_inplace), self._key)
+            override = _dispatching(self._own_kernel(form), function, is_out, is_inplace, name in PRODUCTS)
+            self._library.impl(form, override, self._key)
 
     def _elementwise(self, name: str) -> Kernel:
         own = self._own_kernel(name)
@@ -116,11 +116,12 @@ def _has_kernel(name: str, device: str) -> bool:
         return False
 
 
-def _dispatching(own: Kernel, value: Kernel, is_out: bool, is_inplace: bool) -> Kernel:
-    """An override: `value` where all floating operands are covered dtypes, ATen's `own` kernel elsewhere."""
+def _dispatching(own: Kernel, value: Kernel, is_out: bool, is_inplace: bool, one_dtype: bool) -> Kernel:
+    """An override: `value` where all tensors are of covered dtypes (the same one if need be), else ATen's `own`."""
 
     def override(*args: Any, **kwargs: Any) -> Any:
-        if not _covered(args):
+        dtypes = {arg.dtype for arg in args if isinstance(arg, Tensor)}
+        if not dtypes or not dtypes <= OPERANDS or (one_dtype and len(dtypes) > 1) or not _floating(kwargs):
             return own(*args, **kwargs)
         if is_out:
             target = kwargs.pop("out", None)
@@ -132,15 +133,17 @@ def _dispatching(own: Kernel, value: Kernel, is_out: bool, is_inplace: bool) -> 
             return value(*args, **kwargs)
         result = value(*args, **kwargs)
         if target.shape != result.shape:
+            if is_inplace:
+                raise RuntimeError(f"output of shape {list(target.shape)} does not match {list(result.shape)}")
             target.resize_(result.shape)
         return target.copy_(result)
 
     return override
 
 
-def _covered(args: Sequence[Any]) -> bool:
-    floating = [arg for arg in args if isinstance(arg, Tensor)]
-    return bool(floating) and all(arg.dtype in OPERANDS for arg in floating)
+def _floating(kwargs: dict[str, Any]) -> bool:
+    dtype = kwargs.get("dtype")
+    return dtype is None or bool(dtype.is_floating_point)
 
 
 def _refusal(name: str, refuse: Callable[[str], None]) -> Kernel:

@@ -1,4 +1,4 @@
-"""Bit-identical training at every tensor-parallel size, for megatron-core.
+"""Bit-identical training at every tensor-parallel size, for megatron-core and Transformer Engine.
 
     import patches
     patches.enable()                                # strategy="tree", leaves=8
@@ -14,13 +14,13 @@ from contextlib import contextmanager
 
 from patches import cpu
 from patches.contract import Contract, Strategy, UnsupportedError
-from patches.registry import REGISTRY, Row, check_versions
+from patches.registry import REGISTRY, Patch, Row, check_versions
 
 __all__ = ["Contract", "Status", "UnsupportedError", "cpu", "disable", "enable", "enabled", "status"]
 
 
 def enable(strategy: Strategy = "tree", leaves: int = 8) -> None:
-    """Patch megatron-core in this process.
+    """Patch megatron-core, and Transformer Engine where it is installed, in this process.
 
     Args:
         strategy: "tree" sums shards in the order of a fixed binary tree; "gather" sums gathered operands.
@@ -28,15 +28,13 @@ def enable(strategy: Strategy = "tree", leaves: int = 8) -> None:
 
     Raises:
         ValueError: unknown strategy, or leaves not a power of two.
-        UnsupportedError: megatron-core is missing or of an unknown version.
+        UnsupportedError: megatron-core is missing, or a library of an unknown version.
         RuntimeError: already enabled with another contract.
     """
     contract = Contract(strategy, leaves)
     if REGISTRY.contract == contract:
         return
-    from patches.megatron import PATCHES
-
-    needed = check_versions(PATCHES)
+    needed = check_versions(_all_patches())
     cpu.enable()
     REGISTRY.apply(contract, needed)
 
@@ -63,8 +61,8 @@ class Status(list[Row]):
     """Rows of `status()`; printed as a table."""
 
     def __str__(self) -> str:
-        lines = [("patch", "applied", "megatron-core", "target", "why")]
-        lines += [(r.name, _state(r), r.version, r.target, r.why) for r in self]
+        lines = [("patch", "applied", "library", "target", "why")]
+        lines += [(r.name, _state(r), f"{r.library} {r.version}", r.target, r.why) for r in self]
         widths = [max(len(line[i]) for line in lines) for i in range(4)]
         return "\n".join("  ".join([*map(str.ljust, line[:4], widths), line[4]]) for line in lines)
 
@@ -75,6 +73,10 @@ def _state(row: Row) -> str:
 
 def status() -> Status:
     """Every patch: its target, the version found, why it is there, whether it is applied."""
-    from patches.megatron import PATCHES
+    return Status(REGISTRY.rows(_all_patches()))
 
-    return Status(REGISTRY.rows(PATCHES))
+
+def _all_patches() -> list[Patch]:
+    from patches import megatron, te
+
+    return [*te.PATCHES, *megatron.PATCHES]

@@ -22,7 +22,10 @@ from patches.contract import Contract, UnsupportedError
 __all__ = ["REGISTRY", "SUPPORTED", "Patch", "Row", "attribute", "check_versions"]
 
 # Adding a version: run `make test` against it, then widen the range.
-SUPPORTED = {"megatron-core": SpecifierSet(">=0.14,<0.20")}
+SUPPORTED = {
+    "megatron-core": SpecifierSet(">=0.14,<0.20"),
+    "transformer-engine": SpecifierSet(">=2.9,<2.21"),  # 2.9.0, 2.13.0 and 2.20.2 run in the tests
+}
 
 ANY_VERSION = SpecifierSet("")
 
@@ -38,8 +41,9 @@ class Patch:
         target: `module:qualname`.
         why: one line.
         install: applies the patch for a contract and returns what undoes it.
-        versions: megatron-core versions that need it.
+        versions: versions of `library` that need it.
         package: where this is not importable, the patch has nothing to do.
+        library: the distribution, a key of `SUPPORTED`, whose version counts.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Patch:
     install: Callable[[Contract], Undo]
     versions: SpecifierSet = ANY_VERSION
     package: str = "megatron.core"
+    library: str = "megatron-core"
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Row:
 
     name: str
     target: str
+    library: str
     version: str
     needed: bool
     applied: bool
@@ -70,6 +76,7 @@ def attribute(
     parameters: str | None = None,
     versions: str = "",
     package: str = "megatron.core",
+    library: str = "megatron-core",
 ) -> Patch:
     """A patch that replaces the attribute `target` by `replacement(original)`.
 
@@ -86,7 +93,7 @@ def attribute(
         setattr(holder, attr, replacement(getattr(holder, attr)))
         return (lambda: setattr(holder, attr, original)) if owned else (lambda: delattr(holder, attr))
 
-    return Patch(name, target, why, install, SpecifierSet(versions), package)
+    return Patch(name, target, why, install, SpecifierSet(versions), package, library)
 
 
 class Registry:
@@ -116,9 +123,16 @@ class Registry:
 
     def rows(self, patches: Sequence[Patch]) -> list[Row]:
         applied = {patch.name for patch, _ in self._applied}
-        found = _version("megatron-core")
         return [
-            Row(p.name, p.target, found or "not installed", _needed(p, found), p.name in applied, p.why)
+            Row(
+                p.name,
+                p.target,
+                p.library,
+                _version(p.library) or "not installed",
+                _needed(p),
+                p.name in applied,
+                p.why,
+            )
             for p in patches
         ]
 
@@ -127,19 +141,28 @@ REGISTRY = Registry()
 
 
 def check_versions(patches: Sequence[Patch]) -> list[Patch]:
-    """The patches that the installed megatron-core needs; raise `UnsupportedError` where it is not a known one."""
-    found, supported = _version("megatron-core"), SUPPORTED["megatron-core"]
+    """The patches that the installed libraries need; raise `UnsupportedError` where one is of an unknown version.
+
+    Transformer Engine may be missing: a model without its layers needs none of its patches.
+    """
+    for library in dict.fromkeys(["megatron-core", *(p.library for p in patches if find_spec(p.package))]):
+        _check_version(library)
+    return [patch for patch in patches if _needed(patch)]
+
+
+def _needed(patch: Patch) -> bool:
+    found = _version(patch.library)
+    return (
+        found is not None and patch.versions.contains(found, prereleases=True) and find_spec(patch.package) is not None
+    )
+
+
+def _check_version(library: str) -> None:
+    found, supported = _version(library), SUPPORTED[library]
     if found is None:
-        raise UnsupportedError(f"megatron-core is not installed: the patches are for megatron-core {supported}")
+        raise UnsupportedError(f"{library} is not installed: the patches are for {library} {supported}")
     if not supported.contains(found, prereleases=True):
-        raise UnsupportedError(f"megatron-core {found} is not known to the patches: install megatron-core {supported}")
-    return [patch for patch in patches if _needed(patch, found)]
-
-
-def _needed(patch: Patch, found: str | None) -> bool:
-    if found is None or not patch.versions.contains(found, prereleases=True):
-        return False
-    return find_spec(patch.package) is not None
+        raise UnsupportedError(f"{library} {found} is not known to the patches: install {library} {supported}")
 
 
 def _version(package: str) -> str | None:

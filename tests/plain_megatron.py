@@ -18,11 +18,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -55,6 +59,7 @@ def train(
     clip: float = 0.05,
     tied: bool = False,
     negative_zeros: bool = False,
+    te: bool = False,
     ddp: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -66,14 +71,19 @@ def train(
     ddp_options = ddp or {}
     bf16 = dtype == "bf16"
     params_dtype = torch.bfloat16 if bf16 else torch.float32
+    shared = {**SHARED, "attention_backend": AttnBackend.unfused} if te else SHARED
     config = TransformerConfig(
-        **{**SHARED, **(GPT2 if shape == "gpt2" else QWEN3), **(model or {})},
+        **{**shared, **(GPT2 if shape == "gpt2" else QWEN3), **(model or {})},
         tensor_model_parallel_size=tp, sequence_parallel=sp and tp > 1, bf16=bf16, params_dtype=params_dtype,
         pipeline_dtype=params_dtype, finalize_model_grads_func=finalize_model_grads,
     )  # fmt: skip
+    if te:
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    else:
+        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     gpt = GPTModel(
         config,
-        get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization),
+        spec,
         vocab_size=vocab,
         max_sequence_length=seq,
         position_embedding_type="learned_absolute" if shape == "gpt2" else "rope",

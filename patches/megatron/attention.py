@@ -8,7 +8,7 @@ from torch import Tensor
 
 from patches.contract import UnsupportedError
 from patches.megatron.context import over_tp
-from patches.megatron.torch_norm import HEADS, InvariantNorm
+from patches.megatron.torch_norm import HEADS
 from patches.ops.attention import repeat_for_heads
 from patches.registry import attribute
 
@@ -19,7 +19,7 @@ def _init(original: Any) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         for norm in (self.q_layernorm, self.k_layernorm):
-            if isinstance(norm, InvariantNorm):
+            if norm is not None:
                 norm.leaf_dim = HEADS
         # Megatron tells its core attention of at least one group per rank, where ranks share groups.
         self.core_attention.kv_groups = self.config.num_query_groups

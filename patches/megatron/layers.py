@@ -13,7 +13,7 @@ from patches.ops.bias import bias_per_token
 from patches.ops.linear import column_parallel, row_parallel
 from patches.registry import attribute
 
-__all__ = ["PATCHES"]
+__all__ = ["PATCHES", "draw_shard"]
 
 MODULE = "megatron.core.tensor_parallel.layers"
 
@@ -65,20 +65,24 @@ def _initialize_on_device(original: Any) -> Any:
     def initialize(
         weight: Tensor, init_method: Any, partition_dim: int, stride: int = 1, is_expert: bool = False
     ) -> None:
-        """Draw the whole weight on every rank from the generator that TP ranks share, and keep the own shard."""
         from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
         set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=partition_dim, stride=stride)
-        group = tp_group()
-        shape = list(weight.shape)
-        shape[partition_dim] *= group.size()
-        master = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        init_method(master)
-        shards = master.chunk(group.size() * stride, partition_dim)[group.rank() :: group.size()]
-        with torch.no_grad():
-            weight.copy_(torch.cat(shards, partition_dim))
+        draw_shard(weight, init_method, partition_dim, stride)
 
     return initialize
+
+
+def draw_shard(weight: Tensor, init_method: Any, partition_dim: int, stride: int) -> None:
+    """Draw the whole weight on every rank from the generator that TP ranks share, and keep the own shard."""
+    group = tp_group()
+    shape = list(weight.shape)
+    shape[partition_dim] *= group.size()
+    master = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+    init_method(master)
+    shards = master.chunk(group.size() * stride, partition_dim)[group.rank() :: group.size()]
+    with torch.no_grad():
+        weight.copy_(torch.cat(shards, partition_dim))
 
 
 def _fused(gradient_accumulation_fusion: bool, weight: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from patches.contract import UnsupportedError
@@ -33,12 +34,21 @@ COVERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "experimental_attention_variant": ((), "use multi-head or grouped-query attention"),
     "delay_wgrad_compute": ((False,), "set it to False"),
     "use_te_activation_func": ((False,), "set it to False"),
+    "use_transformer_engine_op_fuser": ((False,), "set it to False"),
+    "symmetric_ar_type": ((), "set it to None"),
 }
 
 UNCOVERED_MODULES = (
     "transformer_engine", "apex", "megatron.core.extensions", "megatron.core.fusions.fused_layer_norm",
 )  # fmt: skip
 ACTIVATIONS = "silu gelu elu mish relu squared_relu quick_gelu fast_gelu openai_gelu erf_gelu sigmoid tanh".split()
+# Classes of Transformer Engine, and Megatron's on top of them, whose sums patches.te covers or refuses itself.
+COVERED_TE = {
+    "TELinear", "TEColumnParallelLinear", "TERowParallelLinear", "TELayerNormColumnParallelLinear",
+    "TEDotProductAttention", "Linear", "LayerNormLinear", "LayerNormMLP", "RMSNorm", "LayerNorm",
+    "DotProductAttention", "UnfusedDotProductAttention", "FlashAttention", "FusedAttention", "FusedScaleMaskSoftmax",
+}  # fmt: skip
+TE_MODULES = ("transformer_engine.pytorch.module.", "transformer_engine.pytorch.attention.", "megatron.core.extensions")
 
 
 def check_config(config: Any) -> None:
@@ -66,13 +76,22 @@ def _module_tree_init(original: Any) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         for name, module in self.named_modules():
-            if type(module).__module__.startswith(UNCOVERED_MODULES):
+            cls = type(module)
+            if cls.__module__.startswith(UNCOVERED_MODULES) and not _is_covered(cls):
                 raise UnsupportedError(
-                    f"{name} is a {type(module).__module__}.{type(module).__name__}, which is not covered: "
+                    f"{name} is a {cls.__module__}.{cls.__name__}, which is not covered: "
                     "build the model from get_gpt_layer_local_spec()"
                 )
 
     return __init__
+
+
+def _is_covered(cls: type) -> bool:
+    return (
+        cls.__name__ in COVERED_TE
+        and cls.__module__.startswith(TE_MODULES)
+        and find_spec("transformer_engine") is not None
+    )
 
 
 PATCHES = [

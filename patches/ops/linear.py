@@ -21,7 +21,9 @@ from patches.order.exact import exact_product
 __all__ = ["column_parallel", "row_parallel"]
 
 
-def row_parallel(x: Tensor, weight: Tensor, shards: Shards, sequence_parallel: bool, main_grad: bool) -> Tensor:
+def row_parallel(
+    x: Tensor, weight: Tensor, shards: Shards, sequence_parallel: bool, main_grad: bool, overwrite: bool = False
+) -> Tensor:
     """y = x·weightᵀ, K spread over ranks.
 
     Args:
@@ -29,8 +31,9 @@ def row_parallel(x: Tensor, weight: Tensor, shards: Shards, sequence_parallel: b
         weight: [N, tK].
         sequence_parallel: y is [s/t, b, N] instead of [s, b, N].
         main_grad: add the weight gradient into `weight.main_grad` in float32 (gradient accumulation fusion).
+        overwrite: replace what stands in `main_grad` instead of adding to it.
     """
-    result: Tensor = _RowParallel.apply(x, weight, shards, sequence_parallel and shards.size > 1, main_grad)
+    result: Tensor = _RowParallel.apply(x, weight, shards, sequence_parallel and shards.size > 1, main_grad, overwrite)
     return result
 
 
@@ -42,6 +45,7 @@ def column_parallel(
     sequence_parallel: bool,
     main_grad: bool,
     pieces: int = 1,
+    overwrite: bool = False,
 ) -> Tensor:
     """y = x·weightᵀ + bias, N spread over ranks: [s, b, tN].
 
@@ -51,15 +55,17 @@ def column_parallel(
         pieces: 2 where weight holds [gate_r | up_r] of a gated layer.
     """
     sp = sequence_parallel and shards.size > 1
-    y: Tensor = _ColumnParallel.apply(x, weight, shards, sp, main_grad, pieces)
+    y: Tensor = _ColumnParallel.apply(x, weight, shards, sp, main_grad, pieces, overwrite)
     return y if bias is None else y + bias
 
 
 class _RowParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, shards: Shards, sp: bool, main_grad: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, shards: Shards, sp: bool, main_grad: bool, overwrite: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.weight, ctx.shards, ctx.sp, ctx.main_grad = weight, shards, sp, main_grad
+        ctx.weight, ctx.shards, ctx.sp, ctx.main_grad, ctx.overwrite = weight, shards, sp, main_grad, overwrite
         y_TN = shards.product(x.flatten(0, -2), weight.t(), x.dtype, scatter=sp)
         return _unflattened(y_TN, (-1, *x.shape[1:-1], y_TN.shape[1]))
 
@@ -73,15 +79,18 @@ class _RowParallel(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = exact_product(dy_TN, weight).to(x.dtype).view(x.shape)
         if ctx.needs_input_grad[1]:
-            dw = _weight_gradient(ctx.weight, dy_TN, x.flatten(0, -2), ctx.main_grad)
-        return dx, dw, None, None, None
+            dw = _weight_gradient(ctx.weight, dy_TN, x.flatten(0, -2), ctx.main_grad, ctx.overwrite)
+        return dx, dw, None, None, None, None
 
 
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, shards: Shards, sp: bool, main_grad: bool, pieces: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, shards: Shards, sp: bool, main_grad: bool, pieces: int, overwrite: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.weight, ctx.shards, ctx.sp, ctx.main_grad, ctx.pieces = weight, shards, sp, main_grad, pieces
+        ctx.weight, ctx.shards, ctx.sp, ctx.pieces = weight, shards, sp, pieces
+        ctx.main_grad, ctx.overwrite = main_grad, overwrite
         if sp:
             x = all_gather(x, shards.group)
         y_TN = exact_product(x.flatten(0, -2), weight.t()).to(x.dtype)
@@ -96,8 +105,8 @@ class _ColumnParallel(torch.autograd.Function):
             dx = ctx.shards.product(dy_TN, weight, x.dtype, ctx.pieces, scatter=ctx.sp).view(x.shape)
         if ctx.needs_input_grad[1]:
             whole = all_gather(x, ctx.shards.group) if ctx.sp else x
-            dw = _weight_gradient(ctx.weight, dy_TN, whole.flatten(0, -2), ctx.main_grad)
-        return dx, dw, None, None, None, None
+            dw = _weight_gradient(ctx.weight, dy_TN, whole.flatten(0, -2), ctx.main_grad, ctx.overwrite)
+        return dx, dw, None, None, None, None, None
 
 
 def _unflattened(y_TN: Tensor, shape: Sequence[int]) -> Tensor:
@@ -105,12 +114,12 @@ def _unflattened(y_TN: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.aten._unsafe_view(y_TN, shape)
 
 
-def _weight_gradient(weight: Any, dy_TN: Tensor, x_TK: Tensor, main_grad: bool) -> Tensor | None:
-    """dyᵀ·x in the weight's dtype, or added to `weight.main_grad`, with the placeholder Megatron's hooks expect."""
+def _weight_gradient(weight: Any, dy_TN: Tensor, x_TK: Tensor, main_grad: bool, overwrite: bool) -> Tensor | None:
+    """dyᵀ·x in the weight's dtype, or put into `weight.main_grad`, with the placeholder Megatron's hooks expect."""
     dw_NK = exact_product(dy_TN.t(), x_TK)
     if not main_grad:
         return dw_NK.to(weight.dtype)
-    weight.main_grad.add_(dw_NK)
+    weight.main_grad.copy_(dw_NK) if overwrite else weight.main_grad.add_(dw_NK)
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True

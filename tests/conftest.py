@@ -1,11 +1,28 @@
-"""Tests that need a GPU are skipped with a reason where there is none."""
+"""Tests that need a GPU or Transformer Engine are skipped with a reason where there is none."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
+
+if find_spec("transformer_engine") is not None:
+    import te_cpu
+
+    te_cpu.install()  # before anybody imports megatron
+
+
+def pytest_report_header() -> str:
+    if find_spec("transformer_engine") is None:
+        return "Transformer Engine: none on the path (make test-te)"
+    stand_in = ", its compiled part replaced by tests/te_cpu" if te_cpu.needs_stand_in() else ""
+    return f"Transformer Engine: {te_cpu.te_version()}{stand_in}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name.startswith("test_te") and find_spec("transformer_engine") is None:
+            item.add_marker(pytest.mark.skip(reason="Transformer Engine is not on the path: make test-te"))
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if not needing:
         return

@@ -1,0 +1,195 @@
+"""transformer_engine.pytorch's modules on ranks, and the same functions in torch: both as logical tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import patches
+from patches.order.collectives import all_gather
+
+S, B, I, O = 16, 2, 24, 48
+MICROBATCHES = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A module, built at one tensor-parallel size or another."""
+
+    module: Literal["Linear", "LayerNormLinear", "LayerNormMLP"] = "Linear"
+    mode: Literal["row", "column", None] = "row"
+    bias: Literal["none", "fused", "returned"] = "none"
+    main_grad: bool = False
+    normalization: str = "RMSNorm"
+    zero_centered: bool = False
+    return_norm: bool = False
+    activation: str = "swiglu"
+    stride: int = 1  # pieces of a column-parallel weight
+    marked: bool = True  # whether weight.partition_stride says so
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        options = [str(v) for v in vars(self).values() if v not in (False, 1, None)]
+        return " ".join(options).replace("torch.", "")
+
+    @property
+    def sharded(self) -> dict[str, tuple[int, int]]:
+        """(dimension, pieces) of every tensor that ranks share."""
+        if self.module == "LayerNormMLP":
+            pieces = 2 if self.activation == "swiglu" else 1
+            return {"fc1_weight": (0, pieces), "fc1_bias": (0, pieces), "fc2_weight": (1, 1)}
+        if self.mode == "row":
+            return {"weight": (1, 1), "x": (2, 1)}
+        if self.mode == "column":
+            return {"weight": (0, self.stride), "bias": (0, self.stride), "y": (2, self.stride)}
+        return {}
+
+    def with_sp(self) -> dict[str, tuple[int, int]]:
+        tokens = {"Linear": {"row": ["y"], "column": ["x"]}.get(self.mode or "", []), "LayerNormLinear": ["x", "norm"]}
+        return {**self.sharded, **dict.fromkeys(tokens.get(self.module, ["x", "y", "norm"]), (0, 1))}
+
+
+def tensors(case: Case) -> dict[str, Tensor]:
+    """Parameters by name, and x and dy of every microbatch."""
+    g = torch.Generator().manual_seed(0)
+    if case.module == "LayerNormMLP":
+        wide = 2 * O if case.activation == "swiglu" else O
+        shapes = {"fc1_weight": (wide, I), "fc1_bias": (wide,), "fc2_weight": (I, O), "fc2_bias": (I,)}
+    else:
+        shapes = {"weight": (O, I), "bias": (O,)}
+    if case.bias == "none":
+        shapes = {name: shape for name, shape in shapes.items() if "bias" not in name}
+    if case.module != "Linear":
+        shapes["layer_norm_weight"] = (I,)
+        if case.normalization == "LayerNorm":
+            shapes["layer_norm_bias"] = (I,)
+    out = I if case.module == "LayerNormMLP" else O
+    data = {"x": (MICROBATCHES, S, B, I), "dy": (MICROBATCHES, S, B, out), "dnorm": (MICROBATCHES, S, B, I)}
+    return {name: (0.5 * torch.randn(shape, generator=g)).to(case.dtype) for name, shape in {**shapes, **data}.items()}
+
+
+def in_te(cases: list[Case], sp: bool, strategy: str) -> list[dict[str, Tensor]]:
+    """Outputs and gradients of TE's modules on this rank's group, gathered."""
+    if strategy != "stock":
+        patches.enable(strategy)  # type: ignore[arg-type]
+    return [one_in_te(case, sp) for case in cases]
+
+
+def one_in_te(case: Case, sp: bool) -> dict[str, Tensor]:
+    group = dist.group.WORLD
+    sp = sp and group.size() > 1
+    sharded = case.with_sp() if sp else case.sharded
+    given = tensors(case)
+    module = build(case, sp, group)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(share(given[name], sharded.get(name), group))
+    weights = [p for name, p in module.named_parameters() if name.endswith("weight") and "norm" not in name]
+    if case.stride > 1 and case.marked:
+        module.weight.partition_stride = case.stride
+    for weight in weights:
+        if case.main_grad:
+            weight.main_grad = torch.full(weight.shape, 7.0)
+    found: dict[str, Tensor] = {}
+    for i in range(MICROBATCHES):
+        x = share(given["x"][i], sharded.get("x"), group).requires_grad_()
+        outputs = module(x, is_first_microbatch=(i == 0) if case.main_grad else None)
+        y, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
+        if case.bias == "returned":
+            y = y + rest.pop(0)
+        found[f"y{i}"] = gathered(y.detach(), sharded.get("y"), group)
+        (y * share(given["dy"][i], sharded.get("y"), group)).sum().backward(retain_graph=bool(rest))
+        if rest:
+            found[f"norm{i}"] = gathered(rest[0].detach(), sharded.get("norm"), group)
+        found[f"dx{i}"] = gathered(x.grad, sharded.get("x"), group)
+    for name, parameter in module.named_parameters():
+        grad = parameter.main_grad if case.main_grad and hasattr(parameter, "main_grad") else parameter.grad
+        found[f"d{name}"] = gathered(grad, sharded.get(name), group)
+    return found
+
+
+def build(case: Case, sp: bool, group: Any) -> Any:
+    import transformer_engine.pytorch as te
+
+    shared = {
+        "bias": case.bias != "none", "return_bias": case.bias == "returned", "params_dtype": case.dtype,
+        "fuse_wgrad_accumulation": case.main_grad, "tp_group": group, "tp_size": group.size(), "sequence_parallel": sp,
+    }  # fmt: skip
+    if case.module == "Linear" and case.mode is None:
+        shared |= {"tp_group": None, "tp_size": 1, "sequence_parallel": False}
+    norm = {"normalization": case.normalization, "zero_centered_gamma": case.zero_centered,
+            "return_layernorm_output": case.return_norm}  # fmt: skip
+    if case.module == "Linear":
+        return te.Linear(I, O, parallel_mode=case.mode, **shared)
+    if case.module == "LayerNormLinear":
+        return te.LayerNormLinear(I, O, parallel_mode=case.mode, **shared, **norm)
+    return te.LayerNormMLP(I, O, activation=case.activation, set_parallel_mode=True, **shared, **norm)
+
+
+def in_torch(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same function, computed in `dtype`."""
+    leaf = {name: t.to(dtype).requires_grad_() for name, t in tensors(case).items()}
+    found = {}
+    for i in range(MICROBATCHES):
+        x = leaf["x"][i].detach().requires_grad_()
+        h = x
+        if case.module != "Linear":
+            gamma = leaf["layer_norm_weight"] + (1 if case.zero_centered else 0)
+            beta = leaf.get("layer_norm_bias")
+            h = F.layer_norm(x, (I,), gamma, beta) if beta is not None else F.rms_norm(x, (I,), gamma, 1e-5)
+            if case.return_norm:
+                found[f"norm{i}"] = h.detach()
+        if case.module == "LayerNormMLP":
+            h = F.linear(h, leaf["fc1_weight"], leaf.get("fc1_bias"))
+            gate, *up = h.chunk(2, -1) if case.activation == "swiglu" else (h,)
+            h = F.silu(gate) * up[0] if up else F.gelu(gate, approximate="tanh")
+        y = F.linear(h, *(leaf.get(name) for name in weight_and_bias(case)))
+        y.backward(leaf["dy"][i].detach())
+        found |= {f"y{i}": y.detach(), f"dx{i}": x.grad}
+    parameters = [name for name in leaf if name not in ("x", "dy", "dnorm")]
+    return {**found, **{f"d{name}": leaf[name].grad for name in parameters}}
+
+
+def weight_and_bias(case: Case) -> tuple[str, str]:
+    return ("fc2_weight", "fc2_bias") if case.module == "LayerNormMLP" else ("weight", "bias")
+
+
+def share(whole: Tensor, how: tuple[int, int] | None, group: Any) -> Tensor:
+    if how is None:
+        return whole.clone()
+    dim, pieces = how
+    return torch.cat(whole.chunk(group.size() * pieces, dim)[group.rank() :: group.size()], dim).clone()
+
+
+def gathered(own: Tensor, how: tuple[int, int] | None, group: Any) -> Tensor:
+    if how is None:
+        return own
+    dim, pieces = how
+    return torch.cat([all_gather(piece.contiguous(), group, dim) for piece in own.chunk(pieces, dim)], dim)
+
+
+CASES = [
+    Case("Linear", mode, bias, main_grad)
+    for mode in ("row", "column", None)
+    for bias in ("none", "fused", "returned")
+    for main_grad in (False, True)
+]
+CASES += [
+    Case("LayerNormLinear", "column", bias, main_grad, normalization, zero_centered, return_norm)
+    for bias, main_grad, normalization, zero_centered, return_norm in (
+        ("none", False, "RMSNorm", False, False), ("fused", True, "LayerNorm", False, True),
+        ("returned", False, "RMSNorm", True, True), ("none", True, "LayerNorm", True, False),
+    )
+]  # fmt: skip
+CASES += [
+    Case("LayerNormMLP", None, "none", False, "RMSNorm"),
+    Case("LayerNormMLP", None, "fused", True, "LayerNorm", activation="gelu"),
+    Case("LayerNormMLP", None, "returned", False, "LayerNorm", True, True),
+]
+CASES += [Case("Linear", "column", "fused", stride=2), Case("LayerNormLinear", "column", "none", True, stride=2)]
+CASES += [replace(case, dtype=torch.bfloat16) for case in CASES[::3]]

@@ -1,0 +1,85 @@
+"""megatron-core's GPTModel of Transformer Engine layers under `patches.enable()`: losses, gradients, gradient norms
+and float32 main parameters have the same bits at every TP size, the very bits of Megatron's local layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plain_megatron
+import pytest
+from test_megatron import FULL_RECOMPUTE, differences, run
+
+import patches
+from patches.registry import REGISTRY, check_versions
+
+CASES: dict[str, dict[str, Any]] = {
+    "qwen3": {"steps": 5},
+    "gpt-2 shape fp32": {"shape": "gpt2", "dtype": "fp32", "steps": 5},
+    "four KV groups fp32": {"model": {"num_query_groups": 4}, "dtype": "fp32"},
+    "full recompute": {"model": FULL_RECOMPUTE},
+    "gradient accumulation fusion": {"model": {"gradient_accumulation_fusion": True}},
+    "initialised on the device": {"model": {"use_cpu_initialization": False}},
+    "zero-centered gamma": {"model": {"layernorm_zero_centered_gamma": True}},
+    "distributed optimizer": {"ddp": {"use_distributed_optimizer": True}},
+}
+BOTH_LAYERS = [name for name in CASES if name != "zero-centered gamma"]  # which the local spec has not
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_has_same_bits_at_every_tp(name):
+    one = run("tree", 1, te=True, **CASES[name])
+    sizes = ((2, True), (4, False), (8, False), (8, True)) if "steps" in CASES[name] else ((2, False), (4, True))
+    for tp, sp in sizes:
+        assert not differences(one, run("tree", tp, sp, te=True, **CASES[name])), f"tp={tp} sp={sp}"
+
+
+@pytest.mark.parametrize("name", ("qwen3", "gpt-2 shape fp32"))
+def test_training_under_gather_has_same_bits_at_every_tp(name):
+    one = run("gather", 1, te=True, **CASES[name])
+    for tp, sp in ((2, False), (8, True)):
+        assert not differences(one, run("gather", tp, sp, te=True, **CASES[name])), f"tp={tp} sp={sp}"
+
+
+@pytest.mark.parametrize("strategy", ("tree", "gather"))
+@pytest.mark.parametrize("name", BOTH_LAYERS)
+def test_training_has_the_bits_of_the_local_layers(strategy, name):
+    local, te_layers = (run(strategy, 2, True, te=te, **CASES[name]) for te in (False, True))
+    assert not differences(of_the_run(local), of_the_run(te_layers))
+    assert sorted(local["final"].values()).__len__() == len(te_layers["final"])
+
+
+def of_the_run(record: dict[str, Any]) -> dict[str, Any]:
+    """What does not name a tensor: TE's layers keep their norms elsewhere than the local ones."""
+    return {name: value for name, value in record.items() if "loss" in name or "norm" in name}
+
+
+@pytest.mark.parametrize("name", ("qwen3", "gpt-2 shape fp32"))
+def test_stock_training_has_other_bits_at_every_tp(name):
+    one = run("stock", 1, te=True, **CASES[name])
+    for tp in (2, 4):
+        assert any(key.startswith("final/") for key in differences(one, run("stock", tp, te=True, **CASES[name])))
+
+
+# Each patch of a TE call site is needed: without it some run's bits depend on TP, or the run is refused.
+FEELS_IT: dict[str, dict[str, Any]] = {
+    "te-linear": {},
+    "te-layernorm-linear": {},
+    "te-attention": {"model": {"num_query_groups": 4}, "tp": 8},
+    "te-unfused-attention": {"model": {"num_query_groups": 4}, "tp": 8},
+    "te-softmax": {"dtype": "bf16", "model": {"num_attention_heads": 8}, "micro_batch": 1, "tp": 8, "seq": 64},
+    "te-rmsnorm": {"model": {"qk_layernorm": True}},
+    "te-layernorm": {"shape": "gpt2", "sp": True},
+    "te-init-row": {"model": {"use_cpu_initialization": False}},
+    "te-init-column": {"model": {"use_cpu_initialization": False, "normalization": "LayerNorm"}},
+    "te-init-layernorm-column": {"model": {"use_cpu_initialization": False}},
+}
+ELSEWHERE = {  # tests/test_te_modules.py, tests/test_te_refusals.py
+    "te-layernorm-mlp", "te-flash-attention", "te-fused-attention", "te-grouped-linear", "te-op-fuser",
+    "te-cross-entropy",
+}  # fmt: skip
+
+
+def training_without(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    needed = check_versions(patches._all_patches())
+    REGISTRY.apply(patches.Contract(), [patch for patch in needed if patch.name != name])
+    return plain_megatron.train(te=True, **options)

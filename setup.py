@@ -30,10 +30,12 @@ setup(
         "torch>=2.6",
     ],
     extras_require={
-        "te": ["transformer-engine[pytorch]>=2.10"],
+        "te": ["transformer-engine[pytorch]>=2.9"],
         "dev": [
+            "einops>=0.8",  # this and onnxscript: what Transformer Engine's Python code imports
             "hypothesis>=6.100",
             "mypy>=1.10",
+            "onnxscript>=0.3",
             "pytest>=8.0",
             "pytest-timeout>=2.3",
             "ruff>=0.6",

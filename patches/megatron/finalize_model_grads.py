@@ -23,7 +23,7 @@ def _allreduce(original: Any) -> Any:
                 if parameter.requires_grad and _is_partial(name, parameter, config) and not is_complete(parameter):
                     raise UnsupportedError(
                         f"the gradient of {name} is a partial sum of a module that is not covered: "
-                        "build the model from get_gpt_layer_local_spec() after patches.enable()"
+                        "build the model after patches.enable(), from Megatron's local or Transformer Engine layer spec"
                     )
 
     def with_keyword(model: Any, config: Any, tp_group: Any = None) -> None:

@@ -41,7 +41,7 @@ def one_leaf() -> Shards:
 
 def refuse_uncovered(module: Any, x: Tensor, parameters: list[Tensor]) -> None:
     """Raise `UnsupportedError` for the first setting of a TE module that the promise does not cover."""
-    for found, setting, way_out in _uncovered(module):
+    for found, setting, way_out in _uncovered(module, x):
         if found:
             raise UnsupportedError(f"{_name(module)}: {setting} is not covered by the patches: {way_out}")
     for parameter in parameters:
@@ -56,7 +56,7 @@ def refuse_uncovered(module: Any, x: Tensor, parameters: list[Tensor]) -> None:
             raise UnsupportedError(f"{_name(module)}: FSDP is not covered: use Megatron's DistributedDataParallel")
 
 
-def _uncovered(module: Any) -> list[tuple[Any, str, str]]:
+def _uncovered(module: Any, x: Tensor) -> list[tuple[Any, str, str]]:
     from transformer_engine.debug.pytorch.debug_state import TEDebugState
     from transformer_engine.pytorch.cpu_offload import is_cpu_offload_enabled
     from transformer_engine.pytorch.export import is_in_onnx_export_mode
@@ -67,7 +67,7 @@ def _uncovered(module: Any) -> list[tuple[Any, str, str]]:
     return [
         (FP8GlobalStateManager.is_fp8_enabled(), "FP8 or FP4 (autocast)", "train in bf16 or fp32"),
         (FP8GlobalStateManager.is_fp8_calibration(), "FP8 calibration", "train in bf16 or fp32"),
-        (torch.is_autocast_enabled(), "torch.autocast", "make the parameters bf16"),
+        (torch.is_autocast_enabled(x.device.type), "torch.autocast", "make the parameters bf16"),
         (overlap, f"userbuffer overlap ({', '.join(overlap)})", "set tp_comm_overlap=False"),
         (getattr(module, "symmetric_ar_type", None), "symmetric_ar_type", "set it to None"),
         (is_cpu_offload_enabled(), "CPU offload", "set cpu_offloading=False"),

@@ -17,11 +17,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help venv demo test test-megatron lint bench clean distclean
+.PHONY: help venv demo test test-megatron test-te lint bench clean distclean
 
 help:
 	@echo "make demo    train Qwen3 at TP=1/2/4/8, stock and patched; compare every bit; draw the picture"
-	@echo "make test    run the tests; test-megatron only those against older versions of megatron-core"
+	@echo "make test    run the tests; test-megatron only those against older versions of megatron-core,"
+	@echo "             test-te only those of Transformer Engine's layers (TE $(TE_VERSIONS), on CPU)"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   what the patches cost, as ratios to stock"
 	@echo "make venv    only set up $(VENV) (the others do it when needed)"
@@ -44,23 +45,32 @@ demo: $(READY)
 	@echo "==> sweep $(SWEEP): completed cells are kept, 'make clean' starts over"
 	@$(BIN)/tpcheck sweep $(SWEEP)
 
-test: $(READY)
+test: $(READY) test-megatron test-te
 	@echo "==> tests"
 	@$(BIN)/python -m pytest
-	@$(MAKE) --no-print-directory test-te
+
+test-megatron: $(MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%)
+	@for version in $(MEGATRON_VERSIONS); do \
+	    echo "==> the patches on megatron-core $$version"; \
+	    PYTHONPATH=$(VENV)/megatron-core-$$version $(BIN)/python -m pytest -q -W ignore tests/test_megatron.py \
+	        tests/test_patches.py -k "under_tree and (qwen3 or distributed or initialised) or very_object" || exit 1; \
+	done
+
+$(VENV)/megatron-core-%: $(READY)
+	@echo "==> installing megatron-core $* beside the other"
+	@$(PIP) install --no-deps --target $@ megatron-core==$*
 
 # TE's wheel holds its Python code alone; tests/te_cpu stands in for the compiled part.
 test-te: $(TE_VERSIONS:%=$(VENV)/te-%)
 	@for version in $(TE_VERSIONS); do \
-		echo "==> tests of Transformer Engine $$version"; \
-		PYTHONPATH=$(abspath $(VENV))/te-$$version $(BIN)/python -m pytest tests/test_te_*.py || exit 1; \
+	    echo "==> the patches on Transformer Engine $$version"; \
+	    PYTHONPATH=$(VENV)/te-$$version $(BIN)/python -m pytest -q -W ignore tests/test_te_*.py || exit 1; \
 	done
 
 $(VENV)/te-%: $(READY)
 	@echo "==> unpacking Transformer Engine $*"
-	@rm -rf $@ $@.part
-	@$(PIP) install --no-deps --target $@.part transformer-engine==$*
-	@mv $@.part $@
+	@rm -rf $@
+	@$(PIP) install --no-deps --target $@ transformer-engine==$*
 
 lint: $(READY)
 	@echo "==> ruff check"

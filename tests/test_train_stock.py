@@ -260,3 +260,12 @@ def test_reported_loss_does_not_depend_on_ranks_and_microbatches() -> None:
     means = {on_ranks(dp, _mean_over_ranks, losses, microbatches)[0] for dp, microbatches in layouts}
     assert len(means) == 1
     assert means.pop() == pytest.approx(losses.double().mean().item(), rel=1e-7)
+
+
+def test_te_layers_are_refused_where_transformer_engine_is_missing(monkeypatch):
+    from tpcheck import model
+
+    monkeypatch.setattr(model, "find_spec", lambda name: None)
+    with pytest.raises(TpcheckError, match="layers=te needs Transformer Engine.*use layers=local"):
+        model.layers_of(parse_run({"layers": "te"}))
+    assert model.layers_of(parse_run({})) == "local"

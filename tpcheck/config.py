@@ -94,6 +94,7 @@ class RunConfig(Section):
     model: ModelConfig = Field(default_factory=lambda: ModelConfig.model_validate("qwen3-tiny"))
     strategy: Literal["stock", "tree", "gather"] = "tree"
     leaves: int = Field(8, gt=0)
+    layers: Literal["te", "local"] | None = None  # Transformer Engine's or Megatron's; null: te on a GPU that has it
     tp: int = Field(1, gt=0)
     dp: int = Field(1, gt=0)
     sequence_parallel: bool = False

@@ -52,6 +52,7 @@ def describe(config: RunConfig, data: Any, patches: list[dict[str, Any]]) -> dic
             "tokens": data.tokens,
         },
         "patches": patches,
+        "attention": None,  # known after the first step
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -2,15 +2,16 @@
 
     GPTModel -> Float16Module (bf16) -> DistributedDataParallel -> Adam
 
-Everything is in Megatron's local implementation (`get_gpt_layer_local_spec`), without fused kernels whose
-bits would depend on what happens to be installed. Initial weights are made on the CPU, whole, then cut.
+Layers are Transformer Engine's or Megatron's local ones (`layers_of`), without fused kernels whose bits would
+depend on what happens to be installed. Initial weights are made on the CPU, whole, then cut.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
@@ -19,11 +20,15 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import layers, model_parallel_cuda_manual_seed
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -31,9 +36,11 @@ from tpcheck.config import RunConfig
 from tpcheck.errors import TpcheckError
 
 __all__ = [
+    "attention_backend",
     "build_model",
     "build_optimizer",
     "global_mean",
+    "layers_of",
     "learning_rate",
     "seed_everything",
     "set_learning_rate",
@@ -44,11 +51,21 @@ __all__ = [
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+def layers_of(config: RunConfig) -> Literal["te", "local"]:
+    """Whose layers the model is made of; `TpcheckError` where they are not there."""
+    found = find_spec("transformer_engine") is not None
+    if config.layers == "te" and not found:
+        raise TpcheckError("layers=te needs Transformer Engine, which is not installed: use layers=local")
+    return config.layers or ("te" if found and torch.cuda.is_available() else "local")
+
+
 def transformer_config(config: RunConfig) -> TransformerConfig:
     """The run's model in megatron-core's terms; `TpcheckError` with megatron-core's reason if it refuses."""
     model, dtype = config.model, DTYPES[config.dtype]
     if config.gradient_accumulation_fusion and config.strategy == "stock" and not layers._grad_accum_fusion_available:
         raise TpcheckError("gradient_accumulation_fusion needs Apex's fused_weight_gradient_mlp_cuda: set it false")
+    # TE's unfused backend is the only one whose sums the patches can order; a stock run is free to choose.
+    unfused = layers_of(config) == "te" and config.strategy != "stock"
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     try:
         return TransformerConfig(
@@ -80,6 +97,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
             bias_activation_fusion=False,
             bias_dropout_fusion=False,
             finalize_model_grads_func=finalize_model_grads,
+            attention_backend=AttnBackend.unfused if unfused else AttnBackend.auto,
             **(recompute if config.recompute else {}),
         )
     except (AssertionError, ValueError, ImportError) as error:
@@ -91,9 +109,13 @@ def build_model(config: RunConfig) -> tuple[GPTModel, DistributedDataParallel]:
     settings = transformer_config(config)
     model = config.model
     seed_everything(config.seed)
+    if layers_of(config) == "te":
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
+    else:
+        spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
     gpt = GPTModel(
         settings,
-        get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization=model.normalization),
+        spec,
         vocab_size=model.padded_vocab_size,
         max_sequence_length=model.max_positions,
         position_embedding_type="rope" if model.positions == "rope" else "learned_absolute",
@@ -109,6 +131,19 @@ def build_model(config: RunConfig) -> tuple[GPTModel, DistributedDataParallel]:
     )
     module = Float16Module(settings, gpt) if config.dtype == "bf16" else gpt
     return gpt, DistributedDataParallel(settings, ddp_config, module)
+
+
+def attention_backend(config: RunConfig) -> str:
+    """What computed attention in the last step; TE decides for itself, so it is asked, not the configuration."""
+    if layers_of(config) == "local":
+        return "megatron"
+    from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention
+
+    chosen = dot_product_attention._attention_backends
+    for name in ("flash", "fused", "unfused"):
+        if chosen.get(f"use_{name}_attention"):
+            return f"te {name}"
+    return "te, unknown"
 
 
 def seed_everything(seed: int) -> None:

@@ -23,7 +23,14 @@ from megatron.core import parallel_state
 from tpcheck import manifest, result, saving
 from tpcheck.config import RunConfig
 from tpcheck.data import Source, open_data, rank_batches
-from tpcheck.model import build_model, build_optimizer, seed_everything, set_learning_rate, train_step
+from tpcheck.model import (
+    attention_backend,
+    build_model,
+    build_optimizer,
+    seed_everything,
+    set_learning_rate,
+    train_step,
+)
 from tpcheck.progress import Steps
 
 __all__ = ["Stop", "enable_patches", "process_group", "train"]
@@ -59,6 +66,7 @@ def train(
                 loss, grad_norm = train_step(config, ddp, optimizer, rank_batches(data, config, step, dp_rank))
                 step += 1
                 if main:
+                    _note_attention(output, attention_backend(config))
                     record = _record(config, step, loss, grad_norm, rate, time.perf_counter() - began)
                     result.append_step(output, record)
                     steps.show(record)
@@ -148,6 +156,13 @@ def _prepare_output(output: Path, description: dict[str, Any], step: int) -> Non
     result.truncate_steps(output, step)
     (output / result.DIGESTS).unlink(missing_ok=True)
     saving.discard_unfinished(output)
+
+
+def _note_attention(output: Path, backend: str) -> None:
+    """Keep in the manifest what computed attention; known only once it has run."""
+    description = result.read_manifest(output)
+    if description.get("attention") != backend:
+        result.write_manifest(output, {**description, "attention": backend})
 
 
 def _record(config: RunConfig, step: int, loss: float, grad_norm: float, rate: float, seconds: float) -> dict[str, Any]:

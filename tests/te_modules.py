@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 import patches
 from patches.order.collectives import all_gather
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ALONE: Any = SimpleNamespace(size=lambda: 1, rank=lambda: 0)  # in the place of a group of one rank
 S, B, I, O = 16, 2, 24, 48
 MICROBATCHES = 2
 
@@ -34,8 +37,8 @@ class Case:
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        options = [str(v) for v in vars(self).values() if v not in (False, 1, None)]
-        return " ".join(options).replace("torch.", "")
+        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return " ".join([self.module, str(self.mode), *changed]).replace("torch.", "")
 
     @property
     def sharded(self) -> dict[str, tuple[int, int]]:
@@ -81,10 +84,10 @@ def in_te(cases: list[Case], sp: bool, strategy: str) -> list[dict[str, Tensor]]
 
 
 def one_in_te(case: Case, sp: bool) -> dict[str, Tensor]:
-    group = dist.group.WORLD
+    group = dist.group.WORLD if dist.is_initialized() else ALONE
     sp = sp and group.size() > 1
     sharded = case.with_sp() if sp else case.sharded
-    given = tensors(case)
+    given = {name: tensor.to(DEVICE) for name, tensor in tensors(case).items()}
     module = build(case, sp, group)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -94,7 +97,7 @@ def one_in_te(case: Case, sp: bool) -> dict[str, Tensor]:
         module.weight.partition_stride = case.stride
     for weight in weights:
         if case.main_grad:
-            weight.main_grad = torch.full(weight.shape, 7.0)
+            weight.main_grad = torch.full(weight.shape, 7.0, device=DEVICE)
     found: dict[str, Tensor] = {}
     for i in range(MICROBATCHES):
         x = share(given["x"][i], sharded.get("x"), group).requires_grad_()
@@ -118,7 +121,8 @@ def build(case: Case, sp: bool, group: Any) -> Any:
 
     shared = {
         "bias": case.bias != "none", "return_bias": case.bias == "returned", "params_dtype": case.dtype,
-        "fuse_wgrad_accumulation": case.main_grad, "tp_group": group, "tp_size": group.size(), "sequence_parallel": sp,
+        "fuse_wgrad_accumulation": case.main_grad, "sequence_parallel": sp,
+        "tp_group": None if group is ALONE else group, "tp_size": group.size(),
     }  # fmt: skip
     if case.module == "Linear" and case.mode is None:
         shared |= {"tp_group": None, "tp_size": 1, "sequence_parallel": False}
@@ -167,8 +171,8 @@ def share(whole: Tensor, how: tuple[int, int] | None, group: Any) -> Tensor:
 
 
 def gathered(own: Tensor, how: tuple[int, int] | None, group: Any) -> Tensor:
-    if how is None:
-        return own
+    if how is None or group is ALONE:
+        return own.cpu()
     dim, pieces = how
     return torch.cat([all_gather(piece.contiguous(), group, dim) for piece in own.chunk(pieces, dim)], dim)
 

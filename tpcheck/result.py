@@ -31,6 +31,7 @@ __all__ = [
     "read_digests",
     "read_manifest",
     "read_steps",
+    "sync",
     "truncate_steps",
     "write_digests",
     "write_json",
@@ -122,11 +123,12 @@ def _replace(file: Path, text: str) -> None:
         out.flush()
         os.fsync(out.fileno())
     os.replace(new, file)
-    _sync_folder(file.parent)
+    sync(file.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Put what was written to a file, or the names in a folder, on disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -67,7 +67,7 @@ def save(output: Path, step: int, gpt: Any, optimizer: Any) -> Path:
         _sync_files(new)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(new, final)
-        _sync(final.parent)
+        result.sync(final.parent)
     dist.barrier()
     return final
 
@@ -147,13 +147,5 @@ def _with_step(state: Any, step: int) -> Any:
 
 def _sync_files(folder: Path) -> None:
     for file in folder.rglob("*"):
-        _sync(file)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        result.sync(file)
+    result.sync(folder)

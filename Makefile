@@ -5,8 +5,10 @@ VENV ?= .venv
 # Where torch comes from: empty is pip's own index. For the small CPU build on Linux:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
-# Older versions that the patches cover, besides the one in constraints.txt.
+# Versions that the patches cover, besides the one in constraints.txt: older ones run; newer ones, which may be for a
+# newer Python, are read.
 MEGATRON_VERSIONS ?= 0.14.0 0.15.3
+NEWER_MEGATRON_VERSIONS ?= 0.17.1 0.18.2 0.19.2
 # Transformer Engine versions whose Python code the tests run: the oldest and newest supported, one in between.
 TE_VERSIONS ?= 2.9.0 2.13.0 2.20.2
 SWEEP ?= slurm/sweeps/qwen3-tiny-cpu.yaml
@@ -17,12 +19,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help venv demo test test-megatron test-te lint bench clean distclean
+.PHONY: help venv demo test test-megatron test-te te-coverage gpu lint bench clean distclean
 
 help:
 	@echo "make demo    train Qwen3 at TP=1/2/4/8, stock and patched; compare every bit; draw the picture"
 	@echo "make test    run the tests; test-megatron only those against older versions of megatron-core,"
 	@echo "             test-te only those of Transformer Engine's layers (TE $(TE_VERSIONS), on CPU)"
+	@echo "make te-coverage  which lines of Transformer Engine's layers those tests run"
+	@echo "make gpu     the tests that need a GPU, in the environment that PYTHON belongs to"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   what the patches cost, as ratios to stock"
 	@echo "make venv    only set up $(VENV) (the others do it when needed)"
@@ -49,7 +53,12 @@ test: $(READY) test-megatron test-te
 	@echo "==> tests"
 	@$(BIN)/python -m pytest
 
-test-megatron: $(MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%)
+colon = $(subst $() ,:,$(strip $(1)))
+
+test-megatron: $(MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%) $(NEWER_MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%)
+	@echo "==> call sites in megatron-core $(NEWER_MEGATRON_VERSIONS)"
+	@MEGATRON_SOURCES=$(call colon,$(NEWER_MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%)) \
+	    $(BIN)/python -m pytest -q -W ignore tests/test_call_sites.py
 	@for version in $(MEGATRON_VERSIONS); do \
 	    echo "==> the patches on megatron-core $$version"; \
 	    PYTHONPATH=$(VENV)/megatron-core-$$version $(BIN)/python -m pytest -q -W ignore tests/test_megatron.py \
@@ -58,7 +67,9 @@ test-megatron: $(MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%)
 
 $(VENV)/megatron-core-%: $(READY)
 	@echo "==> installing megatron-core $* beside the other"
-	@$(PIP) install --no-deps --target $@ megatron-core==$*
+	@$(PIP) install --no-deps --target $@ $(if $(filter $*,$(NEWER_MEGATRON_VERSIONS)),$(FOR_NEWER_PYTHON)) megatron-core==$*
+
+FOR_NEWER_PYTHON := --only-binary=:all: --python-version 3.13 --ignore-requires-python
 
 # TE's wheel holds its Python code alone; tests/te_cpu stands in for the compiled part.
 test-te: $(TE_VERSIONS:%=$(VENV)/te-%)
@@ -74,6 +85,16 @@ test-te: $(TE_VERSIONS:%=$(VENV)/te-%)
 	@echo "==> each patch left out, and the trainer, on Transformer Engine $(lastword $(TE_VERSIONS))"
 	@PYTHONPATH=$(VENV)/te-$(lastword $(TE_VERSIONS)) $(BIN)/python -m pytest -q -W ignore tests/test_te_ablation.py \
 	    tests/test_te_train.py
+
+# Each rank of every test counts; forwards that the patches replace run in the stock tests.
+te-coverage: $(VENV)/te-$(lastword $(TE_VERSIONS))
+	@echo "==> coverage of Transformer Engine $(lastword $(TE_VERSIONS))"
+	@PYTHONPATH=$< $(BIN)/coverage run -m pytest -q -W ignore tests/test_te_modules.py tests/test_te_megatron.py
+	@$(BIN)/coverage combine --quiet && $(BIN)/coverage report
+
+# No $(VENV): a GPU's torch and Transformer Engine belong to the environment they came with.
+gpu:
+	@$(PYTHON) -m pytest -m gpu tests/test_*gpu.py
 
 $(VENV)/te-%: $(READY)
 	@echo "==> unpacking Transformer Engine $*"
@@ -94,7 +115,7 @@ bench: $(READY)
 
 clean:
 	@echo "==> removing caches and results/qwen3-tiny-cpu"
-	@rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis results/qwen3-tiny-cpu
+	@rm -rf build *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis results/qwen3-tiny-cpu
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

@@ -32,6 +32,7 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.9"],
         "dev": [
+            "coverage>=7.10",
             "einops>=0.8",  # this and onnxscript: what Transformer Engine's Python code imports
             "hypothesis>=6.100",
             "mypy>=1.10",

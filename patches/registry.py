@@ -44,6 +44,7 @@ class Patch:
         versions: versions of `library` that need it.
         package: where this is not importable, the patch has nothing to do.
         library: the distribution, a key of `SUPPORTED`, whose version counts.
+        parameters: those that the target may have; None if it is not a function.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Patch:
     versions: SpecifierSet = ANY_VERSION
     package: str = "megatron.core"
     library: str = "megatron-core"
+    parameters: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,16 +86,18 @@ def attribute(
         parameters: names of the parameters that the original may have, separated by spaces; None if not a function.
     """
 
+    known = None if parameters is None else tuple(parameters.split())
+
     def install(contract: Contract) -> Undo:
         holder, attr = _resolve(target)
         original = inspect.getattr_static(holder, attr)
-        if parameters is not None:
-            _check_parameters(target, getattr(holder, attr), parameters.split())
+        if known is not None:
+            _check_parameters(target, getattr(holder, attr), known)
         owned = attr in vars(holder)
         setattr(holder, attr, replacement(getattr(holder, attr)))
         return (lambda: setattr(holder, attr, original)) if owned else (lambda: delattr(holder, attr))
 
-    return Patch(name, target, why, install, SpecifierSet(versions), package, library)
+    return Patch(name, target, why, install, SpecifierSet(versions), package, library, known)
 
 
 class Registry:

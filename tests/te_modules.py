@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -30,8 +31,9 @@ class Case:
     main_grad: bool = False
     normalization: str = "RMSNorm"
     zero_centered: bool = False
-    return_norm: bool = False
+    return_norm: Literal["no", "own", "gathered"] = "no"
     activation: str = "swiglu"
+    checkpoint: bool = False
     stride: int = 1  # pieces of a column-parallel weight
     marked: bool = True  # whether weight.partition_stride says so
     dtype: torch.dtype = torch.float32
@@ -53,8 +55,9 @@ class Case:
         return {}
 
     def with_sp(self) -> dict[str, tuple[int, int]]:
-        tokens = {"Linear": {"row": ["y"], "column": ["x"]}.get(self.mode or "", []), "LayerNormLinear": ["x", "norm"]}
-        return {**self.sharded, **dict.fromkeys(tokens.get(self.module, ["x", "y", "norm"]), (0, 1))}
+        tokens = {"Linear": {"row": ["y"], "column": ["x"]}.get(self.mode or "", []), "LayerNormLinear": ["x"]}
+        norm = ["norm"] if self.return_norm == "own" else []
+        return {**self.sharded, **dict.fromkeys([*tokens.get(self.module, ["x", "y"]), *norm], (0, 1))}
 
 
 def tensors(case: Case) -> dict[str, Tensor]:
@@ -106,9 +109,14 @@ def one_in_te(case: Case, sp: bool) -> dict[str, Tensor]:
         if case.bias == "returned":
             y = y + rest.pop(0)
         found[f"y{i}"] = gathered(y.detach(), sharded.get("y"), group)
-        (y * share(given["dy"][i], sharded.get("y"), group)).sum().backward(retain_graph=bool(rest))
+        loss = (y * share(given["dy"][i], sharded.get("y"), group)).sum()
         if rest:
             found[f"norm{i}"] = gathered(rest[0].detach(), sharded.get("norm"), group)
+            dnorm = share(given["dnorm"][i], sharded.get("norm"), group)
+            if sp and case.return_norm == "gathered":
+                dnorm = only_own_features(dnorm, group)
+            loss = loss + (rest[0] * dnorm).sum()
+        loss.backward()
         found[f"dx{i}"] = gathered(x.grad, sharded.get("x"), group)
     for name, parameter in module.named_parameters():
         grad = parameter.main_grad if case.main_grad and hasattr(parameter, "main_grad") else parameter.grad
@@ -127,11 +135,14 @@ def build(case: Case, sp: bool, group: Any) -> Any:
     if case.module == "Linear" and case.mode is None:
         shared |= {"tp_group": None, "tp_size": 1, "sequence_parallel": False}
     norm = {"normalization": case.normalization, "zero_centered_gamma": case.zero_centered,
-            "return_layernorm_output": case.return_norm}  # fmt: skip
+            "return_layernorm_output": case.return_norm != "no",
+            "return_layernorm_output_gathered": case.return_norm == "gathered"}  # fmt: skip
     if case.module == "Linear":
         return te.Linear(I, O, parallel_mode=case.mode, **shared)
     if case.module == "LayerNormLinear":
         return te.LayerNormLinear(I, O, parallel_mode=case.mode, **shared, **norm)
+    if "checkpoint" in inspect.signature(te.LayerNormMLP).parameters:  # from 2.11 on
+        shared["checkpoint"] = case.checkpoint
     return te.LayerNormMLP(I, O, activation=case.activation, set_parallel_mode=True, **shared, **norm)
 
 
@@ -146,17 +157,28 @@ def in_torch(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
             gamma = leaf["layer_norm_weight"] + (1 if case.zero_centered else 0)
             beta = leaf.get("layer_norm_bias")
             h = F.layer_norm(x, (I,), gamma, beta) if beta is not None else F.rms_norm(x, (I,), gamma, 1e-5)
-            if case.return_norm:
+            if case.return_norm != "no":
                 found[f"norm{i}"] = h.detach()
+            h_norm = h
         if case.module == "LayerNormMLP":
             h = F.linear(h, leaf["fc1_weight"], leaf.get("fc1_bias"))
             gate, *up = h.chunk(2, -1) if case.activation == "swiglu" else (h,)
             h = F.silu(gate) * up[0] if up else F.gelu(gate, approximate="tanh")
         y = F.linear(h, *(leaf.get(name) for name in weight_and_bias(case)))
-        y.backward(leaf["dy"][i].detach())
+        loss = (y * leaf["dy"][i].detach()).sum()
+        if case.return_norm != "no":
+            loss = loss + (h_norm * leaf["dnorm"][i].detach()).sum()
+        loss.backward()
         found |= {f"y{i}": y.detach(), f"dx{i}": x.grad}
     parameters = [name for name in leaf if name not in ("x", "dy", "dnorm")]
     return {**found, **{f"d{name}": leaf[name].grad for name in parameters}}
+
+
+def only_own_features(whole: Tensor, group: Any) -> Tensor:
+    """Zeros but for this rank's share of the last dimension: the ranks' parts of a gradient that is summed."""
+    own = torch.zeros_like(whole).chunk(group.size(), -1)
+    own[group.rank()].copy_(whole.chunk(group.size(), -1)[group.rank()])
+    return torch.cat(own, -1)
 
 
 def weight_and_bias(case: Case) -> tuple[str, str]:
@@ -186,14 +208,17 @@ CASES = [
 CASES += [
     Case("LayerNormLinear", "column", bias, main_grad, normalization, zero_centered, return_norm)
     for bias, main_grad, normalization, zero_centered, return_norm in (
-        ("none", False, "RMSNorm", False, False), ("fused", True, "LayerNorm", False, True),
-        ("returned", False, "RMSNorm", True, True), ("none", True, "LayerNorm", True, False),
+        ("none", False, "RMSNorm", False, "no"), ("fused", True, "LayerNorm", False, "own"),
+        ("returned", False, "RMSNorm", True, "own"), ("none", True, "LayerNorm", True, "no"),
+        ("fused", False, "RMSNorm", False, "gathered"),
     )
 ]  # fmt: skip
 CASES += [
     Case("LayerNormMLP", None, "none", False, "RMSNorm"),
     Case("LayerNormMLP", None, "fused", True, "LayerNorm", activation="gelu"),
-    Case("LayerNormMLP", None, "returned", False, "LayerNorm", True, True),
+    Case("LayerNormMLP", None, "returned", False, "LayerNorm", True, "own"),
+    Case("LayerNormMLP", None, "none", False, "RMSNorm", return_norm="gathered"),
+    Case("LayerNormMLP", None, "returned", True, "LayerNorm", return_norm="own", checkpoint=True),
 ]
 CASES += [Case("Linear", "column", "fused", stride=2), Case("LayerNormLinear", "column", "none", True, stride=2)]
 CASES += [replace(case, dtype=torch.bfloat16) for case in CASES[::3]]

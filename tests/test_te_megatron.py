@@ -18,22 +18,22 @@ CASES: dict[str, dict[str, Any]] = {
     "zero-centered gamma": {"model": {"layernorm_zero_centered_gamma": True}},
     "distributed optimizer": {"ddp": {"use_distributed_optimizer": True}},
 }
+FIVE_STEPS = [name for name in CASES if "steps" in CASES[name]]
+EVERY_SIZE = ((2, False), (2, True), (4, False), (4, True), (8, False), (8, True))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_training_has_same_bits_at_every_tp(name):
     one = run("tree", 1, te=True, **CASES[name])
-    sizes = ((2, True), (4, False), (8, False), (8, True)) if "steps" in CASES[name] else ((2, False), (4, True))
-    for tp, sp in sizes:
+    for tp, sp in EVERY_SIZE if name in FIVE_STEPS else ((2, False), (4, True)):
         assert not differences(one, run("tree", tp, sp, te=True, **CASES[name])), f"tp={tp} sp={sp}"
 
 
-@pytest.mark.parametrize("name", ("qwen3", "gpt-2 shape fp32"))
+@pytest.mark.parametrize("name", FIVE_STEPS)
 def test_training_under_gather_has_same_bits_at_every_tp(name):
-    options = {**CASES[name], "steps": 2}
-    one = run("gather", 1, te=True, **options)
-    for tp, sp in ((2, False), (8, True)):
-        assert not differences(one, run("gather", tp, sp, te=True, **options)), f"tp={tp} sp={sp}"
+    one = run("gather", 1, te=True, **CASES[name])
+    for tp, sp in EVERY_SIZE:
+        assert not differences(one, run("gather", tp, sp, te=True, **CASES[name])), f"tp={tp} sp={sp}"
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def matrices(record: dict[str, Any]) -> set[str]:
     return {f"{name} {value}" for name, value in record["final"].items() if "norm" not in name}
 
 
-@pytest.mark.parametrize("name", ("qwen3", "gpt-2 shape fp32"))
+@pytest.mark.parametrize("name", FIVE_STEPS)
 def test_stock_training_has_other_bits_at_every_tp(name):
     one = run("stock", 1, te=True, **CASES[name])
     for tp in (2, 4):

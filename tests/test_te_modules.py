@@ -29,10 +29,16 @@ def assert_right(found: dict[str, Tensor], case: Case) -> None:
         assert error < TOLERANCE[case.dtype], f"{name}: {error:.1e}"
 
 
+def right_in_stock(case: Case) -> bool:
+    """All but two: TE's own LayerNormLinear loses the gradient of its norm's output where that is to be gathered, and
+    `checkpoint` asks for the state of CUDA's generator."""
+    return not case.checkpoint and (case.module, case.return_norm) != ("LayerNormLinear", "gathered")
+
+
 @functools.cache
 def results(tp: int, sp: bool, strategy: str) -> list[dict[Case, dict[str, Tensor]]]:
     """Every case's tensors, on each rank: all cases share one set of ranks."""
-    cases = [*CASES, GATED, UNMARKED]
+    cases = [*(CASES if strategy != "stock" else filter(right_in_stock, CASES)), GATED, UNMARKED]
     return [dict(zip(cases, found, strict=True)) for found in on_ranks(tp, in_te, cases, sp, strategy)]
 
 
@@ -52,12 +58,14 @@ def test_module_is_right_and_has_same_bits_at_every_tp_under_gather(case):
     assert not unequal(one, results(4, True, "gather")[0][case])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", filter(right_in_stock, CASES), ids=str)
 def test_stand_in_for_the_extension_is_right(case):
     assert_right(results(1, False, "stock")[0][case], case)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.mode is not None and c.dtype == torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.mode and c.dtype == torch.float32 and right_in_stock(c)], ids=str
+)
 def test_stock_module_has_other_bits_at_another_tp(case):
     assert unequal(results(1, False, "stock")[0][case], results(2, False, "stock")[0][case])
 

@@ -69,12 +69,6 @@ def cross_entropy() -> None:
     cross_entropy.parallel_cross_entropy(X, torch.zeros(4, 2, dtype=torch.long))
 
 
-def layer_norm_linear(**options: Any) -> None:
-    import transformer_engine.pytorch as te
-
-    te.LayerNormLinear(16, 16, params_dtype=torch.float32, **options)(X)
-
-
 def mlp(**options: Any) -> None:
     import transformer_engine.pytorch as te
 
@@ -124,15 +118,6 @@ def test_setting_is_refused_by_name(name):
     assert re.search(REFUSED[name][1], message), message
 
 
-def gathered_norm_under_sp() -> None:
-    group = torch.distributed.group.WORLD
-    with patches.enabled():
-        layer_norm_linear(
-            parallel_mode="column", tp_group=group, tp_size=2, sequence_parallel=True, return_layernorm_output=True,
-            return_layernorm_output_gathered=True,
-        )  # fmt: skip
-
-
 def train(options: dict[str, Any]) -> None:
     patches.enable()
     plain_megatron.train(te=True, **options)
@@ -141,7 +126,6 @@ def train(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("size", "function", "arguments", "message"),
     (
-        (2, gathered_norm_under_sp, (), "return_layernorm_output_gathered=True is not covered under sequence parallel"),
         (3, train, ({"tp": 3, "model": {"num_attention_heads": 6, "num_query_groups": 6}},), "tp=3 does not divide"),
         (1, train, ({"model": {"fp8": "hybrid"}},), "fp8='hybrid' is not covered"),
         (1, train, ({"model": {"cross_entropy_fusion_impl": "te"}},), "cross_entropy_fusion_impl='te' is not covered"),

@@ -75,7 +75,6 @@ def _uncovered(module: Any, x: Tensor) -> list[tuple[Any, str, str]]:
         (is_in_onnx_export_mode(), "ONNX export", "call patches.disable() before it"),
         (getattr(module, "fsdp_group", None), "TE's FSDP", "use Megatron's DistributedDataParallel"),
         (TEDebugState.debug_enabled, "TE's debug mode", "switch nvdlfw_inspect off"),
-        (getattr(module, "checkpoint", False) is True, "checkpoint=True", "recompute from outside the module"),
     ]
 
 

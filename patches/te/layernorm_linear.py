@@ -7,20 +7,16 @@ from typing import Any
 from torch import Tensor
 
 from patches.contract import UnsupportedError
+from patches.ops.gather import gather_tokens
 from patches.ops.norm import norm
 from patches.te.context import mark_complete, refuse_uncovered, te_attribute, tokens
 from patches.te.product import bias_to_return, pieces_of, product
 
-__all__ = ["PATCHES", "layer_norm"]
+__all__ = ["PATCHES", "layer_norm", "norm_to_return"]
 
 
 def layer_norm(module: Any, x: Tensor) -> Tensor:
     """The norm inside LayerNormLinear and LayerNormMLP."""
-    if module.return_layernorm_output_gathered and module.sequence_parallel and module.tp_size > 1:
-        raise UnsupportedError(
-            "return_layernorm_output_gathered=True is not covered under sequence parallelism: "
-            "use return_layernorm_output=True and gather outside"
-        )
     gamma, beta = module.layer_norm_weight, module.layer_norm_bias
     for parameter in (gamma, beta):
         if parameter is not None:
@@ -28,6 +24,15 @@ def layer_norm(module: Any, x: Tensor) -> Tensor:
     if module.zero_centered_gamma:
         gamma = gamma.float() + 1
     return norm(x, gamma, beta, module.eps, module.normalization == "LayerNorm", 0, tokens(module))
+
+
+def norm_to_return(module: Any, normed: Tensor) -> Tensor:
+    """What `return_layernorm_output` adds to the results, with a gradient in every case.
+
+    TE's own LayerNormLinear loses the gradient of the gathered output; its LayerNormMLP sums the ranks' parts.
+    """
+    gathered = module.return_layernorm_output_gathered and module.sequence_parallel and module.tp_size > 1
+    return gather_tokens(normed, module.tp_group) if gathered else normed
 
 
 def _forward(original: Any) -> Any:
@@ -51,7 +56,7 @@ def _forward(original: Any) -> Any:
         if self.return_bias:
             results.append(bias_to_return(self, mode, bias, y))
         if self.return_layernorm_output:
-            results.append(normed)
+            results.append(norm_to_return(self, normed))
         return tuple(results) if len(results) > 1 else y
 
     return forward

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from patches.contract import UnsupportedError
 from patches.te.context import refuse_uncovered, te_attribute
-from patches.te.layernorm_linear import layer_norm
+from patches.te.layernorm_linear import layer_norm, norm_to_return
 from patches.te.product import bias_to_return, product
 
 __all__ = ["PATCHES"]
@@ -28,6 +29,11 @@ GATED = {"geglu": "gelu", "reglu": "relu", "swiglu": "silu", "sreglu": "srelu", 
 
 def _forward(original: Any) -> Any:
     def forward(self: Any, inp: Tensor, is_first_microbatch: bool | None = None) -> Any:
+        if not getattr(self, "checkpoint", False):
+            return compute(self, inp, is_first_microbatch)
+        return checkpoint(compute, self, inp, is_first_microbatch, use_reentrant=False, preserve_rng_state=False)
+
+    def compute(self: Any, inp: Tensor, is_first_microbatch: bool | None) -> Any:
         refuse_uncovered(self, inp, [self.fc1_weight, self.fc2_weight, self.layer_norm_weight])
         if self.tp_size > 1 and not self.set_parallel_mode:
             raise UnsupportedError(
@@ -43,7 +49,7 @@ def _forward(original: Any) -> Any:
         if self.return_bias:
             results.append(bias_to_return(self, "row", self.fc2_bias, y))
         if self.return_layernorm_output:
-            results.append(normed)
+            results.append(norm_to_return(self, normed))
         return tuple(results) if len(results) > 1 else y
 
     return forward

@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = [
     "generic_gemm", "layernorm_bwd", "layernorm_fwd", "multi_tensor_adam", "multi_tensor_l2norm", "multi_tensor_scale",
-    "rmsnorm_bwd", "rmsnorm_fwd", "swap_first_dims",
+    "multi_tensor_scale_tensor", "rmsnorm_bwd", "rmsnorm_fwd", "swap_first_dims",
 ]  # fmt: skip
 
 DTYPES = {0: torch.uint8, 2: torch.int32, 4: torch.float32, 5: torch.float16, 6: torch.bfloat16}
@@ -110,6 +110,10 @@ def multi_tensor_l2norm(
 def multi_tensor_scale(chunk_size: int, noop: Tensor, lists: list[list[Tensor]], scale: float) -> None:
     for source, target in zip(*lists, strict=True):
         target.copy_(source.float() * scale)
+
+
+def multi_tensor_scale_tensor(chunk_size: int, noop: Tensor, lists: list[list[Tensor]], scale: Tensor) -> None:
+    multi_tensor_scale(chunk_size, noop, lists, float(scale))
 
 
 def multi_tensor_adam(

@@ -17,6 +17,9 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
+# Tests of a few ranks each leave cores idle; two at a time don't.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
 export PYTHONUNBUFFERED := 1
 
 .PHONY: help venv demo test test-megatron test-te te-coverage gpu lint bench clean distclean
@@ -51,7 +54,7 @@ demo: $(READY)
 
 test: $(READY) test-megatron test-te
 	@echo "==> tests"
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 colon = $(subst $() ,:,$(strip $(1)))
 
@@ -61,7 +64,7 @@ test-megatron: $(MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%) $(NEWER_MEGATRON_V
 	    $(BIN)/python -m pytest -q -W ignore tests/test_call_sites.py
 	@for version in $(MEGATRON_VERSIONS); do \
 	    echo "==> the patches on megatron-core $$version"; \
-	    PYTHONPATH=$(VENV)/megatron-core-$$version $(BIN)/python -m pytest -q -W ignore tests/test_megatron.py \
+	    PYTHONPATH=$(VENV)/megatron-core-$$version $(PYTEST) -q -W ignore tests/test_megatron.py \
 	        tests/test_patches.py -k "under_tree and (qwen3 or distributed or initialised) or very_object" || exit 1; \
 	done
 
@@ -75,7 +78,7 @@ FOR_NEWER_PYTHON := --only-binary=:all: --python-version 3.13 --ignore-requires-
 test-te: $(TE_VERSIONS:%=$(VENV)/te-%)
 	@for version in $(TE_VERSIONS); do \
 	    echo "==> whole models and refusals on Transformer Engine $$version"; \
-	    PYTHONPATH=$(VENV)/te-$$version $(BIN)/python -m pytest -q -W ignore tests/test_te_megatron.py \
+	    PYTHONPATH=$(VENV)/te-$$version $(PYTEST) -q -W ignore tests/test_te_megatron.py \
 	        tests/test_te_refusals.py || exit 1; \
 	done
 	@for version in $(firstword $(TE_VERSIONS)) $(lastword $(TE_VERSIONS)); do \
@@ -83,7 +86,7 @@ test-te: $(TE_VERSIONS:%=$(VENV)/te-%)
 	    PYTHONPATH=$(VENV)/te-$$version $(BIN)/python -m pytest -q -W ignore tests/test_te_modules.py || exit 1; \
 	done
 	@echo "==> each patch left out, and the trainer, on Transformer Engine $(lastword $(TE_VERSIONS))"
-	@PYTHONPATH=$(VENV)/te-$(lastword $(TE_VERSIONS)) $(BIN)/python -m pytest -q -W ignore tests/test_te_ablation.py \
+	@PYTHONPATH=$(VENV)/te-$(lastword $(TE_VERSIONS)) $(PYTEST) -q -W ignore tests/test_te_ablation.py \
 	    tests/test_te_train.py
 
 # Each rank of every test counts; forwards that the patches replace run in the stock tests.

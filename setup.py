@@ -39,6 +39,7 @@ setup(
             "onnxscript>=0.3",
             "pytest>=8.0",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.6",
             "types-PyYAML>=6.0",
         ],

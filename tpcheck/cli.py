@@ -100,8 +100,17 @@ def diff(a: Path, b: Path, show_all: bool, as_json: bool) -> int:
 @tpcheck.command()
 @click.argument("sweep", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def sweep(sweep: Path, overrides: tuple[str, ...]) -> int:
+@click.option("--cluster", metavar="NAME", help="Submit to Slurm as slurm/clusters/NAME.yaml, or that file, says.")
+@click.option("--dry-run", is_flag=True, help="With --cluster: print the scripts that would be submitted.")
+@click.option("--wait", is_flag=True, help="With --cluster: stay until every cell has ended, then give the verdict.")
+def sweep(sweep: Path, overrides: tuple[str, ...], cluster: str | None, dry_run: bool, wait: bool) -> int:
     """Run every cell of SWEEP.yaml that is not complete yet, then say which digests agree."""
+    if cluster is not None:
+        from slurm.submit import command as submit
+
+        return submit(sweep, overrides, cluster, dry_run=dry_run, wait=wait)
+    if dry_run or wait:
+        raise TpcheckError(f"--{'dry-run' if dry_run else 'wait'} is about Slurm: add --cluster NAME")
     from tpcheck.sweep import command
 
     return command(sweep, overrides)

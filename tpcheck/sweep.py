@@ -30,6 +30,7 @@ from tpcheck.cells import Cell, Sweep, load_sweep
 from tpcheck.config import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.jobs import Job, LocalRunner, Machine, Need, Task, is_locked
+from tpcheck.planned import write_sweep
 
 __all__ = ["command"]
 
@@ -43,10 +44,13 @@ CELL_FREE = ("output", "stop_after")  # settings that two runs of the same cell 
 
 def command(path: Path, overrides: Sequence[str] = ()) -> int:
     """Run what is not complete of the sweep at `path`, print the verdict, return its exit code."""
-    sweep = load_sweep(path, overrides)
+    sweep = load_sweep(path, overrides, anywhere=True)
     console = Console(width=None if sys.stdout.isatty() else 120)
+    if sweep.archs:
+        console.print(f"arch: {', '.join(sweep.archs)} are for a cluster; here every cell runs once, on this machine")
     with _only_one(sweep.output), _sigterm_is_ctrl_c():
         todo = [cell for cell in sweep.cells if not is_complete(cell)]
+        write_sweep(sweep)
         _run(sweep, todo, console)
         judged = verdict.judge(sweep)
         verdict.write(judged, sweep.output)

@@ -23,8 +23,8 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-# cred_expire is also how long a requeued job waits.
-AuthInfo=socket={folder}/munge/sock,cred_expire=3
+# cred_expire is also how long a requeued job waits; below 5 Slurm takes 120 without a word.
+AuthInfo=socket={folder}/munge/sock,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -86,7 +86,7 @@ JobAcctGatherFrequency=5"""
 
 SLURMDBD_CONF = """\
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/sock,cred_expire=3
+AuthInfo=socket={folder}/munge/sock,cred_expire=5
 DbdHost=localhost
 DbdPort={database_port}
 SlurmUser={user}
@@ -102,7 +102,7 @@ LogFile={folder}/log/slurmdbd.log
 
 
 def write(folder: Path, ports: Sequence[int], accounting: bool, min_job_age: int) -> None:
-    """Write everything that the daemons read to `folder`; `ports` are the controller's, the two databases', the nodes'."""
+    """Write what the daemons read to `folder`; `ports`: the controller, the two databases, the nodes."""
     for name in ("log", "state", "spool", "dev", "munge", "etc"):
         (folder / name).mkdir()
     for number in range(8):  # any file will do for a GPU

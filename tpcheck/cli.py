@@ -1,4 +1,4 @@
-"""The `tpcheck` command: four thin commands, each imported only when it is called, so that `--help` is quick.
+"""The `tpcheck` command: thin commands, each imported only when it is called, so that `--help` is quick.
 
 Exit codes: what the command returns (`diff`: 0 identical, 1 different, 2 can't tell), 2 for bad input, which is
 answered with one line on standard error, 130 for Ctrl-C, 141 when the reader of the output has gone, 70 for a bug
@@ -114,3 +114,32 @@ def sweep(sweep: Path, overrides: tuple[str, ...], cluster: str | None, dry_run:
     from tpcheck.sweep import command
 
     return command(sweep, overrides)
+
+
+@tpcheck.command()
+@click.argument("output", metavar="DIR", type=click.Path(path_type=Path))
+def verdict(output: Path) -> int:
+    """Say which digests of the sweep in DIR agree, from what is there: 0 held, 1 broken, 2 cells are missing."""
+    from tpcheck.report import command
+
+    return command(output)
+
+
+@tpcheck.command()
+@click.argument("output", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--watch", is_flag=True, help="Show it again every few seconds, until no cell is waiting or running.")
+def status(output: Path, watch: bool) -> int:
+    """Show every cell of the sweep in DIR: its job, state, node, step, speed, retries and log."""
+    from slurm.status import command
+
+    return command(output, watch=watch)
+
+
+@tpcheck.command()
+@click.argument("output", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("cells", nargs=-1, metavar="[CELL]...")
+def cancel(output: Path, cells: tuple[str, ...]) -> int:
+    """Cancel the Slurm jobs of the sweep in DIR, or of these cells of it alone; what they saved stays."""
+    from slurm.cancel import command
+
+    return command(output, cells)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,10 @@ def command(output: Path, cells: Sequence[str] = ()) -> int:
     if not elements:
         print("nothing to cancel: none of these cells is pending or running")
         return 0
+    for cell in elements.values():  # first: a script that is about to queue again looks for it
+        with contextlib.suppress(OSError):  # on a full disk, too, a job must be cancelled
+            (output / cell).mkdir(exist_ok=True)
+            (output / cell / ledger.CANCELLED).touch()
     done = subprocess.run(["scancel", *elements], capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise TpcheckError(f"scancel: {done.stderr.strip()}")

@@ -20,11 +20,12 @@ from typing import Any
 from tpcheck import result
 from tpcheck.errors import TpcheckError
 
-__all__ = ["ATTEMPTS", "LEDGER", "Attempt", "Submission", "attempts", "latest", "read", "record"]
+__all__ = ["ATTEMPTS", "CANCELLED", "LEDGER", "Attempt", "Submission", "attempts", "latest", "lines", "read", "record"]
 
 FORMAT = 1
 LEDGER = "submissions.jsonl"
 ATTEMPTS = "attempts.jsonl"  # in every cell: one line whenever Slurm starts it, written by the batch script
+CANCELLED = "cancelled"  # in a cell that `tpcheck cancel` has ended: it must not queue again by itself
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def record(output: Path, submission: Submission) -> None:
 def read(output: Path) -> list[Submission]:
     """All submissions of the sweep in `output`, the oldest first."""
     found: dict[str, Submission] = {}
-    for line in _lines(output / LEDGER):
+    for line in lines(output / LEDGER):
         if line.get("format") != FORMAT:
             raise TpcheckError(
                 f"{output / LEDGER} has format {line.get('format')!r}, this tpcheck reads format {FORMAT}"
@@ -107,12 +108,12 @@ def attempts(cell: Path) -> list[Attempt]:
     names = [field.name for field in dataclasses.fields(Attempt)]
     return [
         Attempt(**{name: line[name] for name in names})
-        for line in _lines(cell / ATTEMPTS)
+        for line in lines(cell / ATTEMPTS)
         if all(name in line for name in names)
     ]
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
+def lines(file: Path) -> list[dict[str, Any]]:
     """The objects in a file of JSON lines; lines that a kill or a full disk cut short are passed over."""
     try:
         text = file.read_text(encoding="utf-8", errors="replace")

@@ -2,7 +2,7 @@
 
     digests.json is there        complete, whatever Slurm says
     Slurm knows the job          its word in ours: pending, running, requeued, timed-out, …
-    Slurm has forgotten it       failed when it had started, missing when it had not
+    Slurm has forgotten it       cancelled by `tpcheck cancel`, else failed when it had started, missing when not
     never submitted              missing
 
 A Slurm that does not answer leaves the states unknown, and the table says so.
@@ -27,6 +27,7 @@ from slurm.states import State, states
 from tpcheck import report
 from tpcheck.board import progress
 from tpcheck.cells import Cell, Sweep
+from tpcheck.ending import ENDS
 from tpcheck.errors import TpcheckError
 from tpcheck.jobs import is_locked
 from tpcheck.planned import read_sweep
@@ -136,7 +137,7 @@ def _row(cell: Cell, submission: Submission | None, known: Mapping[tuple[str, in
     step, _, speed = progress(cell)
     nodes = (state.nodes if state else "") or (tried[-1].nodes if tried else "")
     log = _log(cell, submission, job)
-    why = _why(word, job, state, log, bool(tried))
+    why = _why(word, job, state, _said(cell, log))
     return Row(cell.name, job, word, nodes, step, speed, tried[-1].restart if tried else 0, log, why)
 
 
@@ -148,7 +149,8 @@ def _word(cell: Cell, submission: Submission | None, state: State | None, starte
     if not asked:
         return "unknown"
     if state is None:
-        return "failed" if started else "missing"
+        cancelled = (cell.path / ledger.CANCELLED).exists()
+        return "cancelled" if cancelled else "failed" if started else "missing"
     word = WORDS.get(state.word, "running")
     return "requeued" if word == "pending" and started else word
 
@@ -164,7 +166,7 @@ def _job_logs(submission: Submission, job: str) -> list[Path]:
     return sorted(submission.folder.glob(f"{job}_*log.*"), key=lambda log: log.stat().st_mtime, reverse=True)
 
 
-def _why(word: Word, job: str, state: State | None, log: Path | None, started: bool) -> str:
+def _why(word: Word, job: str, state: State | None, said: str) -> str:
     if word in ("pending", "requeued"):
         return state.reason if state else ""
     if word == "missing" and job:
@@ -172,15 +174,16 @@ def _why(word: Word, job: str, state: State | None, log: Path | None, started: b
     if word != "failed":
         return ""
     slurm = state.word.lower() if state else "Slurm has forgotten the job"
-    return ", ".join(part for part in (slurm, _said(log)) if part)
+    return ", ".join(part for part in (slurm, said) if part)
 
 
-def _said(log: Path | None) -> str:
-    """The line of a log that tells why a run failed: ours, or the last one."""
+def _said(cell: Cell, log: Path | None) -> str:
+    """Why a run failed: what the rank that failed first has left, or else the last line of the log."""
+    failed = [end["why"] for end in ledger.lines(cell.path / ENDS) if end.get("kind") == "failed"]
+    if failed:
+        return str(failed[0])[:REASON]
     lines = log.read_text(errors="replace").splitlines() if log and log.exists() else []
-    ours = [line for line in lines if line.startswith(("tpcheck: ", "[launch] "))]
-    said = (ours or [line for line in lines if line.strip()] or [""])[-1]
-    return said.removeprefix("tpcheck: ").removeprefix("error: ").removeprefix("[launch] ").strip()[:REASON]
+    return ([line.strip() for line in lines if line.strip()] or [""])[-1][:REASON]
 
 
 def _cells(row: Row, output: Path) -> tuple[str, ...]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import getpass
 import os
+import random
 import socket
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -113,7 +113,7 @@ def write(folder: Path, ports: Sequence[int], accounting: bool, min_job_age: int
         "folder": folder,
         "host": host,
         "user": getpass.getuser(),
-        "first_job": int(time.time()) % 50_000_000,
+        "first_job": random.randrange(1, 50_000_000),
         "min_job_age": min_job_age,
         "controller_port": controller_port,
         "database_port": database_port,

@@ -151,9 +151,12 @@ def test_slurms_words_in_ours_for_a_cell_that_had_started(submitted: Sweep, slur
 
 def test_a_cell_that_slurm_has_forgotten_failed_if_it_had_started(submitted: Sweep, slurm: Path) -> None:
     attempt(submitted, "tree-tp1")
-    (submitted.output / "tree-tp1/log.txt").write_text("step 1\ntpcheck: error: no such data\n  at exit\n")
+    (submitted.output / "tree-tp1/log.txt").write_text("step 1\nno such data\n\n")
     rows = {row.cell: row for row in look(submitted)[0]}
     assert (rows["tree-tp1"].state, rows["tree-tp1"].why) == ("failed", "Slurm has forgotten the job, no such data")
+    ends = ['{"kind": "lost", "why": "peer"}', '{"kind": "failed", "why": "its own reason"}', '{"kind": "fai']
+    (submitted.output / "tree-tp1/ends.jsonl").write_text("\n".join(ends))
+    assert look(submitted)[0][2].why == "Slurm has forgotten the job, its own reason"
     assert rows["tree-tp2"].state == "missing"
     assert "77_3, which never started" in rows["tree-tp2"].why
 
@@ -206,6 +209,9 @@ def test_cancel_cancels_exactly_the_elements_of_the_cells_named(
     assert main(["cancel", str(submitted.output), "tree-tp1", "stock-tp2"]) == 0
     assert (slurm / "scancel.calls").read_text() == "77_2\n"
     assert capsys.readouterr().out == "cancelled tree-tp1 (job 77_2)\n"
+    say(slurm, "squeue", lines[0])
+    assert words(submitted)["tree-tp1"] == "cancelled"
+    say(slurm, "squeue", "".join(lines))
     assert main(["cancel", str(submitted.output)]) == 0
     assert (slurm / "scancel.calls").read_text() == "77_2\n77_0 77_2 77_3\n"
 

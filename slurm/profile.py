@@ -172,7 +172,7 @@ class Profile(Section):
     max_retries: int = Field(5, ge=0)
     throttle: int = Field(8, gt=0)  # cells that run at once, per array
     launcher: Literal["srun", "torchrun"] = "srun"
-    python: Words = [sys.executable]
+    python: Words | None = None  # the command; default: this Python, or the container's `python`
     cpus_per_rank: int | None = Field(None, gt=0)
     logs: Text | None = None  # where scripts and output go; default: jobs/ in the sweep's output
     setup: list[Text] = []
@@ -188,18 +188,23 @@ class Profile(Section):
             raise ValueError(f"save_before_end={self.save_before_end} seconds is not below time={self.time} minutes")
         return self
 
-    def arch(self, name: str | None, who: str) -> Arch:
-        """The machines called `name`, for the cell `who`; without a name, the only ones."""
+    @property
+    def command(self) -> list[str]:
+        """What runs Python on a node."""
+        return self.python or (["python"] if self.container else [sys.executable])
+
+    def arch(self, name: str | None, who: str) -> tuple[str, Arch]:
+        """The machines called `name`, for the cell `who`; without a name, the only ones. Also their name."""
         known = ", ".join(self.architectures)
         if name is None and len(self.architectures) == 1:
-            return next(iter(self.architectures.values()))
+            return next(iter(self.architectures.items()))
         if name is None:
             raise TpcheckError(
                 f"cell {who} may run anywhere, the cluster has {known}: add arch: [{known}] to the matrix"
             )
         if name not in self.architectures:
             raise TpcheckError(f"cell {who} wants arch {name}, the cluster has {known}")
-        return self.architectures[name]
+        return name, self.architectures[name]
 
 
 def load_profile(name: str) -> Profile:

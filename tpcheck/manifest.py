@@ -120,7 +120,8 @@ def _versions() -> dict[str, str]:
 def _code(package: Path) -> dict[str, Any] | None:
     """The commit that runs; of a copy made at submission (see slurm/snapshot.py), what it was made from."""
     if (package.parent / CODE).exists():
-        return result.read_formatted(package.parent, CODE, {"digest": str})
+        copied = result.read_formatted(package.parent, CODE, {"digest": str})
+        return {key: value for key, value in copied.items() if key != "format"}
     return git(package)
 
 

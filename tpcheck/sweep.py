@@ -32,7 +32,7 @@ from tpcheck.errors import TpcheckError
 from tpcheck.jobs import Job, LocalRunner, Machine, Need, Task, is_locked
 from tpcheck.planned import write_sweep
 
-__all__ = ["command"]
+__all__ = ["command", "is_complete", "only_one"]
 
 LOCK = ".lock"
 JOBS = "jobs"
@@ -48,7 +48,7 @@ def command(path: Path, overrides: Sequence[str] = ()) -> int:
     console = report.console()
     if sweep.archs:
         console.print(f"arch: {', '.join(sweep.archs)} are for a cluster; here every cell runs once, on this machine")
-    with _only_one(sweep.output), _sigterm_is_ctrl_c():
+    with only_one(sweep.output), _sigterm_is_ctrl_c():
         todo = [cell for cell in sweep.cells if not is_complete(cell)]
         write_sweep(sweep)
         _run(sweep, todo, console)
@@ -164,7 +164,7 @@ def _ending(code: int | None) -> str:
 
 
 @contextlib.contextmanager
-def _only_one(output: Path) -> Iterator[None]:
+def only_one(output: Path) -> Iterator[None]:
     """Hold the sweep's own lock, so that no second sweep writes to the same directory."""
     output.mkdir(parents=True, exist_ok=True)
     with (output / LOCK).open("a") as lock:

@@ -17,12 +17,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help venv demo test test-megatron test-te lint bench clean distclean
+.PHONY: help venv demo test test-megatron test-te test-slurm lint bench clean distclean
 
 help:
 	@echo "make demo    train Qwen3 at TP=1/2/4/8, stock and patched; compare every bit; draw the picture"
 	@echo "make test    run the tests; test-megatron only those against older versions of megatron-core,"
 	@echo "             test-te only those of Transformer Engine's layers (TE $(TE_VERSIONS), on CPU)"
+	@echo "make test-slurm  the tests that start a real Slurm on this machine: two architectures, faults, accounting"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   what the patches cost, as ratios to stock"
 	@echo "make venv    only set up $(VENV) (the others do it when needed)"
@@ -79,6 +80,10 @@ $(VENV)/te-%: $(READY)
 	@echo "==> unpacking Transformer Engine $*"
 	@rm -rf $@
 	@$(PIP) install --no-deps --target $@ transformer-engine==$*
+
+test-slurm: $(READY)
+	@echo "==> sweeps on a real Slurm, and what can happen to them"
+	@$(BIN)/python -m pytest -m slurm --durations=15 tests/on_slurm
 
 lint: $(READY)
 	@echo "==> ruff check"

@@ -63,5 +63,7 @@ def _run(scenario: Callable[[Case], list[str]], case: Case) -> list[Digests]:
     """Run it and read the digests of the cells that it names; when it fails, say all that is known."""
     try:
         return [digests(case.out / cell) for cell in scenario(case)]
+    except pytest.skip.Exception:
+        raise
     except BaseException as error:
         raise AssertionError(f"{error!r}\n{case.report()}") from error

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 
-from case import Case, together
+from case import Case, need_node_names, together
 
 from slurm import ledger
 
 
 @together
 def test_two_architectures_two_sizes_one_of_them_on_two_nodes_have_one_digest(case: Case) -> list[str]:
+    need_node_names()
     case.write({"strategy": ["tree"], "tp": [1, 2], "arch": ["h100", "b300"]})
     done = case.submit("--wait")
     assert done.returncode == 0, done.stdout + done.stderr

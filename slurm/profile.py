@@ -169,7 +169,7 @@ class Profile(Section):
     exclusive: bool = False
     time: Annotated[int, BeforeValidator(_minutes)]  # minutes; the limit of one start of a cell
     save_before_end: int = Field(300, ge=30)  # seconds before the limit at which a cell saves and queues again
-    max_retries: int = Field(5, ge=0)
+    max_retries: int = Field(10, ge=0)
     throttle: int = Field(8, gt=0)  # cells that run at once, per array
     launcher: Literal["srun", "torchrun"] = "srun"
     python: Words | None = None  # the command; default: this Python, or the container's `python`

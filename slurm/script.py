@@ -141,7 +141,7 @@ class Script:
 
     def command(self) -> str:
         """The step, started in the background, so that the shell hears signals meanwhile."""
-        words = ["srun", "--label", "--unbuffered", "--export=ALL", "--kill-on-bad-exit=1", *self._srun()]
+        words = ["srun", "--label", "--export=ALL", "--kill-on-bad-exit=1", *self._srun()]
         if self._torchrun:
             # USR2 reaches every process of the step; torchrun would die of it before the ranks have saved.
             words += ["bash", "-c", 'trap "" USR2; PET_NODE_RANK=$SLURM_NODEID exec "$@"', "torchrun"]

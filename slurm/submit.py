@@ -50,20 +50,21 @@ SBATCH_VARIABLES = ("JOB_NAME", "ARRAY_INX", "OPEN_MODE", "REQUEUE", "NO_REQUEUE
 def command(path: Path, overrides: Sequence[str], cluster: str, dry_run: bool = False, wait: bool = False) -> int:
     """Submit what is neither complete nor pending nor running of the sweep at `path` to `cluster`."""
     sweep, profile, console = load_sweep(path, overrides), load_profile(cluster), report.console()
+    snapshot = Snapshot.now()
     for line in needs.check(sweep.cells, profile):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if dry_run:
         todo = [cell for cell in sweep.cells if not is_complete(cell)]
-        for script in _scripts(sweep, todo, profile, Snapshot.now()):
+        for script in _scripts(sweep, todo, profile, snapshot):
             print(script.text())
         return 0
     _need_slurm()
     with only_one(sweep.output):
-        write_sweep(sweep)
         todo = _todo(sweep, console)
-        snapshot = Snapshot.now()
-        for script in _scripts(sweep, todo, profile, snapshot):
-            snapshot.write(sweep.output)
+        scripts = _scripts(sweep, todo, profile, snapshot)
+        write_sweep(sweep)
+        snapshot.write(sweep.output)
+        for script in scripts:
             submission = _submit(script, sweep, cluster)
             console.print(f"job {submission.job}: {', '.join(submission.cells)}", soft_wrap=True, highlight=False)
     if wait:
@@ -99,20 +100,17 @@ def _todo(sweep: Sweep, console: Console) -> list[Cell]:
     return [cell for cell in incomplete if cell not in left]
 
 
-def _scripts(sweep: Sweep, todo: Sequence[Cell], profile: Profile, snapshot: Snapshot) -> Iterator[Script]:
+def _scripts(sweep: Sweep, todo: Sequence[Cell], profile: Profile, snapshot: Snapshot) -> list[Script]:
+    """An array for every shape; what a script cannot hold is refused before the first is handed in."""
+    scripts = []
     for cells, shape in by_shape(todo, profile):
         name = f"{sweep.name}.{secrets.token_hex(4)}"
         logs = Path(profile.logs).expanduser() if profile.logs else sweep.output / JOBS
-        yield Script(
-            profile,
-            shape,
-            name,
-            tuple(cell.name for cell in cells),
-            sweep.output.absolute(),
-            snapshot.place(sweep.output),
-            (logs / name).absolute(),
-            Path.cwd(),
-        )
+        names, folder = tuple(cell.name for cell in cells), (logs / name).absolute()
+        place = snapshot.place(sweep.output)
+        scripts.append(Script(profile, shape, name, names, sweep.output.absolute(), place, folder, Path.cwd()))
+        scripts[-1].text()
+    return scripts
 
 
 def _submit(script: Script, sweep: Sweep, cluster: str) -> Submission:

@@ -24,8 +24,8 @@ from tpcheck.errors import TpcheckError
 
 __all__ = ["Script"]
 
-BEGIN = r"""
-cell=$output/${cells[${SLURM_ARRAY_TASK_ID:-0}]}
+# These parts stand in train.sbatch and sweep.sbatch, too, word for word.
+MEET = r"""
 restart=${SLURM_RESTART_COUNT:-0}
 # The number of an array's last element is that of the array: only this name means this element alone.
 this=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
@@ -45,7 +45,7 @@ rm -f "$TPCHECK_ENDS"
 printf '{"job": "%s", "array_index": %d, "restart": %d, "nodes": "%s", "began": "%s", "job_name": "%s"}\n' \
     "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}" "${SLURM_ARRAY_TASK_ID:-0}" "$restart" \
     "$SLURM_JOB_NODELIST" "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$SLURM_JOB_NAME" >>"$cell/attempts.jsonl"
-echo "tpcheck: ${cells[${SLURM_ARRAY_TASK_ID:-0}]} on $SLURM_JOB_NODELIST, start $((restart + 1))"
+echo "tpcheck: ${cell##*/} on $SLURM_JOB_NODELIST, start $((restart + 1))"
 """.strip()
 
 AGAIN = r"""
@@ -196,8 +196,9 @@ class Script:
             *(["set -e", *self.profile.setup, "set +e"] if self.profile.setup else []),
             f"output={shlex.quote(self._path(self.output))}",
             f"cells=({shlex.join(self.cells)})",
+            "cell=$output/${cells[${SLURM_ARRAY_TASK_ID:-0}]}",
             f"max_retries={self.profile.max_retries}",
-            BEGIN,
+            MEET,
             *(f"export {name}={shlex.quote(value)}" for name, value in env.items()),
             f"export PYTHONPATH={shlex.quote(self._path(self.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
             NOTES,

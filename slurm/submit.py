@@ -21,28 +21,27 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import submitit
-import yaml
 from rich.console import Console
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from slurm import ledger, needs
 from slurm.ledger import Submission
+from slurm.plan import prepare
 from slurm.profile import Profile, load_profile
 from slurm.script import Script
 from slurm.shape import by_shape
 from slurm.snapshot import Snapshot
 from slurm.states import states
 from slurm.status import follow
-from tpcheck import report, result
+from tpcheck import report
 from tpcheck.cells import Cell, Sweep, load_sweep
 from tpcheck.errors import TpcheckError
 from tpcheck.planned import write_sweep
 from tpcheck.sweep import is_complete, only_one
 
-__all__ = ["CANCELLED", "command"]
+__all__ = ["command"]
 
 JOBS = "slurm"
-CANCELLED = "cancelled"  # in a cell: `tpcheck cancel` has been here; a job that finds it ends
 # What these say in the environment goes before the script, and would spoil it.
 SBATCH_VARIABLES = ("JOB_NAME", "ARRAY_INX", "OPEN_MODE", "REQUEUE", "NO_REQUEUE", "SIGNAL", "TIMELIMIT", "EXPORT")
 
@@ -116,7 +115,7 @@ def _scripts(sweep: Sweep, todo: Sequence[Cell], profile: Profile, snapshot: Sna
 def _submit(script: Script, sweep: Sweep, cluster: str) -> Submission:
     for cell in sweep.cells:
         if cell.name in script.cells:
-            _prepare(cell)
+            prepare(cell)
     script.folder.mkdir(parents=True, exist_ok=True)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     submission = Submission(now, cluster, script.name, None, script.cells, script.folder)
@@ -126,15 +125,6 @@ def _submit(script: Script, sweep: Sweep, cluster: str) -> Submission:
         submission = dataclasses.replace(submission, job=job)
         ledger.record(sweep.output, submission)
     return submission
-
-
-def _prepare(cell: Cell) -> None:
-    """The cell's directory as its job wants to find it."""
-    cell.path.mkdir(parents=True, exist_ok=True)
-    config = cell.config.model_dump(mode="json") | {"output": str(cell.path.absolute())}
-    (cell.path / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    (cell.path / CANCELLED).unlink(missing_ok=True)
-    (cell.path / result.DIGESTS).unlink(missing_ok=True)  # of fewer steps, or the cell would be complete
 
 
 class CellExecutor(submitit.SlurmExecutor):

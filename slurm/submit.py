@@ -17,6 +17,7 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def command(path: Path, overrides: Sequence[str], cluster: str, dry_run: bool = 
     sweep, profile, console = load_sweep(path, overrides), load_profile(cluster), report.console()
     snapshot = Snapshot.now()
     for line in needs.check(sweep.cells, profile):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print(line, file=sys.stderr)
     if dry_run:
         todo = [cell for cell in sweep.cells if not is_complete(cell)]
         for script in _scripts(sweep, todo, profile, snapshot):

@@ -63,7 +63,13 @@ class Case:
         (self.folder / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
         (self.folder / "cluster.yaml").write_text(yaml.safe_dump({**PROFILE, **profile}, sort_keys=False))
 
-    def submit(self, *options: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    def submit(self, *options: str) -> str:
+        """What `tpcheck sweep` prints, which must succeed."""
+        done = self.try_to_submit(*options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def try_to_submit(self, *options: str, path: str = "") -> subprocess.CompletedProcess[str]:
         """`tpcheck sweep`, with `path` before everything else on the PATH."""
         return self.tpcheck("sweep", "sweep.yaml", "--cluster", "./cluster.yaml", *options, path=path)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from case import Case, Digests, digests, train_here
@@ -26,12 +27,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    with Cluster() as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Digests]]:
     """The digests that every cell must have: those of an uninterrupted run without Slurm."""
     folder = tmp_path_factory.mktemp("reference")
@@ -47,23 +42,22 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[],
 
 @pytest.fixture(scope="session")
 def started(
-    request: pytest.FixtureRequest, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[list[Digests]]]]:
     """The chosen scenarios, running or queued; the slowest stand first in their file."""
     chosen = [scenario for item in request.session.items if (scenario := getattr(item.obj, "scenario", None))]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        yield {
-            scenario.__name__: pool.submit(_run, scenario, Case(cluster, tmp_path_factory.mktemp("sweep") / "s"))
-            for scenario in chosen
-        }
+        yield {each.__name__: pool.submit(_run, each, tmp_path_factory.mktemp("sweep") / "s") for each in chosen}
         pool.shutdown(cancel_futures=True)
 
 
-def _run(scenario: Callable[[Case], list[str]], case: Case) -> list[Digests]:
+def _run(scenario: Callable[[Case], list[str]], folder: Path) -> list[Digests]:
     """Run it and read the digests of the cells that it names; when it fails, say all that is known."""
-    try:
-        return [digests(case.out / cell) for cell in scenario(case)]
-    except pytest.skip.Exception:
-        raise
-    except BaseException as error:
-        raise AssertionError(f"{error!r}\n{case.report()}") from error
+    with Cluster() as cluster:  # one for each: they break it
+        case = Case(cluster, folder)
+        try:
+            return [digests(case.out / cell) for cell in scenario(case)]
+        except pytest.skip.Exception:
+            raise
+        except BaseException as error:
+            raise AssertionError(f"{error!r}\n{case.report()}") from error

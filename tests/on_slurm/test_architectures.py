@@ -13,9 +13,7 @@ from slurm import ledger
 def test_two_architectures_two_sizes_one_of_them_on_two_nodes_have_one_digest(case: Case) -> list[str]:
     need_node_names()
     case.write({"strategy": ["tree"], "tp": [1, 2], "arch": ["h100", "b300"]})
-    done = case.submit("--wait")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "HELD: tree" in done.stdout
+    assert "HELD: tree" in case.submit("--wait")
     (group,) = json.loads((case.out / "verdict.json").read_text())["groups"]
     assert group["status"] == "identical"
     nodes = {cell: nodes_of(case, cell) for cell in group["cells"]}
@@ -24,8 +22,7 @@ def test_two_architectures_two_sizes_one_of_them_on_two_nodes_have_one_digest(ca
     assert nodes["tree-tp2-b300"] == ["b1", "b2"]
     assert case.tpcheck("verdict", str(case.out)).returncode == 0
 
-    again = case.submit("--wait")  # nothing is left to do
-    assert again.returncode == 0
+    case.submit("--wait")  # nothing is left to do
     assert all(case.attempts(cell) == 1 for cell in nodes)
     return list(nodes)
 

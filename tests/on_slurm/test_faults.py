@@ -15,14 +15,12 @@ from slurm_cluster import wait_for
 from slurm import ledger
 from tpcheck import result
 
-ON_H1 = {"exclude": "h2,b[1-2]"}
-ON_H2 = {"exclude": "h1,b[1-2]"}  # the node that loses its power
 SOON = 40.0  # seconds for Slurm to do what it does at once
 
 
 @together
 def test_a_cell_that_reaches_its_time_limit_saves_queues_again_and_goes_on(case: Case) -> list[str]:
-    case.write(time="00:01:00", save_before_end=30, sbatch=ON_H1)
+    case.write(time="00:01:00", save_before_end=30)
     case.submit()
     with case.slowed(CELL, seconds=6):  # too slow for one minute
         case.wait_for_attempt(CELL, 2)
@@ -33,7 +31,7 @@ def test_a_cell_that_reaches_its_time_limit_saves_queues_again_and_goes_on(case:
 
 @together
 def test_a_node_that_loses_its_power_costs_the_steps_since_the_last_checkpoint(case: Case) -> list[str]:
-    case.write(sbatch=ON_H2)
+    case.write(sbatch={"exclude": "h1"})
     case.submit()
     case.wait_for_step(CELL, 7)
     with case.slowed(CELL):
@@ -51,7 +49,7 @@ def test_a_node_that_loses_its_power_costs_the_steps_since_the_last_checkpoint(c
 @together
 def test_a_preempted_cell_saves_and_goes_on_when_the_other_job_has_ended(case: Case) -> list[str]:
     matrix = {"strategy": ["tree"], "tp": [1], "arch": ["b300"]}
-    case.write(matrix, partition="scavenge", sbatch={"exclude": "h[1-2],b1"})
+    case.write(matrix, partition="scavenge", sbatch={"exclude": "b1"})
     case.submit()
     cell = "tree-tp1-b300"
     case.wait_for_step(cell, 2)
@@ -66,7 +64,7 @@ def test_a_preempted_cell_saves_and_goes_on_when_the_other_job_has_ended(case: C
 
 @together
 def test_scancel_with_usr2_saves_at_the_next_step_and_the_cell_goes_on_from_there(case: Case) -> list[str]:
-    case.write(sbatch=ON_H1)
+    case.write()
     case.submit()
     with case.slowed(CELL):
         case.wait_for_step(CELL, 2)
@@ -81,7 +79,7 @@ def test_scancel_with_usr2_saves_at_the_next_step_and_the_cell_goes_on_from_ther
 @together
 def test_a_killed_rank_takes_its_cell_down_and_both_ranks_come_back(case: Case) -> list[str]:
     need_node_names()
-    case.write({"strategy": ["tree"], "tp": [2], "arch": ["h100"]}, sbatch=ON_H1)
+    case.write({"strategy": ["tree"], "tp": [2], "arch": ["h100"]})
     case.submit()
     cell = "tree-tp2-h100"
     case.wait_for_step(cell, 7)
@@ -95,7 +93,7 @@ def test_a_killed_rank_takes_its_cell_down_and_both_ranks_come_back(case: Case) 
 
 @together
 def test_a_controller_that_is_down_when_a_cell_wants_to_queue_again_is_waited_for(case: Case) -> list[str]:
-    case.write(sbatch=ON_H1)
+    case.write()
     case.submit()
     with case.slowed(CELL):
         case.wait_for_step(CELL, 2)
@@ -107,7 +105,7 @@ def test_a_controller_that_is_down_when_a_cell_wants_to_queue_again_is_waited_fo
             out = case.tpcheck("status", str(case.out)).stdout
             assert "unknown" in out
             assert "nothing is known of the jobs" in out
-            assert "does not answer" in case.submit().stderr
+            assert "does not answer" in case.try_to_submit().stderr
         finally:
             case.cluster.start_controller()
     case.wait_until_complete(CELL)
@@ -123,17 +121,17 @@ def test_a_submission_interrupted_half_way_is_finished_by_the_next_one_and_nothi
     real = subprocess.check_output(["sh", "-c", "command -v sbatch"], text=True).strip()
 
     before = _sbatch(case.folder / "before", 'kill -9 "$PPID"')
-    assert case.submit(path=before).returncode == -signal.SIGKILL
+    assert case.try_to_submit(path=before).returncode == -signal.SIGKILL
     assert _queued(case) == []
 
     after = _sbatch(case.folder / "after", f'{real} "$@"; kill -9 "$PPID"')
-    assert case.submit(path=after).returncode == -signal.SIGKILL
+    assert case.try_to_submit(path=after).returncode == -signal.SIGKILL
     assert len(_queued(case)) == 1  # Slurm has the first job, and nobody wrote down its number
 
-    assert case.submit().returncode == 0
+    case.submit()
     assert sorted(_queued(case)) == sorted(job for cell in (CELL, "tree-tp1-b300") for job in case.jobs(cell))
     assert len(_queued(case)) == 2
-    assert case.submit().returncode == 0
+    case.submit()
     assert len(_queued(case)) == 2
 
     for job in _queued(case):
@@ -145,7 +143,7 @@ def test_a_submission_interrupted_half_way_is_finished_by_the_next_one_and_nothi
 
 @together
 def test_a_full_disk_fails_the_cell_and_with_room_again_it_goes_on_from_its_last_checkpoint(case: Case) -> list[str]:
-    case.write(sbatch=ON_H1)
+    case.write()
     with _small_disk(case.out):
         case.submit()
         case.wait_for_step(CELL, 7)
@@ -156,7 +154,7 @@ def test_a_full_disk_fails_the_cell_and_with_room_again_it_goes_on_from_its_last
         assert "No space left on device" in case.tpcheck("status", str(case.out)).stdout
         assert case.attempts(CELL) == 1
         (case.out / "filler").unlink()
-        assert case.submit("--wait").returncode == 0
+        case.submit("--wait")
         assert resumed_from(case) == [6]
         found = (case.out / CELL / result.DIGESTS).read_bytes()
     (case.out / CELL).mkdir(parents=True)  # below the disk that was taken away
@@ -166,7 +164,7 @@ def test_a_full_disk_fails_the_cell_and_with_room_again_it_goes_on_from_its_last
 
 @together
 def test_cancelled_cells_are_not_queued_again_whoever_cancels_them(case: Case) -> list[str]:
-    case.write({"strategy": ["tree"], "tp": [1], "seed": [1, 2, 3], "arch": ["h100"]}, throttle=2, sbatch=ON_H1)
+    case.write({"strategy": ["tree"], "tp": [1], "seed": [1, 2, 3], "arch": ["h100"]}, throttle=2)
     case.submit()
     first, second, third = (f"tree-tp1-seed{seed}-h100" for seed in (1, 2, 3))
     with case.slowed(first), case.slowed(second):

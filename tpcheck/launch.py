@@ -54,6 +54,15 @@ def command(path: Path, overrides: Sequence[str] = (), resume: bool = False) -> 
 def launch(config: RunConfig, resume: bool = False) -> int:
     """Train `config` and return an exit code; bad input is a `TpcheckError`, raised before any rank starts."""
     check(config)
+    # A request to save may come while a busy node is still importing torch: it then waits until ranks can hear it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    try:
+        return _launch(config, resume)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _launch(config: RunConfig, resume: bool) -> int:
     rank_settings = rank_from_environment(config)
     if rank_settings is None:
         resume_point(config, resume)
@@ -65,6 +74,7 @@ def launch(config: RunConfig, resume: bool = False) -> int:
     with _quiet_imports():
         from tpcheck.train import Stop, train
     stop, rank = Stop(), int(os.environ["RANK"])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     alone = contextlib.nullcontext() if rank else _exclusively(config, LOCK_PATIENCE_SECONDS)
     with alone, to_log(Path(config.output) / LOG, rank) as display, _refusals():
         try:
@@ -83,12 +93,12 @@ def _fork_ranks(config: RunConfig, resume: bool) -> int:
         tempfile.TemporaryDirectory(prefix="tpcheck-") as scratch,
         _forwarded_signals(ranks),
     ):
-        previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             for rank in range(config.world_size):
                 ranks[rank] = _fork(config, resume, data, rank, Path(scratch))
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return _supervise(ranks, Path(scratch), Path(config.output) / LOG)
 
 

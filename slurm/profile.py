@@ -221,7 +221,7 @@ def load_profile(name: str) -> Profile:
     try:
         return Profile.model_validate(content)
     except ValidationError as error:
-        raise TpcheckError(f"{path}: {_explain(error)}") from error
+        raise TpcheckError(" ".join(f"{path}: {_explain(error)}".split())) from error
 
 
 def _find(name: str) -> Path:

@@ -52,7 +52,7 @@ AGAIN = r"""
 # A controller that is being restarted does not answer for a while.
 patiently() {
     local _
-    for _ in {1..12}; do "$@" && return; sleep 10; done
+    for _ in {1..12}; do "$@" && return 0; sleep 10; done
     return 1
 }
 state() { patiently squeue --noheader --job="$this" --states=all --format='%T %r'; }
@@ -61,7 +61,7 @@ ended() { grep -qs "\"kind\": \"$1\"" "$TPCHECK_ENDS"; }
 # Queues this job again, to go on from the cell's last checkpoint. When Slurm itself is ending it, it was cancelled,
 # and would come back to life, or preempted, which Slurm sees to; only at the time limit the choice is ours.
 again() {
-    [[ ! -e $cell/cancelled && $(state) =~ ^RUNNING|TimeLimit$ ]] || return
+    [[ ! -e $cell/cancelled && $(state) =~ ^RUNNING|TimeLimit$ ]] || return 0
     if ((restart >= max_retries)); then
         echo "tpcheck: not queued again, after $max_retries times: call tpcheck sweep to go on"
     elif patiently scontrol requeue "$this"; then

@@ -236,7 +236,7 @@ def test_jobs_run_the_code_of_the_moment_when_they_were_submitted(site: Site) ->
     site.submit()
     place = Snapshot.now().place(site.out)
     assert f"export PYTHONPATH={place}" in site.submitted[0]
-    show = "import tpcheck, patches, slurm; print(tpcheck.__file__, patches.__file__, slurm.__file__)"
+    show = "import importlib.util as u; print(*(u.find_spec(name).origin for name in ('tpcheck', 'patches', 'slurm')))"
     call = [sys.executable, "-c", show]
     done = subprocess.run(call, capture_output=True, text=True, cwd="/", env={"PYTHONPATH": str(place)}, timeout=60)
     assert done.stdout.split() == [f"{place}/{package}/__init__.py" for package in ("tpcheck", "patches", "slurm")]

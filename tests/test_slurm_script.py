@@ -126,6 +126,7 @@ CELL = 'cell=$PWD/out/tree-tp2; note() { echo "{\\"kind\\": \\"$1\\"}" >>"$cell/
         pytest.param("exit 0", {"FAKE_STATE": "COMPLETING None"}, 1, False, id="cancelled-or-preempted"),
         pytest.param("exit 137", {"FAKE_STATE": "COMPLETING None"}, 137, False, id="cancelled-and-killed"),
         pytest.param("exit 137", {"FAKE_STATE": "COMPLETING TimeLimit"}, 0, True, id="time-limit-before-it-could-save"),
+        pytest.param("exit 0", {"FAKE_STATE": "SIGNALING None"}, 0, True, id="saved-before-slurm-had-told-all-ranks"),
         pytest.param("touch $cell/cancelled; exit 0", {}, 1, False, id="tpcheck-cancel"),
     ],
 )

@@ -49,7 +49,7 @@ ended() { grep -qs "\"kind\": \"$1\"" "$TPCHECK_ENDS"; }
 # Queues this job again, to go on from the cell's last checkpoint. When Slurm itself is ending it, it was cancelled,
 # and would come back to life, or preempted, which Slurm sees to; only at the time limit the choice is ours.
 again() {
-    [[ ! -e $cell/cancelled && $(state) =~ ^RUNNING|TimeLimit$ ]] || return 0
+    [[ ! -e $cell/cancelled && $(state) =~ ^(RUNNING|SIGNALING)|TimeLimit$ ]] || return 0
     if ((restart >= max_retries)); then
         echo "tpcheck: not queued again, after $max_retries times: call tpcheck sweep to go on"
     elif patiently scontrol requeue "$this"; then

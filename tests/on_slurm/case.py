@@ -18,6 +18,7 @@ import yaml
 from slurm_cluster import Cluster, wait_for
 
 from slurm import ledger
+from slurm.states import ENDED
 from tpcheck import result
 
 __all__ = ["CELL", "PROFILE", "RUN", "Case", "Digests", "digests", "need_node_names", "together", "train_here"]
@@ -136,13 +137,12 @@ class Case:
         return int(records[-1]["step"]) if records else 0
 
     def _given_up(self, cell: str) -> bool:
-        """Whether Slurm will never run `cell` again."""
-        queue = ["squeue", "--noheader", "--states=PD,R,CG,CF,S", "--format=%i", "--jobs", self.jobs(cell)[-1]]
-        return self.attempts(cell) > 0 and self.cluster.succeeds("scontrol", "ping") and not self._prints(*queue)
-
-    def _prints(self, *command: str) -> str:
-        done = subprocess.run(command, env=self.cluster.environment, capture_output=True, text=True, timeout=30)
-        return done.stdout.strip() if done.returncode == 0 or "Invalid job id" in done.stderr else "?"
+        """Whether Slurm answers, and will never run `cell` again."""
+        queue = ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", self.jobs(cell)[-1]]
+        done = subprocess.run(queue, env=self.cluster.environment, capture_output=True, text=True, timeout=60)
+        if done.returncode:
+            return "Invalid job id" in done.stderr
+        return set(done.stdout.split()) <= ENDED
 
     def report(self) -> str:
         """All there is to know when something went wrong."""

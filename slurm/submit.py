@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import io
 import os
 import secrets
 import shutil
@@ -149,7 +150,8 @@ def _sbatch(script: Script) -> str:
     executor = CellExecutor(script.folder, script.command())
     executor.update_parameters(**script.parameters())
     try:
-        first = executor.map_array(_nothing, script.cells)[0]
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats what its error says
+            first = executor.map_array(_nothing, script.cells)[0]
     except (FailedJobError, FailedSubmissionError) as error:
         raise TpcheckError(f"sbatch refuses {', '.join(script.cells)}: {error}") from error
     for pickle in script.folder.glob("*.pkl"):

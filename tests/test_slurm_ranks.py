@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tpcheck import ending
+from tpcheck import ending, launch
 from tpcheck.cli import main
-from tpcheck.config import load_run
+from tpcheck.config import RunConfig, load_run
 from tpcheck.errors import TpcheckError
 from tpcheck.rank import rank_from_environment
 
@@ -38,6 +39,24 @@ def test_a_refused_run_leaves_its_reason_for_the_batch_script(tmp_path: Path, mo
     monkeypatch.setenv("TPCHECK_ENDS", str(tmp_path / ending.ENDS))
     assert main(["train", str(_run_file(tmp_path)), "tp=3"]) == 2
     assert json.loads((tmp_path / ending.ENDS).read_text())["kind"] == "failed"
+
+
+def test_a_start_waits_for_one_that_a_lost_node_still_runs(tmp_path: Path) -> None:
+    config = load_run(_run_file(tmp_path), [f"output={tmp_path}/out"])
+    with launch._exclusively(config):
+        with pytest.raises(TpcheckError, match="is being written by another run"), launch._exclusively(config, 0.1):
+            pass
+        began = threading.Event()
+        waiting = threading.Thread(target=_write, args=(config, began))
+        waiting.start()
+        assert not began.wait(0.2)
+    waiting.join(10)
+    assert began.is_set()
+
+
+def _write(config: RunConfig, began: threading.Event) -> None:
+    with launch._exclusively(config, patience=10):
+        began.set()
 
 
 SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "h[1-2]", "SLURM_JOB_ID": "7"}

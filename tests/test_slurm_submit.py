@@ -181,7 +181,7 @@ def test_errors_of_sbatch_are_shown_whole(site: Site, capsys: Any) -> None:
     (site.folder / "error").write_text(why)
     assert site.submit() == 2
     error = capsys.readouterr().err
-    assert " ".join(why.split()) in error and "sbatch refuses stock-tp1, tree-tp1: " in error
+    assert error == f"tpcheck: error: sbatch refuses stock-tp1, tree-tp1: {' '.join(why.split())}\n"
     (site.folder / "error").unlink()
     assert site.submit() == 0 and len(site.submitted) == 2
 

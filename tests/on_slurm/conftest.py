@@ -22,6 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name == "on_slurm":
             item.add_marker(pytest.mark.slurm)
+            item.add_marker(pytest.mark.timeout(600))  # the first one waits for others, too
             if missing:
                 item.add_marker(pytest.mark.skip(reason=f"no Slurm on this machine: {missing[0]} is not installed"))
 

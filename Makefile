@@ -22,7 +22,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help venv demo test test-megatron test-te te-coverage gpu lint bench clean distclean
+.PHONY: help venv demo test test-megatron test-te test-slurm te-coverage gpu lint bench clean distclean
 
 help:
 	@echo "make demo    train Qwen3 at TP=1/2/4/8, stock and patched; compare every bit; draw the picture"
@@ -30,6 +30,7 @@ help:
 	@echo "             test-te only those of Transformer Engine's layers (TE $(TE_VERSIONS), on CPU)"
 	@echo "make te-coverage  which lines of Transformer Engine's layers those tests run"
 	@echo "make gpu     the tests that need a GPU, in the environment that PYTHON belongs to"
+	@echo "make test-slurm  the tests that start a real Slurm on this machine: two architectures, faults, accounting"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   what the patches cost, as ratios to stock"
 	@echo "make venv    only set up $(VENV) (the others do it when needed)"
@@ -103,6 +104,10 @@ $(VENV)/te-%: $(READY)
 	@echo "==> unpacking Transformer Engine $*"
 	@rm -rf $@
 	@$(PIP) install --no-deps --target $@ transformer-engine==$*
+
+test-slurm: $(READY)
+	@echo "==> sweeps on a real Slurm, and what can happen to them"
+	@$(BIN)/python -m pytest -m slurm --durations=15 tests/on_slurm
 
 lint: $(READY)
 	@echo "==> ruff check"

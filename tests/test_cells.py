@@ -9,6 +9,7 @@ import pytest
 from tests.finished import sweep, sweep_file
 from tpcheck.cells import load_sweep
 from tpcheck.errors import TpcheckError
+from tpcheck.planned import read_sweep, write_sweep
 
 
 def test_the_matrix_gives_one_cell_per_combination_named_after_its_settings(tmp_path: Path) -> None:
@@ -71,6 +72,7 @@ def test_without_an_output_results_go_to_results(tmp_path: Path) -> None:
         ({"matrix": {"tpp": [1]}}, "cell tpp1: unknown key tpp: did you mean tp?"),
         ({"matrix": {"tp": [1, 1]}}, "would both be cell tp1"),
         ({"matrix": {"data.path": ["/a/b", "/a b"]}}, "would both be cell a_b"),
+        ({"matrix": {"arch": [100]}}, "matrix.arch holds [100]: name machines as the cluster's profile does"),
         ({"matrix": {"output": ["x"]}}, "output cannot be in the matrix"),
         ({"matrix": {"strategy": ["tree"], "tp": [3]}}, "cell tree-tp3: tp=3 does not divide leaves=8"),
         ({"exclude": [{"seed": 3}]}, "its keys must be keys of the matrix (strategy, tp)"),
@@ -116,3 +118,33 @@ def test_the_demo_sweep_is_valid_and_covers_every_strategy_and_size() -> None:
     found = {(cell.config.strategy, cell.config.tp) for cell in demo.cells}
     assert found == {(strategy, tp) for strategy in ("stock", "gather", "tree") for tp in (1, 2, 4, 8)}
     assert all(cell.config.dtype == "bf16" and cell.config.steps >= 20 for cell in demo.cells)
+
+
+def test_arch_is_an_axis_of_cells_that_runs_know_nothing_of(tmp_path: Path) -> None:
+    loaded = sweep(tmp_path, matrix={"arch": ["h100", "b300"], "strategy": ["tree"], "tp": [1, 2]})
+    assert [(cell.name, cell.arch) for cell in loaded.cells[:2]] == [
+        ("h100-tree-tp1", "h100"),
+        ("h100-tree-tp2", "h100"),
+    ]
+    [(name, group)] = loaded.groups()
+    assert name == "tree" and [cell.variant for cell in group] == ["h100 TP=1", "h100 TP=2", "b300 TP=1", "b300 TP=2"]
+
+
+def test_where_there_is_no_choice_of_machines_the_axis_arch_is_left_out(tmp_path: Path) -> None:
+    matrix = {"arch": ["h100", "b300"], "tp": [1, 2]}
+    loaded = load_sweep(sweep_file(tmp_path, matrix=matrix, exclude=[{"arch": "h100", "tp": 1}]), anywhere=True)
+    assert [(cell.name, cell.arch) for cell in loaded.cells] == [("tp1", None), ("tp2", None)]
+    assert loaded.archs == ("h100", "b300")
+
+
+def test_a_sweep_read_back_from_its_results_is_the_same_sweep(tmp_path: Path) -> None:
+    loaded = sweep(tmp_path, matrix={"arch": ["h100"], "strategy": ["tree"], "tp": [1, 2]}, invariant=["tp"])
+    write_sweep(loaded)
+    assert read_sweep(loaded.output) == loaded
+
+
+def test_results_that_have_moved_are_read_where_they_are_now(tmp_path: Path) -> None:
+    loaded = sweep(tmp_path)
+    write_sweep(loaded)
+    loaded.output.rename(tmp_path / "moved")
+    assert read_sweep(tmp_path / "moved").cells[0].path == tmp_path / "moved" / loaded.cells[0].name

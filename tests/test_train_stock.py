@@ -141,6 +141,20 @@ def test_signal_saves_and_leaves_with_exit_code_0(tmp_path: Path, number: signal
     assert f"stopped and saved at step {saved}: go on with --resume" in (tmp_path / "run" / "log.txt").read_text()
 
 
+def test_a_request_to_save_that_comes_before_anybody_can_hear_it_is_heard_after_the_first_step(tmp_path: Path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+            os.kill(os.getpid(), signal.SIGUSR2)  # pending, as if it had come during the imports
+            code = launch(run(tmp_path / "run", tp=2, steps=10_000))
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert [step for step, _ in result.checkpoints(tmp_path / "run")] == [1]
+
+
 def test_signal_to_a_single_rank_stops_all_at_the_same_step(tmp_path: Path) -> None:
     with background(run(tmp_path / "run", dp=2, steps=10_000)) as (pid, wait):
         psutil.Process(pid).children()[-1].send_signal(signal.SIGUSR2)
@@ -153,7 +167,7 @@ def test_killed_rank_ends_the_run_soon_and_is_named(tmp_path: Path) -> None:
         ranks = psutil.Process(pid).children(recursive=True)
         began = time.monotonic()
         ranks[2].kill()
-        assert wait() == 1
+        assert wait() == 128 + signal.SIGKILL
         assert time.monotonic() - began < 30
     assert gone(ranks)
     assert "[launch] rank 2 was killed by SIGKILL" in (tmp_path / "run" / "log.txt").read_text()

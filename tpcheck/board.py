@@ -19,7 +19,7 @@ from tpcheck.cells import Cell
 from tpcheck.errors import TpcheckError
 from tpcheck.verdict import SHORT, digests_of
 
-__all__ = ["Board", "State"]
+__all__ = ["Board", "State", "progress"]
 
 State = Literal["waiting", "running", "complete", "failed", "stopped"]
 STYLE: dict[State, str] = {
@@ -99,7 +99,7 @@ class Board:
 
     def _row(self, name: str) -> tuple[str, ...]:
         if self.states[name] == "running" or name not in self.rows:
-            self.rows[name] = (name, self.states[name], *_progress(self.cells[name]), *self._end(name))
+            self.rows[name] = (name, self.states[name], *progress(self.cells[name]), *self._end(name))
         return self.rows[name]
 
     def _end(self, name: str) -> tuple[str, str, str]:
@@ -112,7 +112,7 @@ class Board:
         )
 
 
-def _progress(cell: Cell) -> tuple[str, str, str]:
+def progress(cell: Cell) -> tuple[str, str, str]:
     """Step, loss and tokens/s, as far as the cell has come."""
     try:
         steps = result.read_steps(cell.path)

@@ -4,10 +4,11 @@
     base: {model: qwen3-tiny, steps: 20}      # a run, or the path of a run file beside this one
     matrix: {strategy: [stock, tree], tp: [1, 2]}
     exclude: [{strategy: stock, tp: 2}]       # optional
-    invariant: [tp, sequence_parallel]        # what must not change a bit (these are the default)
+    invariant: [tp, sequence_parallel, arch]  # what must not change a bit (these are the default)
     output: results/qwen3-tiny-cpu            # the default; one result directory per cell in it
 
 A cell is named after its settings, `tree-tp2`. Cells that differ only in invariant settings form a group.
+`arch: [h100, b300]` in the matrix is no setting of a run but where to run it, which only a cluster can choose.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from tpcheck.config import RunConfig, parse_run
 from tpcheck.config import _override as override
 from tpcheck.errors import TpcheckError
 
-__all__ = ["Cell", "Sweep", "label", "load_sweep"]
+__all__ = ["ARCH", "Cell", "Sweep", "label", "load_sweep"]
 
 Scalar = bool | int | float | str
+ARCH = "arch"
+INVARIANT = ("tp", "sequence_parallel", ARCH)
 
 
 class SweepFile(BaseModel):
@@ -42,7 +45,7 @@ class SweepFile(BaseModel):
     base: dict[str, Any] | str
     matrix: dict[str, list[Scalar]] = Field(min_length=1)
     exclude: list[dict[str, Scalar]] = []
-    invariant: list[str] = ["tp", "sequence_parallel"]
+    invariant: list[str] = [*INVARIANT]
     output: str | None = None
 
 
@@ -50,13 +53,15 @@ class SweepFile(BaseModel):
 class Cell:
     """One run of a sweep.
 
-    `settings` are the matrix values that make it, in matrix order; `group` those that may change the bits.
+    `settings` are the matrix values that make it, in matrix order; `group` those that may change the bits;
+    `arch` is the kind of machine it must run on, None for any.
     """
 
     name: str
     settings: Mapping[str, Scalar]
     group: Mapping[str, Scalar]
     config: RunConfig
+    arch: str | None = None
 
     @property
     def path(self) -> Path:
@@ -77,11 +82,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A checked sweep: every cell's configuration is decided."""
+    """A checked sweep: every cell's configuration is decided.
+
+    `archs` are those of the file that `load_sweep` was told to make nothing of.
+    """
 
     name: str
     output: Path
     cells: tuple[Cell, ...]
+    invariant: tuple[str, ...] = INVARIANT
+    archs: tuple[str, ...] = ()
 
     def groups(self) -> list[tuple[str, list[Cell]]]:
         """The cells by group, in the sweep's order."""
@@ -91,9 +101,13 @@ class Sweep:
         return list(groups.items())
 
 
-def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
-    """Read the sweep file at `path`; `key=value` overrides a key of the base run, `output=DIR` the sweep's output."""
+def load_sweep(path: Path, overrides: Sequence[str] = (), anywhere: bool = False) -> Sweep:
+    """Read the sweep file at `path`; `key=value` overrides a key of the base run, `output=DIR` the sweep's output.
+
+    `anywhere` drops the axis `arch`: where there is no choice of machines, its cells are one and the same.
+    """
     file = _parse(_read(path), path)
+    archs = _forget_arch(file) if anywhere else ()
     base = _base(file, path)
     output = Path(file.output or f"results/{file.name}")
     for text in overrides:
@@ -103,7 +117,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         override(base, text)
         if key == "output":
             output = Path(str(base["output"]))
-    return Sweep(file.name, output, tuple(_cells(file, base, output, path)))
+    return Sweep(file.name, output, tuple(_cells(file, base, output, path)), tuple(file.invariant), archs)
 
 
 def label(settings: Mapping[str, Scalar]) -> str:
@@ -116,6 +130,12 @@ def _word(key: str, value: Scalar) -> str:
         return key if value else f"no-{key}"
     text = value if isinstance(value, str) else f"{key}{value}"
     return re.sub(r"[^A-Za-z0-9._+-]+", "_", text).strip("._-") or "_"
+
+
+def _forget_arch(file: SweepFile) -> tuple[str, ...]:
+    """Take the axis out of the matrix; its values."""
+    file.exclude = [excluded for excluded in file.exclude if ARCH not in excluded]
+    return tuple(str(value) for value in file.matrix.pop(ARCH, ()))
 
 
 def _read(path: Path) -> Any:
@@ -139,6 +159,8 @@ def _parse(content: Any, path: Path) -> SweepFile:
             raise TpcheckError(f"{path}: output cannot be in the matrix; every cell has a directory of its own")
         if not values:
             raise TpcheckError(f"{path}: matrix.{key} is empty: give it at least one value, or leave the key out")
+        if key == ARCH and not all(isinstance(value, str) for value in values):
+            raise TpcheckError(f"{path}: matrix.arch holds {values}: name machines as the cluster's profile does")
     for excluded in file.exclude:
         strangers = [key for key in excluded if key not in file.matrix]
         if strangers or not excluded:
@@ -178,14 +200,14 @@ def _cells(file: SweepFile, base: Mapping[str, Any], output: Path, path: Path) -
         unused = [excluded for excluded in unused if excluded not in matches]
         if matches:
             continue
-        name = label(settings)
+        name = label(settings) or file.name
         if name in cells:
             raise TpcheckError(
                 f"{path}: {settings} and {dict(cells[name].settings)} would both be cell {name}: remove one of them"
             )
-        cells[name] = Cell(
-            name, settings, _group(settings, file.invariant), _resolve(base, settings, output, path, name)
-        )
+        config = _resolve(base, settings, output, path, name)
+        arch = str(settings[ARCH]) if ARCH in settings else None
+        cells[name] = Cell(name, settings, _group(settings, file.invariant), config, arch)
     if unused:
         raise TpcheckError(f"{path}: exclude {unused[0]} matches no cell: correct it or remove it")
     if not cells:
@@ -200,6 +222,8 @@ def _group(settings: Mapping[str, Scalar], invariant: Sequence[str]) -> dict[str
 def _resolve(base: Mapping[str, Any], settings: Mapping[str, Scalar], output: Path, path: Path, name: str) -> RunConfig:
     run = copy.deepcopy(dict(base))
     for key, value in settings.items():
+        if key == ARCH:
+            continue
         override(run, f"{key}={json.dumps(value)}")
     run["output"] = str(output / name)
     origin = f"{path}, cell {name}"

@@ -1,4 +1,4 @@
-"""The `tpcheck` command: four thin commands, each imported only when it is called, so that `--help` is quick.
+"""The `tpcheck` command: thin commands, each imported only when it is called, so that `--help` is quick.
 
 Exit codes: what the command returns (`diff`: 0 identical, 1 different, 2 can't tell), 2 for bad input, which is
 answered with one line on standard error, 130 for Ctrl-C, 141 when the reader of the output has gone, 70 for a bug
@@ -100,8 +100,46 @@ def diff(a: Path, b: Path, show_all: bool, as_json: bool) -> int:
 @tpcheck.command()
 @click.argument("sweep", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def sweep(sweep: Path, overrides: tuple[str, ...]) -> int:
+@click.option("--cluster", metavar="NAME", help="Submit to Slurm as slurm/clusters/NAME.yaml, or that file, says.")
+@click.option("--dry-run", is_flag=True, help="With --cluster: print the scripts that would be submitted.")
+@click.option("--wait", is_flag=True, help="With --cluster: stay until every cell has ended, then give the verdict.")
+def sweep(sweep: Path, overrides: tuple[str, ...], cluster: str | None, dry_run: bool, wait: bool) -> int:
     """Run every cell of SWEEP.yaml that is not complete yet, then say which digests agree."""
+    if cluster is not None:
+        from slurm.submit import command as submit
+
+        return submit(sweep, overrides, cluster, dry_run=dry_run, wait=wait)
+    if dry_run or wait:
+        raise TpcheckError(f"--{'dry-run' if dry_run else 'wait'} is about Slurm: add --cluster NAME")
     from tpcheck.sweep import command
 
     return command(sweep, overrides)
+
+
+@tpcheck.command()
+@click.argument("output", metavar="DIR", type=click.Path(path_type=Path))
+def verdict(output: Path) -> int:
+    """Say which digests of the sweep in DIR agree, from what is there: 0 held, 1 broken, 2 cells are missing."""
+    from tpcheck.report import command
+
+    return command(output)
+
+
+@tpcheck.command()
+@click.argument("output", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--watch", is_flag=True, help="Show it again every few seconds, until no cell is waiting or running.")
+def status(output: Path, watch: bool) -> int:
+    """Show every cell of the sweep in DIR: its job, state, node, step, speed, retries and log."""
+    from slurm.status import command
+
+    return command(output, watch=watch)
+
+
+@tpcheck.command()
+@click.argument("output", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("cells", nargs=-1, metavar="[CELL]...")
+def cancel(output: Path, cells: tuple[str, ...]) -> int:
+    """Cancel the Slurm jobs of the sweep in DIR, or of these cells of it alone; what they saved stays."""
+    from slurm.cancel import command
+
+    return command(output, cells)

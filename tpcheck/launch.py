@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,13 +23,14 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from tpcheck import result
+from tpcheck import ending, result
 from tpcheck.config import RunConfig, check, load_run
 from tpcheck.errors import TpcheckError
 from tpcheck.manifest import resume_point
 from tpcheck.progress import to_log
+from tpcheck.rank import rank_from_environment
 
 __all__ = ["command", "launch"]
 
@@ -37,18 +38,32 @@ LOG = "log.txt"
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 1.0  # for the other ranks to say why they fail, before they are killed
 PR_SET_PDEATHSIG = 1
+LOCK_PATIENCE_SECONDS = 480.0  # below the time that the other ranks wait for this one to connect
 SIGNALS = {signal.SIGTERM, signal.SIGUSR2, signal.SIGINT}
 
 
 def command(path: Path, overrides: Sequence[str] = (), resume: bool = False) -> int:
     """`tpcheck train PATH [key=value …] [--resume]`: train here, or in ranks forked from this process."""
-    return launch(load_run(path, overrides), resume)
+    try:
+        return launch(load_run(path, overrides), resume)
+    except Exception as error:
+        ending.note_error(error)
+        raise
 
 
 def launch(config: RunConfig, resume: bool = False) -> int:
     """Train `config` and return an exit code; bad input is a `TpcheckError`, raised before any rank starts."""
     check(config)
-    rank_settings = _rank_from_environment(config)
+    # A request to save may come while a busy node is still importing torch: it then waits until ranks can hear it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    try:
+        return _launch(config, resume)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _launch(config: RunConfig, resume: bool) -> int:
+    rank_settings = rank_from_environment(config)
     if rank_settings is None:
         resume_point(config, resume)
         if resume and _is_complete(config):
@@ -58,8 +73,10 @@ def launch(config: RunConfig, resume: bool = False) -> int:
     os.environ.update(rank_settings)
     with _quiet_imports():
         from tpcheck.train import Stop, train
-    stop = Stop()
-    with to_log(Path(config.output) / LOG, int(os.environ["RANK"])) as display, _refusals():
+    stop, rank = Stop(), int(os.environ["RANK"])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    alone = contextlib.nullcontext() if rank else _exclusively(config, LOCK_PATIENCE_SECONDS)
+    with alone, to_log(Path(config.output) / LOG, rank) as display, _refusals():
         try:
             train(config, resume, stop, display)
         except Exception:
@@ -76,26 +93,41 @@ def _fork_ranks(config: RunConfig, resume: bool) -> int:
         tempfile.TemporaryDirectory(prefix="tpcheck-") as scratch,
         _forwarded_signals(ranks),
     ):
-        previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             for rank in range(config.world_size):
                 ranks[rank] = _fork(config, resume, data, rank, Path(scratch))
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return _supervise(ranks, Path(scratch), Path(config.output) / LOG)
 
 
 @contextlib.contextmanager
-def _exclusively(config: RunConfig) -> Iterator[None]:
-    """Hold the result directory's lock, which forked ranks inherit, so that no two runs write to one place."""
+def _exclusively(config: RunConfig, patience: float = 0.0) -> Iterator[None]:
+    """Hold the result directory's lock, which forked ranks inherit, so that no two runs write to one place.
+
+    On a cluster a lost node may still run what was started again elsewhere: `patience` is for its end.
+    """
     log = Path(config.output) / LOG
     log.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience
     with open(log, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TpcheckError(f"{config.output} is being written by another run: wait for it, or stop it") from error
+        while not _locks(file):
+            if time.monotonic() > deadline:
+                raise TpcheckError(f"{config.output} is being written by another run: wait for it, or stop it")
+            time.sleep(POLL_SECONDS)
         yield
+
+
+def _locks(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # file systems without locks
+            raise
+    return True
 
 
 def _check_before_forking(config: RunConfig) -> Any:
@@ -197,13 +229,9 @@ def _run_rank(config: RunConfig, resume: bool, data: Any, rank: int, scratch: Pa
             report = {"refused": True, "why": str(error)}
         except BaseException as error:
             traceback.print_exc()
-            report = {"refused": False, "why": _one_line(error)}
+            report = {"refused": False, "why": ending.one_line(error)}
     result.write_json(scratch / f"rank-{rank}.json", {"time": time.time(), **report})
     return 1
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join("".join(traceback.format_exception_only(error)).split())[:400]
 
 
 def _supervise(ranks: dict[int, int], scratch: Path, log: Path) -> int:
@@ -237,6 +265,9 @@ def _supervise(ranks: dict[int, int], scratch: Path, log: Path) -> int:
     with open(log, "a", encoding="utf-8") as file:
         print(f"[launch] {message}", file=file)
     print(f"tpcheck: {message}; see {log}", file=sys.stderr)
+    if failed[rank] < 0:
+        return 128 - failed[rank]  # as a shell says it
+    ending.note("failed", reports[rank]["why"])
     return 1
 
 
@@ -260,33 +291,3 @@ def _kill_group(pid: int) -> None:
 def _is_complete(config: RunConfig) -> bool:
     digests = result.read_digests(Path(config.output))
     return digests is not None and digests["step"] == config.steps
-
-
-def _rank_from_environment(config: RunConfig) -> dict[str, str] | None:
-    """This process's place among ranks that torchrun or srun started; None when there are none."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        found, settings = int(env["WORLD_SIZE"]), {}
-    elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        found, settings = int(env["SLURM_STEP_NUM_TASKS"]), _rank_from_slurm()
-    else:
-        return None
-    if found != config.world_size:
-        raise TpcheckError(f"{found} ranks were started, tp * dp = {config.tp} * {config.dp} needs {config.world_size}")
-    return settings
-
-
-def _rank_from_slurm() -> dict[str, str]:
-    env = os.environ
-    host = "127.0.0.1"
-    if int(env.get("SLURM_STEP_NUM_NODES", "1")) > 1:
-        call = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
-        host = subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()[0]
-    port = 20000 + (int(env["SLURM_JOB_ID"]) * 31 + int(env["SLURM_STEP_ID"])) % 20000
-    return {
-        "RANK": env["SLURM_PROCID"],
-        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": env["SLURM_LOCALID"],
-        "MASTER_ADDR": env.get("MASTER_ADDR", host),
-        "MASTER_PORT": env.get("MASTER_PORT", str(port)),
-    }

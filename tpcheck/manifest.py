@@ -19,8 +19,9 @@ from tpcheck.checkpoint import Checkpoint
 from tpcheck.config import RunConfig
 from tpcheck.errors import TpcheckError
 
-__all__ = ["continued", "describe", "resume_point"]
+__all__ = ["CODE", "continued", "describe", "git", "resume_point"]
 
+CODE = "code.json"  # beside the packages, where they are a copy
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "numpy", "tpcheck")
 MAY_CHANGE = {
     "tp",
@@ -43,7 +44,7 @@ def describe(config: RunConfig, data: Any, patches: list[dict[str, Any]]) -> dic
     return {
         "config": config.model_dump(mode="json"),
         "versions": _versions(),
-        "git": _git(Path(__file__).parent),
+        "git": _code(Path(__file__).parent),
         "hardware": _hardware(),
         "data": {
             "kind": config.data.kind,
@@ -116,13 +117,23 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _git(folder: Path) -> dict[str, Any] | None:
-    def git(*arguments: str) -> str:
+def _code(package: Path) -> dict[str, Any] | None:
+    """The commit that runs; of a copy made at submission (see slurm/snapshot.py), what it was made from."""
+    if (package.parent / CODE).exists():
+        copied = result.read_formatted(package.parent, CODE, {"digest": str})
+        return {key: value for key, value in copied.items() if key != "format"}
+    return git(package)
+
+
+def git(folder: Path) -> dict[str, Any] | None:
+    """The commit of the working tree that `folder` is in, and whether it was changed since."""
+
+    def ask(*arguments: str) -> str:
         call = ["git", "-C", str(folder), *arguments]
         return subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
 

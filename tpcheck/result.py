@@ -29,6 +29,7 @@ __all__ = [
     "checkpoints",
     "is_result",
     "read_digests",
+    "read_formatted",
     "read_manifest",
     "read_steps",
     "sync",
@@ -51,7 +52,7 @@ def is_result(path: Path) -> bool:
 
 def read_manifest(path: Path) -> Json:
     """The run's manifest, with at least its resolved `config`."""
-    return _read_formatted(path, MANIFEST, {"config": dict})
+    return read_formatted(path, MANIFEST, {"config": dict})
 
 
 def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
@@ -62,7 +63,7 @@ def read_digests(path: Path) -> Json | None:
     """The run's final digests, or None when it has not come to its end."""
     if not (path / DIGESTS).exists():
         return None
-    return _read_formatted(path, DIGESTS, {"step": int, "model": str, "tensors": dict})
+    return read_formatted(path, DIGESTS, {"step": int, "model": str, "tensors": dict})
 
 
 def write_digests(path: Path, digests: Mapping[str, Any]) -> None:
@@ -145,7 +146,8 @@ def _whole(file: Path) -> int:
     return file.read_bytes().rfind(b"\n") + 1
 
 
-def _read_formatted(path: Path, name: str, required: Mapping[str, type]) -> Json:
+def read_formatted(path: Path, name: str, required: Mapping[str, type]) -> Json:
+    """The JSON object in `path`/`name`, which must have this format and hold `required` keys of these types."""
     file = path / name
     if not file.exists():
         raise TpcheckError(f"{path} has no {name}: not a result directory, or a run that never started")

@@ -24,14 +24,15 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from tpcheck import page, result, verdict
+from tpcheck import report, result, verdict
 from tpcheck.board import Board
 from tpcheck.cells import Cell, Sweep, load_sweep
 from tpcheck.config import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.jobs import Job, LocalRunner, Machine, Need, Task, is_locked
+from tpcheck.planned import write_sweep
 
-__all__ = ["command"]
+__all__ = ["command", "is_complete", "only_one"]
 
 LOCK = ".lock"
 JOBS = "jobs"
@@ -43,20 +44,15 @@ CELL_FREE = ("output", "stop_after")  # settings that two runs of the same cell 
 
 def command(path: Path, overrides: Sequence[str] = ()) -> int:
     """Run what is not complete of the sweep at `path`, print the verdict, return its exit code."""
-    sweep = load_sweep(path, overrides)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    with _only_one(sweep.output), _sigterm_is_ctrl_c():
+    sweep = load_sweep(path, overrides, anywhere=True)
+    console = report.console()
+    if sweep.archs:
+        console.print(f"arch: {', '.join(sweep.archs)} are for a cluster; here every cell runs once, on this machine")
+    with only_one(sweep.output), _sigterm_is_ctrl_c():
         todo = [cell for cell in sweep.cells if not is_complete(cell)]
+        write_sweep(sweep)
         _run(sweep, todo, console)
-        judged = verdict.judge(sweep)
-        verdict.write(judged, sweep.output)
-        console.print(judged.table())
-        for line in judged.details():
-            console.print(line, markup=False, soft_wrap=True)
-        console.print(judged.sentence(), markup=False, soft_wrap=True)
-        for made in page.write(sweep, judged):
-            console.print(f"{made}", markup=False, soft_wrap=True)
-    return judged.exit_code
+        return report.conclude(sweep, console)
 
 
 def is_complete(cell: Cell) -> bool:
@@ -168,7 +164,7 @@ def _ending(code: int | None) -> str:
 
 
 @contextlib.contextmanager
-def _only_one(output: Path) -> Iterator[None]:
+def only_one(output: Path) -> Iterator[None]:
     """Hold the sweep's own lock, so that no second sweep writes to the same directory."""
     output.mkdir(parents=True, exist_ok=True)
     with (output / LOCK).open("a") as lock:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from tpcheck import manifest, result, saving
+from tpcheck import ending, manifest, result, saving
 from tpcheck.config import RunConfig
 from tpcheck.data import Source, open_data, rank_batches
 from tpcheck.model import (
@@ -81,6 +81,7 @@ def train(
                 steps.say(f"complete: {output}")
             elif main:
                 steps.say(f"stopped and saved at step {step}: go on with --resume")
+                ending.note("stopped", f"saved at step {step}")
 
 
 def enable_patches(config: RunConfig) -> list[dict[str, Any]]:

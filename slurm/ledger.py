@@ -1,0 +1,135 @@
+"""`DIR/submissions.jsonl`: what was handed to Slurm, one line per event, so that no cell is ever handed in twice.
+
+    before sbatch   {"job": null,  "job_name": "qwen3-8b.1f0c22ab", "cells": [...], ...}
+    after it        {"job": "123", "job_name": "qwen3-8b.1f0c22ab", "cells": [...], ...}
+
+The later line of a job name counts. A name that never got its number belongs to a submission that was interrupted:
+Slurm, or the cell's own `attempts.jsonl`, knows whether there is such a job (see `slurm.submit`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpcheck import result
+from tpcheck.errors import TpcheckError
+
+__all__ = ["ATTEMPTS", "CANCELLED", "LEDGER", "Attempt", "Submission", "attempts", "latest", "lines", "read", "record"]
+
+FORMAT = 1
+LEDGER = "submissions.jsonl"
+ATTEMPTS = "attempts.jsonl"  # in every cell: one line whenever Slurm starts it, written by the batch script
+CANCELLED = "cancelled"  # in a cell that `tpcheck cancel` has ended: it must not queue again by itself
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One call of sbatch: an array of cells, or a plain job for a single one.
+
+    Parameters
+    ----------
+    time: when it was written, UTC, ISO 8601
+    profile: the cluster's name, or the path of its file
+    job_name: unique, `<sweep>.<8 hex digits>`
+    job: Slurm's number of the array (of the job, for a single cell); None until sbatch has answered
+    cells: names, in array order
+    folder: where the submitted script and the jobs' output are
+    """
+
+    time: str
+    profile: str
+    job_name: str
+    job: str | None
+    cells: tuple[str, ...]
+    folder: Path
+
+    def element(self, cell: str) -> str | None:
+        """What Slurm's commands call the job of `cell`: `123_4`, or `123` for a single cell."""
+        if self.job is None:
+            return None
+        return self.job if len(self.cells) == 1 else f"{self.job}_{self.cells.index(cell)}"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a cell by Slurm; `restart` counts those of the same job, from 0."""
+
+    job: str
+    array_index: int
+    restart: int
+    nodes: str
+    began: str
+    job_name: str
+
+
+def record(output: Path, submission: Submission) -> None:
+    """Add `submission`, on disk when this returns."""
+    line = json.dumps({"format": FORMAT, **dataclasses.asdict(submission), "folder": str(submission.folder)})
+    file = output / LEDGER
+    with file.open("ab") as ledger:
+        if not _ends_a_line(file):
+            ledger.write(b"\n")  # what a kill cut short stays a line of its own, which readers pass over
+        ledger.write(line.encode() + b"\n")
+        ledger.flush()
+        os.fsync(ledger.fileno())
+    result.sync(output)
+
+
+def read(output: Path) -> list[Submission]:
+    """All submissions of the sweep in `output`, the oldest first."""
+    found: dict[str, Submission] = {}
+    for line in lines(output / LEDGER):
+        if line.get("format") != FORMAT:
+            raise TpcheckError(
+                f"{output / LEDGER} has format {line.get('format')!r}, this tpcheck reads format {FORMAT}"
+            )
+        try:
+            known = {field.name: line[field.name] for field in dataclasses.fields(Submission)}
+        except KeyError as error:
+            raise TpcheckError(f"{output / LEDGER}: a line has no {error}: not written by tpcheck") from None
+        submission = Submission(**known | {"cells": tuple(known["cells"]), "folder": Path(known["folder"])})
+        found[submission.job_name] = submission
+    return list(found.values())
+
+
+def latest(submissions: Sequence[Submission]) -> dict[str, Submission]:
+    """For every cell that was ever submitted, the submission that it was in last."""
+    return {cell: submission for submission in submissions for cell in submission.cells}
+
+
+def attempts(cell: Path) -> list[Attempt]:
+    """How often Slurm has started the cell, the oldest first."""
+    names = [field.name for field in dataclasses.fields(Attempt)]
+    return [
+        Attempt(**{name: line[name] for name in names})
+        for line in lines(cell / ATTEMPTS)
+        if all(name in line for name in names)
+    ]
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines; lines that a kill or a full disk cut short are passed over."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def _ends_a_line(file: Path) -> bool:
+    text = file.read_bytes()
+    return not text or text.endswith(b"\n")

@@ -1,0 +1,62 @@
+"""`python -m slurm.plan SWEEP.yaml [key=value …]`: prepare a sweep's directory for `sweep.sbatch`, submit nothing.
+
+    DIR/sweep.json, DIR/CELL/run.yaml, DIR/cells.txt     a line for every cell, in the order of the array
+
+Prints one line to submit for every kind of machine and number of ranks; the site's own options are the user's.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from slurm import ledger
+from tpcheck import result
+from tpcheck.cells import Cell, load_sweep
+from tpcheck.errors import TpcheckError
+from tpcheck.planned import write_sweep
+from tpcheck.verdict import digests_of
+
+__all__ = ["CELLS", "plan", "prepare"]
+
+CELLS = "cells.txt"
+
+
+def plan(path: Path, overrides: Sequence[str] = ()) -> list[str]:
+    """Write the directory; the lines that submit it."""
+    sweep = load_sweep(path, overrides)
+    write_sweep(sweep)
+    arrays: dict[tuple[str | None, int], list[str]] = {}
+    for place, cell in enumerate(sweep.cells):
+        if digests_of(cell) is None:
+            prepare(cell)
+            arrays.setdefault((cell.arch, cell.config.world_size), []).append(str(place))
+    (sweep.output / CELLS).write_text("".join(f"{cell.name}\n" for cell in sweep.cells))
+    script = Path(__file__).with_name("sweep.sbatch")
+    return [
+        f"OUTPUT={shlex.quote(str(sweep.output))} sbatch --array={','.join(places)} --ntasks={ranks} "
+        f"{f'--constraint={shlex.quote(arch)} ' if arch else ''}{shlex.quote(str(script))}"
+        for (arch, ranks), places in arrays.items()
+    ]
+
+
+def prepare(cell: Cell) -> None:
+    """Make the cell's directory what its job wants to find."""
+    cell.path.mkdir(parents=True, exist_ok=True)
+    config = cell.config.model_dump(mode="json") | {"output": str(cell.path.absolute())}
+    (cell.path / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (cell.path / ledger.CANCELLED).unlink(missing_ok=True)
+    (cell.path / result.DIGESTS).unlink(missing_ok=True)  # of fewer steps, or the cell would be complete
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python -m slurm.plan SWEEP.yaml [KEY=VALUE]...")
+    try:
+        print("\n".join(plan(Path(sys.argv[1]), sys.argv[2:])))
+    except TpcheckError as error:
+        sys.exit(f"slurm.plan: error: {error}")

@@ -1,0 +1,259 @@
+"""A cluster profile: what a site's Slurm wants to hear, and what its machines have. One YAML file, checked.
+
+    clusters/mycluster.yaml ── load_profile("mycluster") ── Profile ── arch h100 ─┬─ partition, gres, environment
+                                                                  └─ arch b300    └─ GPUs and memory a node
+
+Every value ends in a shell script, so none may hold a line end or another control character; `slurm.script`
+quotes the rest. Only `setup` is shell code, by purpose: it is the user's own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+
+from tpcheck.errors import TpcheckError
+
+__all__ = ["Arch", "Container", "Profile", "load_profile", "plain"]
+
+FOLDERS = (Path("slurm/clusters"), Path(__file__).parent / "clusters")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+DURATION = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d{1,4}):(?P<minutes>[0-5]\d):(?P<seconds>[0-5]\d)")
+OURS = {  # sbatch options that the submit side decides
+    "array": "throttle",
+    "job-name": "the sweep's name",
+    "output": "logs",
+    "error": "logs",
+    "nodes": "the cells' tp and dp",
+    "ntasks-per-node": "the cells' tp and dp",
+    "signal": "save_before_end",
+    "time": "time",
+    "requeue": "max_retries",
+    "chdir": "the directory that you submit from",
+    "open-mode": "append, always",
+}
+
+
+def plain(text: str) -> str:
+    """`text`, which must be one line without control characters."""
+    if CONTROL.search(text):
+        raise ValueError(f"line ends and control characters are not allowed, found {text!r}")
+    return text
+
+
+def _text(value: Any) -> Any:
+    """Numbers as YAML has them are as good as text; true and false are not, for nobody knows what a shell sees."""
+    if isinstance(value, bool):
+        raise ValueError(f"write 1, 0 or a word in quotes, not {str(value).lower()}")
+    return str(value) if isinstance(value, int | float) else value
+
+
+def _minutes(value: Any) -> int:
+    found = DURATION.fullmatch(value) if isinstance(value, str) else None
+    if not found:
+        raise ValueError(f'write it in quotes as "4:00:00" or "1-12:00:00", not {value!r}')
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    if not (whole := (days * 24 + hours) * 60 + minutes + -(-seconds // 60)):
+        raise ValueError("it must be at least a minute")
+    return whole
+
+
+def _option(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", name):
+        raise ValueError(f"{name!r} is no long option: write it without --, as in mail-type")
+    return name
+
+
+def _sbatch_option(name: str) -> str:
+    if name in OURS:
+        raise ValueError(f"{name} is decided by {OURS[name]}: leave it out here")
+    return _option(name)
+
+
+def _variable(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError(f"{name!r} is no name of an environment variable")
+    return name
+
+
+def _value(value: Any) -> bool | str:
+    """An option's value; true stands for a bare flag."""
+    if value is True:
+        return True
+    if value is None or isinstance(value, bool | list | dict):
+        raise ValueError(f"give it a value, or true for an option that takes none, not {value!r}; or leave it out")
+    return plain(str(value))
+
+
+def _list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Text = Annotated[str, BeforeValidator(_text), AfterValidator(plain)]
+Words = Annotated[list[Text], BeforeValidator(_list), Field(min_length=1)]
+Env = dict[Annotated[str, AfterValidator(_variable)], Text]
+Value = Annotated[bool | str, PlainValidator(_value)]
+Sbatch = dict[Annotated[str, AfterValidator(_sbatch_option)], Value]
+Srun = dict[Annotated[str, AfterValidator(_option)], Value]
+
+
+class Section(BaseModel):
+    """A part of the profile; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=False)
+
+
+class Container(Section):
+    """An image that every rank runs in, by the pyxis plugin's options of srun."""
+
+    image: Text
+    mounts: list[Text] = []  # SRC:DST[:ro]; the sweep's output is added
+    workdir: Text | None = None
+    srun: Srun = {}  # more options: container-name: pytorch, no-container-mount-home: true
+
+
+class Arch(Section):
+    """One kind of machine. Whatever stands here goes before the same key of the profile.
+
+    `memory_gib` is that of one GPU (of a whole node where there are none); `tflops` what one GPU sustains in
+    training, for the estimate of a cell's time.
+    """
+
+    partition: Text | None = None
+    constraint: Text | None = None
+    nodes: int = Field(gt=0)
+    gpus_per_node: int = Field(0, ge=0)
+    ranks_per_node: int | None = Field(None, gt=0)
+    gres: Text | None = None  # gpu:h100 asks for --gres=gpu:h100:8 instead of --gpus-per-node=8
+    request_gpus: bool = True  # false where a node comes with all its GPUs and the site refuses to be asked
+    memory_gib: float = Field(gt=0)
+    tflops: float | None = Field(None, gt=0)
+    sbatch: Sbatch = {}
+    env: Env = {}
+
+    @model_validator(mode="after")
+    def _ranks(self) -> Arch:
+        if not self.gpus_per_node and not self.ranks_per_node:
+            raise ValueError("give gpus_per_node, or ranks_per_node for machines without GPUs")
+        return self
+
+    @property
+    def per_node(self) -> int:
+        """The most ranks that a node takes."""
+        return self.ranks_per_node or self.gpus_per_node
+
+
+class Profile(Section):
+    """Everything a site's Slurm needs to know that a sweep file does not say."""
+
+    partition: Text | None = None
+    account: Text | None = None
+    qos: Text | None = None
+    reservation: Text | None = None
+    exclusive: bool = False
+    time: Annotated[int, BeforeValidator(_minutes)]  # minutes; the limit of one start of a cell
+    save_before_end: int = Field(300, ge=30)  # seconds before the limit at which a cell saves and queues again
+    max_retries: int = Field(10, ge=0)
+    throttle: int = Field(8, gt=0)  # cells that run at once, per array
+    launcher: Literal["srun", "torchrun"] = "srun"
+    python: Words | None = None  # the command; default: this Python, or the container's `python`
+    cpus_per_rank: int | None = Field(None, gt=0)
+    logs: Text | None = None  # where scripts and output go; default: jobs/ in the sweep's output
+    setup: list[Text] = []
+    env: Env = {}
+    sbatch: Sbatch = {}
+    srun: Srun = {}
+    container: Container | None = None
+    architectures: dict[Text, Arch] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _time_to_save(self) -> Profile:
+        if self.save_before_end >= self.time * 60:
+            raise ValueError(f"save_before_end={self.save_before_end} seconds is not below time={self.time} minutes")
+        return self
+
+    @property
+    def command(self) -> list[str]:
+        """What runs Python on a node."""
+        return self.python or (["python"] if self.container else [sys.executable])
+
+    def arch(self, name: str | None, who: str) -> tuple[str, Arch]:
+        """The machines called `name`, for the cell `who`; without a name, the only ones. Also their name."""
+        known = ", ".join(self.architectures)
+        if name is None and len(self.architectures) == 1:
+            return next(iter(self.architectures.items()))
+        if name is None:
+            raise TpcheckError(
+                f"cell {who} may run anywhere, the cluster has {known}: add arch: [{known}] to the matrix"
+            )
+        if name not in self.architectures:
+            raise TpcheckError(f"cell {who} wants arch {name}, the cluster has {known}")
+        return name, self.architectures[name]
+
+
+def load_profile(name: str) -> Profile:
+    """The profile called `name` in slurm/clusters (here, then in the package), or the one in the file `name`."""
+    path = _find(name)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise TpcheckError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise TpcheckError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, Mapping):
+        raise TpcheckError(f"{path} holds a {type(content).__name__}, not a cluster profile: copy example.yaml")
+    try:
+        return Profile.model_validate(content)
+    except ValidationError as error:
+        raise TpcheckError(" ".join(f"{path}: {_explain(error)}".split())) from error
+
+
+def _find(name: str) -> Path:
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        return Path(name)
+    for folder in FOLDERS:
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    found = sorted({path.stem for folder in FOLDERS for path in folder.glob("*.yaml")})
+    raise TpcheckError(
+        f"unknown cluster {name}: slurm/clusters has {', '.join(found)}; copy example.yaml there, or give a file's path"
+    )
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem that pydantic found, as one line that names what is allowed."""
+    first = error.errors()[0]
+    # pydantic names the branches of unions and validators in between; a user knows only keys.
+    where = ".".join(str(part) for part in first["loc"] if not re.search(r"[\[\]()]", str(part)))
+    if first["type"] == "extra_forbidden":
+        allowed = _keys(first["loc"][:-1])
+        close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"unknown key {where}: {hint}allowed are {', '.join(allowed)}"
+    if first["type"] == "missing":
+        return f"{where} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    found = "" if first["type"] == "value_error" or isinstance(first["input"], dict) else f", not {first['input']!r}"
+    return f"{where}: {message}{found}" if where else f"{message}{found}"
+
+
+def _keys(location: Sequence[str | int]) -> list[str]:
+    sections: dict[str, type[Section]] = {"architectures": Arch, "container": Container}
+    section = sections.get(str(location[0]), Profile) if location else Profile
+    return list(section.model_fields)

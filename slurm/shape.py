@@ -1,0 +1,55 @@
+"""What a cell takes of a cluster: how many nodes, how many ranks on each; cells of one shape share an array.
+
+tp=4, dp=4 on nodes of 8 GPUs ── 2 nodes of 8 ranks ── a TP group never leaves its node
+tp=4, dp=3                    ── 3 nodes of 4 ranks ── for the same reason
+tp=16                         ── 2 nodes of 8 ranks ── it must, and is warned of
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slurm.profile import Arch, Profile
+from tpcheck.cells import Cell
+from tpcheck.errors import TpcheckError
+
+__all__ = ["Shape", "by_shape", "shape_of"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The resources of a cell; `arch` is the profile's name for the machines."""
+
+    arch: str
+    nodes: int
+    ranks_per_node: int
+
+
+def shape_of(cell: Cell, profile: Profile) -> Shape:
+    """The fewest nodes that take the cell with every TP group inside a node, or else the fewest that take it."""
+    name, arch = profile.arch(cell.arch, cell.name)
+    world, tp = cell.config.world_size, cell.config.tp
+    even = [nodes for nodes in range(1, world + 1) if world % nodes == 0 and world // nodes <= arch.per_node]
+    inside = [nodes for nodes in even if (world // nodes) % tp == 0]
+    nodes = min(inside or even)
+    if nodes > arch.nodes:
+        raise TpcheckError(_too_many(cell, nodes, name, arch))
+    return Shape(name, nodes, world // nodes)
+
+
+def by_shape(cells: Sequence[Cell], profile: Profile) -> list[tuple[list[Cell], Shape]]:
+    """The cells that one array can hold together: those with the same machines, nodes and ranks per node."""
+    groups: dict[Shape, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(shape_of(cell, profile), []).append(cell)
+    return [(group, shape) for shape, group in groups.items()]
+
+
+def _too_many(cell: Cell, nodes: int, name: str, arch: Arch) -> str:
+    what = "GPUs" if arch.gpus_per_node else "ranks"
+    return (
+        f"cell {cell.name} needs {cell.config.world_size} {what} (tp * dp = {cell.config.tp} * {cell.config.dp}) on "
+        f"{nodes} nodes, the profile has {arch.nodes} {name} nodes of {arch.per_node}: "
+        "exclude it, or use a smaller tp or dp"
+    )

@@ -1,0 +1,221 @@
+"""`tpcheck status DIR`: every cell of a sweep, from the files in DIR and from what Slurm says, at any time.
+
+    digests.json is there        complete, whatever Slurm says
+    Slurm knows the job          its word in ours: pending, running, requeued, timed-out, …
+    Slurm has forgotten it       cancelled by `tpcheck cancel`, else failed when it had started, missing when not
+    never submitted              missing
+
+A Slurm that does not answer leaves the states unknown, and the table says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from slurm import ledger
+from slurm.ledger import Submission
+from slurm.states import State, states
+from tpcheck import report
+from tpcheck.board import progress
+from tpcheck.cells import Cell, Sweep
+from tpcheck.ending import ENDS
+from tpcheck.errors import TpcheckError
+from tpcheck.jobs import is_locked
+from tpcheck.planned import read_sweep
+from tpcheck.sweep import LOCK, LOG
+from tpcheck.verdict import digests_of
+
+__all__ = ["Row", "command", "follow", "look"]
+
+Word = Literal[
+    "pending", "running", "requeued", "preempted", "timed-out", "node-failed", "failed", "cancelled",
+    "complete", "missing", "unknown",
+]  # fmt: skip
+# What Slurm says, in our words; a job in any other state is running, or about to.
+WORDS: dict[str, Word] = {
+    "PENDING": "pending",
+    "PREEMPTED": "preempted",
+    "TIMEOUT": "timed-out",
+    "DEADLINE": "timed-out",
+    "NODE_FAIL": "node-failed",
+    "BOOT_FAIL": "node-failed",
+    "CANCELLED": "cancelled",
+    "REVOKED": "cancelled",
+    "FAILED": "failed",
+    "OUT_OF_MEMORY": "failed",
+    "COMPLETED": "failed",  # or there were digests
+}
+ACTIVE: set[Word] = {"pending", "running", "requeued", "unknown"}
+STYLE: dict[Word, str] = {"complete": "green", "running": "yellow", "failed": "bold red", "unknown": "magenta"}
+HEADINGS = ("cell", "job", "state", "nodes", "step", "tokens/s", "retries", "log")
+REFRESH_SECONDS = 5.0
+REASON = 300  # letters of it
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell, as it is now. `why` is Slurm's reason for waiting, or what a failed cell said last."""
+
+    cell: str
+    job: str
+    state: Word
+    nodes: str
+    step: str
+    speed: str
+    retries: int
+    log: Path | None
+    why: str
+
+    @property
+    def active(self) -> bool:
+        """Whether the cell may still change by itself."""
+        return self.state in ACTIVE
+
+
+def command(output: Path, watch: bool = False) -> int:
+    """Show the table once, or until nothing in it can change."""
+    sweep, console = read_sweep(output), report.console()
+    if watch:
+        follow(sweep, console)
+    else:
+        rows, unknown = look(sweep)
+        console.print(_table(rows, output))
+        _explain(rows, unknown, console)
+    return 0
+
+
+def follow(sweep: Sweep, console: Console) -> list[Row]:
+    """Show the cells until none is pending or running: a live table, or in a pipe a line per change; the last rows."""
+    live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+    shown: dict[str, tuple[str, ...]] = {}
+    with live or contextlib.nullcontext():
+        while True:
+            rows, unknown = look(sweep)
+            if live:
+                live.update(_table(rows, sweep.output), refresh=True)
+            else:
+                _print_changes(rows, shown, console)
+            if not any(row.active for row in rows):
+                break
+            if unknown:
+                console.print(unknown, markup=False, soft_wrap=True)
+            time.sleep(REFRESH_SECONDS)
+    _explain(rows, "", console)
+    return rows
+
+
+def look(sweep: Sweep) -> tuple[list[Row], str]:
+    """A row for every cell; when Slurm can't be asked, also why."""
+    submissions = ledger.latest(ledger.read(sweep.output))
+    unfinished = [cell.name for cell in sweep.cells if not digests_of(cell)]
+    asked = {submissions[name].job_name: submissions[name] for name in unfinished if name in submissions}
+    known: Mapping[tuple[str, int], State] | None = None
+    unknown = ""
+    try:
+        known = states(list(asked.values()), patience=0)
+    except TpcheckError as error:
+        unknown = str(error)
+    return [_row(cell, submissions.get(cell.name), known) for cell in sweep.cells], unknown
+
+
+def _row(cell: Cell, submission: Submission | None, known: Mapping[tuple[str, int], State] | None) -> Row:
+    job, tried, state = "", [], None
+    if submission:
+        tried = [each for each in ledger.attempts(cell.path) if each.job_name == submission.job_name]
+        state = known.get((submission.job_name, submission.cells.index(cell.name))) if known is not None else None
+        job = submission.element(cell.name) or (state.job if state else "")
+    word = _word(cell, submission, state, bool(tried), asked=known is not None)
+    step, _, speed = progress(cell)
+    nodes = (state.nodes if state else "") or (tried[-1].nodes if tried else "")
+    log = _log(cell, submission, job)
+    why = _why(word, job, state, _said(cell, log))
+    return Row(cell.name, job, word, nodes, step, speed, tried[-1].restart if tried else 0, log, why)
+
+
+def _word(cell: Cell, submission: Submission | None, state: State | None, started: bool, asked: bool) -> Word:
+    if digests_of(cell):
+        return "complete"
+    if submission is None:
+        return "running" if is_locked(cell.path / LOCK) else "missing"
+    if not asked:
+        return "unknown"
+    if state is None:
+        cancelled = (cell.path / ledger.CANCELLED).exists()
+        return "cancelled" if cancelled else "failed" if started else "missing"
+    word = WORDS.get(state.word, "running")
+    return "requeued" if word == "pending" and started else word
+
+
+def _log(cell: Cell, submission: Submission | None, job: str) -> Path | None:
+    """The run's log; before there is one, what the job itself has printed."""
+    if (cell.path / LOG).exists():
+        return cell.path / LOG
+    return next(iter(_job_logs(submission, job)), None) if submission else None
+
+
+def _job_logs(submission: Submission, job: str) -> list[Path]:
+    return sorted(submission.folder.glob(f"{job}_*log.*"), key=lambda log: log.stat().st_mtime, reverse=True)
+
+
+def _why(word: Word, job: str, state: State | None, said: str) -> str:
+    if word in ("pending", "requeued"):
+        return state.reason if state else ""
+    if word == "missing" and job:
+        return f"Slurm knows nothing of job {job}, which never started: cancelled while it was pending, or long ago"
+    if word != "failed":
+        return ""
+    slurm = state.word.lower() if state else "Slurm has forgotten the job"
+    return ", ".join(part for part in (slurm, said) if part)
+
+
+def _said(cell: Cell, log: Path | None) -> str:
+    """Why a run failed: what the rank that failed first has left, or else the last line of the log."""
+    failed = [end["why"] for end in ledger.lines(cell.path / ENDS) if end.get("kind") == "failed"]
+    if failed:
+        return str(failed[0])[:REASON]
+    lines = log.read_text(errors="replace").splitlines() if log and log.exists() else []
+    return ([line.strip() for line in lines if line.strip()] or [""])[-1][:REASON]
+
+
+def _cells(row: Row, output: Path) -> tuple[str, ...]:
+    state = f"{row.state}: {row.why}" if row.why and row.state in ("pending", "requeued") else row.state
+    log = str(row.log.relative_to(output)) if row.log and row.log.is_relative_to(output) else str(row.log or "")
+    return row.cell, row.job, state, row.nodes, row.step, row.speed, str(row.retries), log
+
+
+def _table(rows: Sequence[Row], output: Path) -> Table:
+    table = Table(title=f"{output}", title_justify="left")
+    for heading in HEADINGS:
+        right = heading in ("step", "tokens/s", "retries")
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*_cells(row, output), style=STYLE.get(row.state, ""))
+    return table
+
+
+def _print_changes(rows: Sequence[Row], shown: dict[str, tuple[str, ...]], console: Console) -> None:
+    for row in rows:
+        line = (row.cell, row.job, row.state, row.nodes)
+        if shown.get(row.cell) != line:
+            shown[row.cell] = line
+            step = f"step {row.step}" if row.step else ""
+            console.print(f"{row.cell:<24} {row.state:<11} {row.job} {row.nodes} {step}".rstrip(), soft_wrap=True)
+
+
+def _explain(rows: Sequence[Row], unknown: str, console: Console) -> None:
+    """Below the table: what went wrong, and where to read about it."""
+    for row in rows:
+        if row.why and row.state not in ("pending", "requeued"):
+            where = f"; see {row.log}" if row.log else ""
+            console.print(f"{row.cell} {row.state}: {row.why}{where}", markup=False, highlight=False, soft_wrap=True)
+    if unknown:
+        console.print(unknown, markup=False, soft_wrap=True)

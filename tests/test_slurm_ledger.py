@@ -1,0 +1,50 @@
+"""What submission leaves in a sweep's directory: the ledger, the cells' attempts, the copy of the code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slurm import ledger
+from slurm.ledger import Attempt, Submission
+from slurm.snapshot import Snapshot
+from tpcheck.config import parse_run
+from tpcheck.errors import TpcheckError
+from tpcheck.manifest import describe
+
+
+def test_the_ledger_passes_over_what_a_kill_cut_short(tmp_path: Path) -> None:
+    one = Submission("2026-01-01T00:00:00+00:00", "c", "s.1", "7", ("a", "b"), tmp_path)
+    ledger.record(tmp_path, one)
+    with (tmp_path / ledger.LEDGER).open("a") as file:
+        file.write('{"format": 1, "job_na')
+    other = Submission("2026-01-02T00:00:00+00:00", "c", "s.2", None, ("b",), tmp_path)
+    ledger.record(tmp_path, other)
+    assert ledger.read(tmp_path) == [one, other]
+    assert ledger.latest(ledger.read(tmp_path)) == {"a": one, "b": other}
+
+
+def test_a_ledger_of_another_format_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ledger.LEDGER).write_text('{"format": 2}\n')
+    with pytest.raises(TpcheckError, match="has format 2, this tpcheck reads format 1"):
+        ledger.read(tmp_path)
+
+
+def test_attempts_are_read_as_the_script_writes_them(tmp_path: Path) -> None:
+    line = '{"job": "7", "array_index": 1, "restart": 2, "nodes": "h[1-2]", "began": "now", "job_name": "s.1"}\n'
+    (tmp_path / ledger.ATTEMPTS).write_text(line + line[:20])
+    assert ledger.attempts(tmp_path) == [Attempt("7", 1, 2, "h[1-2]", "now", "s.1")]
+
+
+def test_a_copy_of_the_code_says_in_the_manifest_what_it_is(tmp_path: Path, monkeypatch: Any) -> None:
+    place = Snapshot.now().write(tmp_path)
+    assert Snapshot.now().write(tmp_path) == place and [path.name for path in place.parent.iterdir()] == [place.name]
+    monkeypatch.setattr("tpcheck.manifest.__file__", str(place / "tpcheck" / "manifest.py"))
+
+    class Data:
+        digest, tokens = "d", 1
+
+    git = describe(parse_run({"model": "qwen3-tiny"}), Data(), [])["git"]
+    assert git["digest"].startswith(place.name) and set(git) == {"commit", "dirty", "digest"}

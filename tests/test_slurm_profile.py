@@ -1,0 +1,130 @@
+"""Cluster profiles: what they may say, what is refused in one line, and what cells take of their machines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from slurm.profile import Profile, load_profile
+from slurm.shape import shape_of
+from tpcheck.cells import Cell
+from tpcheck.config import parse_run
+from tpcheck.errors import TpcheckError
+
+H100 = {"nodes": 2, "gpus_per_node": 8, "memory_gib": 80}
+LEAST: dict[str, Any] = {"time": "4:00:00", "architectures": {"h100": H100}}
+
+
+def profile(**changes: Any) -> Profile:
+    return Profile.model_validate(LEAST | changes)
+
+
+def load(folder: Path, content: Any) -> Profile:
+    path = folder / "cluster.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return load_profile(str(path))
+
+
+@pytest.mark.parametrize("name", ["example", "local"])
+def test_the_profiles_of_the_package_are_good_ones(name: str) -> None:
+    assert set(load_profile(name).architectures) == {"h100", "b300"}
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("0:01:00", 1), ("4:00:00", 240), ("1-12:00:00", 36 * 60), ("0:00:30", 1), ("100:00:00", 6000)],
+)
+def test_times_are_written_as_slurm_writes_them(text: str, minutes: int) -> None:
+    assert profile(time=text, save_before_end=30).time == minutes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"partiton": "x"}, "unknown key partiton: did you mean partition? allowed are partition, account"),
+        (
+            {"architectures": {"h100": {**H100, "gpus": 8}}},
+            "unknown key architectures.h100.gpus: allowed are partition",
+        ),
+        ({"container": {"image": "x", "mount": []}}, "unknown key container.mount: did you mean mounts?"),
+        ({"architectures": {"h100": {"nodes": 1, "gpus_per_node": 1}}}, "architectures.h100.memory_gib is missing"),
+        ({"architectures": {"h100": {"nodes": 1, "memory_gib": 1}}}, "give gpus_per_node, or ranks_per_node"),
+        ({"architectures": {}}, "architectures"),
+        ({"time": 14400}, 'time: write it in quotes as "4:00:00"'),  # what YAML makes of 4:00:00 without them
+        ({"time": "0:00:00"}, "time: it must be at least a minute"),
+        ({"time": "0:05:00"}, "save_before_end=300 seconds is not below time=5 minutes"),
+        ({"env": {"A": True}}, "env.A: write 1, 0 or a word in quotes, not true"),
+        ({"env": {"A B": "x"}}, "'A B' is no name of an environment variable"),
+        ({"env": {"A": "x\nrm -rf /"}}, "env.A: line ends and control characters are not allowed"),
+        ({"env": {"A": "x\u2028y"}}, "env.A: line ends and control characters are not allowed"),
+        ({"setup": ["module load\x00"]}, "setup.0: line ends and control characters are not allowed"),
+        ({"sbatch": {"array": "0-3"}}, "sbatch.array: array is decided by throttle"),
+        ({"sbatch": {"--mem": 0}}, "'--mem' is no long option"),
+        ({"sbatch": {"mem": None}}, "sbatch.mem: give it a value, or true for an option that takes none, not None"),
+        ({"sbatch": {"mail-type": False}}, "not False; or leave it out"),
+        ({"srun": {"x\ny": 1}}, "no long option"),
+        ({"partition": ["a"]}, "partition: Input should be a valid string"),
+        ({"launcher": "mpirun"}, "launcher: Input should be 'srun' or 'torchrun', not 'mpirun'"),
+        ({"python": []}, "python"),
+    ],
+)
+def test_a_bad_profile_is_refused_in_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TpcheckError) as error:
+        load(tmp_path, LEAST | changes)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path}/cluster.yaml: ")
+
+
+@pytest.mark.parametrize(("text", "message"), [("[1", "is not YAML"), ("- a", "holds a list, not a cluster profile")])
+def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(TpcheckError, match=message):
+        load(tmp_path, text)
+
+
+def test_an_unknown_cluster_names_the_known_ones() -> None:
+    with pytest.raises(TpcheckError, match="unknown cluster nope: slurm/clusters has example, local"):
+        load_profile("nope")
+
+
+def test_a_profile_beside_the_sweep_files_goes_before_the_packages(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "slurm" / "clusters").mkdir(parents=True)
+    (tmp_path / "slurm" / "clusters" / "local.yaml").write_text(yaml.safe_dump(LEAST | {"account": "mine"}))
+    monkeypatch.chdir(tmp_path)
+    assert load_profile("local").account == "mine"
+
+
+def cell(tp: int, dp: int = 1, arch: str | None = "h100", **settings: Any) -> Cell:
+    run = {"tp": tp, "dp": dp, "global_batch_size": 2 * dp, "leaves": 64, "strategy": "stock", **settings}
+    run["model"] = {"preset": "qwen3-tiny", "num_attention_heads": 64, "num_query_groups": 64, "ffn_hidden_size": 384}
+    return Cell(f"tp{tp}-dp{dp}", {}, {}, parse_run(run), arch)
+
+
+@pytest.mark.parametrize(
+    ("tp", "dp", "nodes", "ranks"),
+    [(1, 1, 1, 1), (4, 2, 1, 8), (4, 4, 2, 8), (8, 2, 2, 8), (4, 3, 3, 4), (2, 5, 5, 2), (16, 1, 2, 8)],
+)
+def test_a_tp_group_stays_in_its_node_wherever_it_can(tp: int, dp: int, nodes: int, ranks: int) -> None:
+    many = profile(architectures={"h100": {**H100, "nodes": 8}})
+    shape = shape_of(cell(tp, dp), many)
+    assert (shape.nodes, shape.ranks_per_node) == (nodes, ranks)
+
+
+def test_cells_without_an_arch_go_to_the_only_machines_there_are() -> None:
+    assert shape_of(cell(1, arch=None), profile()).arch == "h100"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (cell(1, arch="a100"), "cell tp1-dp1 wants arch a100, the cluster has h100, b300"),
+        (cell(1, arch=None), "may run anywhere, the cluster has h100, b300: add arch: [h100, b300] to the matrix"),
+        (cell(8, 4), "needs 32 GPUs (tp * dp = 8 * 4) on 4 nodes, the profile has 2 h100 nodes of 8"),
+    ],
+)
+def test_what_the_cluster_does_not_have_is_refused(wanted: Cell, message: str) -> None:
+    with pytest.raises(TpcheckError) as error:
+        shape_of(wanted, profile(architectures={"h100": H100, "b300": H100}))
+    assert message in str(error.value)

@@ -1,0 +1,49 @@
+"""Why a run ended, for the batch script that decides whether to start it again: lines in the file TPCHECK_ENDS.
+
+    stopped   a signal asked for it, and everything is saved     start again
+    lost      another rank or the network went away              start again
+    failed    an error of the user's or ours: it would recur     never
+
+An exit code can't tell these apart: when one rank fails, Slurm kills the others, and torchrun says 1 to everything.
+A rank that is killed writes nothing; its peers write that they lost it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import traceback
+from typing import Literal
+
+__all__ = ["ENDS", "note", "note_error", "one_line"]
+
+ENDS = "ends.jsonl"
+VARIABLE = "TPCHECK_ENDS"
+# What torch says when a peer, the network or a device has gone; DistError and its kin are asked by their names.
+LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "ECC error", "NVLink")
+
+Kind = Literal["stopped", "lost", "failed"]
+
+
+def note(kind: Kind, why: str) -> None:
+    """Add a line, if anybody wants to know."""
+    if not (path := os.environ.get(VARIABLE)):
+        return
+    line = json.dumps({"kind": kind, "rank": int(os.environ.get("RANK", "0")), "why": why})
+    with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:  # a full disk has been reported
+        file.write(line + "\n")
+
+
+def note_error(error: BaseException) -> None:
+    """Add a line on what ended this rank."""
+    note("lost" if _is_lost(error) else "failed", one_line(error))
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join("".join(traceback.format_exception_only(error)).split())[:400]
+
+
+def _is_lost(error: BaseException) -> bool:
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return "DistError" in kinds or ("RuntimeError" in kinds and any(word in str(error) for word in LOST))

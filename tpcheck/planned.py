@@ -1,0 +1,51 @@
+"""`DIR/sweep.json`: the cells of the sweep that `DIR` holds, for whoever comes later without the sweep file.
+
+Written whenever `tpcheck sweep` runs, here or on a cluster; the last call counts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tpcheck import result
+from tpcheck.cells import Cell, Sweep
+from tpcheck.config import parse_run
+from tpcheck.errors import TpcheckError
+
+__all__ = ["PLAN", "read_sweep", "write_sweep"]
+
+FORMAT = 1
+PLAN = "sweep.json"
+
+
+def write_sweep(sweep: Sweep) -> None:
+    """Leave the cells beside their results."""
+    sweep.output.mkdir(parents=True, exist_ok=True)
+    cells = [
+        {
+            "name": cell.name,
+            "settings": dict(cell.settings),
+            "group": dict(cell.group),
+            "arch": cell.arch,
+            "config": cell.config.model_dump(mode="json"),
+        }
+        for cell in sweep.cells
+    ]
+    plan = {"format": FORMAT, "name": sweep.name, "output": str(sweep.output), "invariant": list(sweep.invariant)}
+    result.write_json(sweep.output / PLAN, {**plan, "cells": cells})
+
+
+def read_sweep(output: Path) -> Sweep:
+    """The sweep whose results are in `output`, wherever that directory is now."""
+    plan = result.read_formatted(output, PLAN, {"name": str, "invariant": list, "cells": list})
+    try:
+        cells = tuple(_cell(given, output) for given in plan["cells"])
+    except (KeyError, TypeError) as error:
+        raise TpcheckError(f"{output / PLAN}: a cell is not as tpcheck writes it ({error!r})") from error
+    return Sweep(plan["name"], output, cells, tuple(plan["invariant"]))
+
+
+def _cell(given: dict[str, Any], output: Path) -> Cell:
+    config = parse_run({**given["config"], "output": str(output / given["name"])}, f"{output / PLAN}, {given['name']}")
+    return Cell(given["name"], given["settings"], given["group"], config, given["arch"])

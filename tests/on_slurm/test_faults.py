@@ -91,6 +91,22 @@ def test_scancel_with_usr2_saves_at_the_next_step_and_the_cell_goes_on_from_ther
 
 
 @together
+def test_usr2_reaches_the_ranks_below_torchrun_on_two_nodes(case: Case) -> list[str]:
+    need_node_names()
+    case.write({"strategy": ["tree"], "tp": [2], "arch": ["b300"]}, launcher="torchrun")
+    case.submit()
+    cell = "tree-tp2-b300"
+    with case.slowed(cell):
+        case.wait_for_step(cell, 2)
+        case.cluster.run("scancel", "--signal=USR2", case.jobs(cell)[0])
+        case.wait_for_attempt(cell, 2)
+    case.wait_until_complete(cell)
+    (step,) = resumed_from(case, cell)
+    assert 2 < step < STEPS
+    return [cell]
+
+
+@together
 def test_a_killed_rank_takes_its_cell_down_and_both_ranks_come_back(case: Case) -> list[str]:
     need_node_names()
     case.write({"strategy": ["tree"], "tp": [2], "arch": ["h100"]})

@@ -11,6 +11,7 @@ A Slurm that does not answer leaves the states unknown, and the table says so.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ def _row(cell: Cell, submission: Submission | None, known: Mapping[tuple[str, in
 
 
 def _word(cell: Cell, submission: Submission | None, state: State | None, started: bool, asked: bool) -> Word:
-    if digests_of(cell):
+    if _is_complete(cell):
         return "complete"
     if submission is None:
         return "running" if is_locked(cell.path / LOCK) else "missing"
@@ -153,6 +154,12 @@ def _word(cell: Cell, submission: Submission | None, state: State | None, starte
         return "cancelled" if cancelled else "failed" if started else "missing"
     word = WORDS.get(state.word, "running")
     return "requeued" if word == "pending" and started else word
+
+
+def _is_complete(cell: Cell) -> bool:
+    with contextlib.suppress(OSError):
+        os.listdir(cell.path)  # a network file system may answer from memory until it is asked for the whole folder
+    return digests_of(cell) is not None
 
 
 def _log(cell: Cell, submission: Submission | None, job: str) -> Path | None:

@@ -60,9 +60,7 @@ class Cluster:
     """
 
     def __init__(self, accounting: bool = False, min_job_age: int = 300) -> None:
-        # In memory a start takes a second; on a disk, the database alone takes twenty.
-        shm = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir=shm))
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir=_memory()))
         self.folder.chmod(0o755)
         self.accounting = accounting
         self.ports = _free_ports(3 + len(NODES))
@@ -178,6 +176,12 @@ class Cluster:
     def _kill(self, name: str) -> None:
         self.daemons[name].kill()
         self.daemons[name].wait()
+
+
+def _memory() -> str | None:
+    """Where files are in memory, if there is room: a database on a disk takes twenty seconds to start."""
+    shm = "/dev/shm"
+    return shm if os.access(shm, os.W_OK) and shutil.disk_usage(shm).free > 1 << 30 else None
 
 
 def _path() -> str:

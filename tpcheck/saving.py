@@ -9,6 +9,7 @@ whichever way it was saved.
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import shutil
@@ -34,7 +35,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException  # which is no Exception
 
 from tpcheck import result
 from tpcheck.errors import TpcheckError
@@ -42,6 +43,7 @@ from tpcheck.errors import TpcheckError
 __all__ = ["discard_unfinished", "load", "save"]
 
 UNFINISHED = ".new-"
+FULL = 1 << 20  # bytes: a disk with less to give is why a checkpoint was not written
 MAIN_PARAMETER = "optimizer.state.fp32_param."  # as the plain optimizer names it
 SHARDED_MAIN_PARAMETER = "optimizer.state.param."  # as the distributed optimizer does
 RESHARDABLE = "fully_reshardable" in getattr(DistributedOptimizer, "checkpoint_fully_reshardable_formats", ())
@@ -61,7 +63,12 @@ def save(output: Path, step: int, gpt: Any, optimizer: Any) -> Path:
         new.mkdir(parents=True)
     dist.barrier()
     model_state, optimizer_state = _state(gpt, optimizer, is_loading=False)
-    _write({"model": model_state, "optimizer": optimizer_state, "step": step}, new)
+    try:
+        _write({"model": model_state, "optimizer": optimizer_state, "step": step}, new)
+    except (Exception, CheckpointException) as error:
+        if shutil.disk_usage(new).free < FULL:  # torch says "iostream error"
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(new)) from error
+        raise
     dist.barrier()
     if dist.get_rank() == 0:
         _sync_files(new)
@@ -91,7 +98,7 @@ def load(path: Path, step: int, gpt: Any, optimizer: Any) -> None:
         _load(path, step, gpt, optimizer)
     except TpcheckError:
         raise
-    except (Exception, CheckpointException) as error:  # the second is torch's, and no Exception
+    except (Exception, CheckpointException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise TpcheckError(f"{path} does not load into this model: {reason[:300]}") from error
 

@@ -41,11 +41,12 @@ def test_a_refused_run_leaves_its_reason_for_the_batch_script(tmp_path: Path, mo
     assert json.loads((tmp_path / ending.ENDS).read_text())["kind"] == "failed"
 
 
-def test_a_start_waits_for_one_that_a_lost_node_still_runs(tmp_path: Path) -> None:
+def test_a_start_waits_for_one_that_a_lost_node_still_runs(tmp_path: Path, monkeypatch: Any) -> None:
     config = load_run(_run_file(tmp_path), [f"output={tmp_path}/out"])
     with launch._exclusively(config):
-        with pytest.raises(TpcheckError, match="is being written by another run"), launch._exclusively(config, 0.1):
-            pass
+        with pytest.raises(TpcheckError, match="is being written by another run"), launch._exclusively(config):
+            pass  # nobody has started this one who could want it to wait
+        monkeypatch.setenv("TPCHECK_ENDS", str(tmp_path / ending.ENDS))
         began = threading.Event()
         waiting = threading.Thread(target=_write, args=(config, began))
         waiting.start()
@@ -55,7 +56,7 @@ def test_a_start_waits_for_one_that_a_lost_node_still_runs(tmp_path: Path) -> No
 
 
 def _write(config: RunConfig, began: threading.Event) -> None:
-    with launch._exclusively(config, patience=10):
+    with launch._exclusively(config):
         began.set()
 
 

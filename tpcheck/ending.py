@@ -16,7 +16,7 @@ import os
 import traceback
 from typing import Literal
 
-__all__ = ["ENDS", "note", "note_error", "one_line"]
+__all__ = ["ENDS", "is_wanted", "note", "note_error", "one_line"]
 
 ENDS = "ends.jsonl"
 VARIABLE = "TPCHECK_ENDS"
@@ -24,6 +24,11 @@ VARIABLE = "TPCHECK_ENDS"
 LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "ECC error", "NVLink")
 
 Kind = Literal["stopped", "lost", "failed"]
+
+
+def is_wanted() -> bool:
+    """Whether a batch script has started this run."""
+    return VARIABLE in os.environ
 
 
 def note(kind: Kind, why: str) -> None:

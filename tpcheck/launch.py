@@ -75,7 +75,7 @@ def _launch(config: RunConfig, resume: bool) -> int:
         from tpcheck.train import Stop, train
     stop, rank = Stop(), int(os.environ["RANK"])
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    alone = contextlib.nullcontext() if rank else _exclusively(config, LOCK_PATIENCE_SECONDS)
+    alone = contextlib.nullcontext() if rank else _exclusively(config)
     with alone, to_log(Path(config.output) / LOG, rank) as display, _refusals():
         try:
             train(config, resume, stop, display)
@@ -103,14 +103,14 @@ def _fork_ranks(config: RunConfig, resume: bool) -> int:
 
 
 @contextlib.contextmanager
-def _exclusively(config: RunConfig, patience: float = 0.0) -> Iterator[None]:
+def _exclusively(config: RunConfig) -> Iterator[None]:
     """Hold the result directory's lock, which forked ranks inherit, so that no two runs write to one place.
 
-    On a cluster a lost node may still run what was started again elsewhere: `patience` is for its end.
+    On a cluster a lost node may still run what was started again elsewhere: a batch script's runs wait for its end.
     """
     log = Path(config.output) / LOG
     log.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + (LOCK_PATIENCE_SECONDS if ending.is_wanted() else 0.0)
     with open(log, "ab") as file:
         while not _locks(file):
             if time.monotonic() > deadline:

@@ -2,7 +2,7 @@
 
     #SBATCH …                     what the profile says, what the shape needs
     # setup                       the profile's lines; which cell; where the ranks meet; environment
-    # command                     srun … python -m tpcheck train CELL/run.yaml --resume
+    # command                     srun … python DIR/code/DIGEST train CELL/run.yaml --resume
     # teardown                    complete, queue again, or failed: see END
 
 submitit lays the file out; our command takes the place of its own, so that no job ever unpickles anything. Values
@@ -142,16 +142,16 @@ class Script:
     def command(self) -> str:
         """The step, started in the background, so that the shell hears signals meanwhile."""
         words = ["srun", "--label", "--export=ALL", "--kill-on-bad-exit=1", *self._srun()]
+        code = shlex.quote(self._path(self.code))  # with -m, Python would prefer what stands in the working directory
         if self._torchrun:
             # USR2 reaches every process of the step; torchrun would die of it before the ranks have saved.
             words += ["bash", "-c", 'trap "" USR2; PET_NODE_RANK=$SLURM_NODEID exec "$@"', "torchrun"]
             words += [*self.profile.command, "-m", "torch.distributed.run", f"--nnodes={self.shape.nodes}"]
             words += [f"--nproc-per-node={self.shape.ranks_per_node}"]
-            start = ' --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" -m tpcheck'
+            start = f' --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" {code}'
             # shellcheck can't know that the quoted variable is for the inner shell.
             return f'# shellcheck disable=SC2016\n{shlex.join(words)}{start} train "$cell/run.yaml" --resume &'
-        words += [*self.profile.command, "-m", "tpcheck", "train"]
-        return f'{shlex.join(words)} "$cell/run.yaml" --resume &'
+        return f'{shlex.join([*words, *self.profile.command])} {code} train "$cell/run.yaml" --resume &'
 
     @property
     def _arch(self) -> Arch:
@@ -200,7 +200,6 @@ class Script:
             f"max_retries={self.profile.max_retries}",
             MEET,
             *(f"export {name}={shlex.quote(value)}" for name, value in env.items()),
-            f"export PYTHONPATH={shlex.quote(self._path(self.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
             NOTES,
             "",
             AGAIN,
@@ -214,9 +213,9 @@ class Script:
         if container:
             mounts = [*container.mounts, f"{self._path(self.output)}:{self._path(self.output)}"]
             # What an image sets itself goes before what srun passes on, unless it is named.
-            names = [*(self.profile.env | self._arch.env), "PYTHONPATH"]
+            names = list(self.profile.env | self._arch.env)
             options |= {"container-image": container.image, "container-mounts": ",".join(mounts)}
-            options |= {"container-workdir": container.workdir, "container-env": ",".join(dict.fromkeys(names))}
+            options |= {"container-workdir": container.workdir, "container-env": ",".join(names) or None}
             options |= container.srun
         options |= self.profile.srun
         given = {key: value for key, value in options.items() if value is not None}

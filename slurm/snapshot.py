@@ -2,7 +2,8 @@
 
 DIR/code/1f0c22ab93de/            named after its digest; the same code is copied once
     code.json                     {commit, dirty, digest}: goes into every manifest
-    patches/ tpcheck/ slurm/      *.py and *.yaml
+    patches/ tpcheck/ slurm/      *.py, *.yaml, *.sbatch
+    __main__.py                   `python DIR/code/1f0c22ab93de` runs this code, whatever is in the working directory
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Snapshot:
             for path in sorted(folder.rglob("*")):
                 if path.suffix in SUFFIXES and path.is_file():
                     files[f"{folder.name}/{path.relative_to(folder)}"] = path.read_bytes()
+        files["__main__.py"] = files["tpcheck/__main__.py"]
         digest = blake3.blake3()
         for name, content in sorted(files.items()):
             digest.update(f"{name}\0{len(content)}\0".encode() + content)

@@ -235,8 +235,12 @@ def test_a_plan_prepares_a_sweep_for_plain_sbatch(site: Site) -> None:
 def test_jobs_run_the_code_of_the_moment_when_they_were_submitted(site: Site) -> None:
     site.submit()
     place = Snapshot.now().place(site.out)
-    assert f"export PYTHONPATH={place}" in site.submitted[0]
-    show = "import importlib.util as u; print(*(u.find_spec(name).origin for name in ('tpcheck', 'patches', 'slurm')))"
-    call = [sys.executable, "-c", show]
-    done = subprocess.run(call, capture_output=True, text=True, cwd="/", env={"PYTHONPATH": str(place)}, timeout=60)
+    assert f" {place} train " in site.submitted[0]
+    (place / "tpcheck" / "cli.py").write_text(
+        "import importlib.util as u\n"
+        "def main(): print(*(u.find_spec(name).origin for name in ('tpcheck', 'patches', 'slurm')))\n"
+    )
+    clone = Path(submit.__file__).parents[1]  # where a user calls from: it has packages of these names, too
+    call = [sys.executable, str(place), "train"]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=clone, env={}, timeout=60)
     assert done.stdout.split() == [f"{place}/{package}/__init__.py" for package in ("tpcheck", "patches", "slurm")]

@@ -30,7 +30,6 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 31 + restart) % 12000))
 export MASTER_ADDR MASTER_PORT
 export NCCL_DEBUG=WARN
-export PYTHONPATH='/shared/my results/qwen/code/0123456789ab'${PYTHONPATH:+:$PYTHONPATH}
 export TPCHECK_ENDS=$cell/ends.jsonl # the ranks write there why they end
 rm -f "$TPCHECK_ENDS"
 printf '{"job": "%s", "array_index": %d, "restart": %d, "nodes": "%s", "began": "%s", "job_name": "%s"}\n' \
@@ -63,7 +62,7 @@ trap '[[ $(state) != *TimeLimit ]] || again' TERM # too late to save: at least t
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --label --export=ALL --kill-on-bad-exit=1 '--container-image=nvcr.io#nvidia/nemo:25.09' '--container-mounts=/data:/data:ro,/shared/my results/qwen:/shared/my results/qwen' --container-env=NCCL_DEBUG,PYTHONPATH --container-writable python -m tpcheck train "$cell/run.yaml" --resume &
+srun --label --export=ALL --kill-on-bad-exit=1 '--container-image=nvcr.io#nvidia/nemo:25.09' '--container-mounts=/data:/data:ro,/shared/my results/qwen:/shared/my results/qwen' --container-env=NCCL_DEBUG --container-writable python '/shared/my results/qwen/code/0123456789ab' train "$cell/run.yaml" --resume &
 
 
 # teardown

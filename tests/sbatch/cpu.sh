@@ -29,7 +29,6 @@ unset RANK LOCAL_RANK WORLD_SIZE TPCHECK_STORE
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 31 + restart) % 12000))
 export MASTER_ADDR MASTER_PORT
-export PYTHONPATH='/shared/my results/qwen/code/0123456789ab'${PYTHONPATH:+:$PYTHONPATH}
 export TPCHECK_ENDS=$cell/ends.jsonl # the ranks write there why they end
 rm -f "$TPCHECK_ENDS"
 printf '{"job": "%s", "array_index": %d, "restart": %d, "nodes": "%s", "began": "%s", "job_name": "%s"}\n' \
@@ -62,7 +61,7 @@ trap '[[ $(state) != *TimeLimit ]] || again' TERM # too late to save: at least t
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --label --export=ALL --kill-on-bad-exit=1 --cpus-per-task=1 /venv/bin/python -m tpcheck train "$cell/run.yaml" --resume &
+srun --label --export=ALL --kill-on-bad-exit=1 --cpus-per-task=1 /venv/bin/python '/shared/my results/qwen/code/0123456789ab' train "$cell/run.yaml" --resume &
 
 
 # teardown

@@ -41,7 +41,6 @@ MASTER_PORT=$((20000 + (SLURM_JOB_ID * 31 + restart) % 12000))
 export MASTER_ADDR MASTER_PORT
 export NCCL_DEBUG=WARN
 export GREETING='it'"'"'s 5 o'"'"'clock'
-export PYTHONPATH='/shared/my results/qwen/code/0123456789ab'${PYTHONPATH:+:$PYTHONPATH}
 export TPCHECK_ENDS=$cell/ends.jsonl # the ranks write there why they end
 rm -f "$TPCHECK_ENDS"
 printf '{"job": "%s", "array_index": %d, "restart": %d, "nodes": "%s", "began": "%s", "job_name": "%s"}\n' \
@@ -74,7 +73,7 @@ trap '[[ $(state) != *TimeLimit ]] || again' TERM # too late to save: at least t
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --label --export=ALL --kill-on-bad-exit=1 --cpu-bind=none /venv/bin/python -m tpcheck train "$cell/run.yaml" --resume &
+srun --label --export=ALL --kill-on-bad-exit=1 --cpu-bind=none /venv/bin/python '/shared/my results/qwen/code/0123456789ab' train "$cell/run.yaml" --resume &
 
 
 # teardown

@@ -32,7 +32,6 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 31 + restart) % 12000))
 export MASTER_ADDR MASTER_PORT
 export CUDA_DEVICE_MAX_CONNECTIONS=1
-export PYTHONPATH='/shared/my results/qwen/code/0123456789ab'${PYTHONPATH:+:$PYTHONPATH}
 export TPCHECK_ENDS=$cell/ends.jsonl # the ranks write there why they end
 rm -f "$TPCHECK_ENDS"
 printf '{"job": "%s", "array_index": %d, "restart": %d, "nodes": "%s", "began": "%s", "job_name": "%s"}\n' \
@@ -66,7 +65,7 @@ trap '[[ $(state) != *TimeLimit ]] || again' TERM # too late to save: at least t
 # command
 export SUBMITIT_EXECUTOR=slurm
 # shellcheck disable=SC2016
-srun --label --export=ALL --kill-on-bad-exit=1 --cpus-per-task=32 bash -c 'trap "" USR2; PET_NODE_RANK=$SLURM_NODEID exec "$@"' torchrun /venv/bin/python -m torch.distributed.run --nnodes=2 --nproc-per-node=8 --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" -m tpcheck train "$cell/run.yaml" --resume &
+srun --label --export=ALL --kill-on-bad-exit=1 --cpus-per-task=32 bash -c 'trap "" USR2; PET_NODE_RANK=$SLURM_NODEID exec "$@"' torchrun /venv/bin/python -m torch.distributed.run --nnodes=2 --nproc-per-node=8 --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" '/shared/my results/qwen/code/0123456789ab' train "$cell/run.yaml" --resume &
 
 
 # teardown

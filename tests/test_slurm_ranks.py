@@ -35,6 +35,15 @@ def test_a_rank_says_whether_it_would_fail_again(tmp_path: Path, monkeypatch: An
     assert (line["kind"], line["rank"]) == (kind, 3) and str(error)[:10] in line["why"]
 
 
+def test_a_rank_that_loses_another_while_it_loads_a_checkpoint_has_not_failed(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TPCHECK_ENDS", str(tmp_path / ending.ENDS))
+    try:
+        raise TpcheckError("x does not load into this model") from RuntimeError("[gloo/pair.cc:537] Connection closed")
+    except TpcheckError as error:
+        ending.note_error(error)
+    assert json.loads((tmp_path / ending.ENDS).read_text())["kind"] == "lost"
+
+
 def test_a_refused_run_leaves_its_reason_for_the_batch_script(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("TPCHECK_ENDS", str(tmp_path / ending.ENDS))
     assert main(["train", str(_run_file(tmp_path)), "tp=3"]) == 2

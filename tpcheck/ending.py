@@ -51,4 +51,6 @@ def one_line(error: BaseException) -> str:
 
 def _is_lost(error: BaseException) -> bool:
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    return "DistError" in kinds or ("RuntimeError" in kinds and any(word in str(error) for word in LOST))
+    if "DistError" in kinds or ("RuntimeError" in kinds and any(word in str(error) for word in LOST)):
+        return True
+    return error.__cause__ is not None and _is_lost(error.__cause__)  # a checkpoint that a peer's end kept from loading

@@ -44,8 +44,10 @@ from tpcheck.sweep import is_complete, only_one
 __all__ = ["command"]
 
 JOBS = "slurm"
-# What these say in the environment goes before the script, and would spoil it.
-SBATCH_VARIABLES = ("JOB_NAME", "ARRAY_INX", "OPEN_MODE", "REQUEUE", "NO_REQUEUE", "SIGNAL", "TIMELIMIT", "EXPORT")
+# What these say in the environment goes before the script, and would spoil it; so does what names one of its options.
+SBATCH_VARIABLES = "JOB_NAME ARRAY_INX OPEN_MODE REQUEUE NO_REQUEUE SIGNAL TIMELIMIT EXPORT WAIT CLUSTERS".split()
+# A job inherits these from a job that submits it, where it has none of its own.
+SLURM_VARIABLES = ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
 
 
 def command(path: Path, overrides: Sequence[str], cluster: str, dry_run: bool = False, wait: bool = False) -> int:
@@ -122,7 +124,7 @@ def _submit(script: Script, sweep: Sweep, cluster: str) -> Submission:
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     submission = Submission(now, cluster, script.name, None, script.cells, script.folder)
     ledger.record(sweep.output, submission)
-    with _uninterrupted(), _without_sbatch_variables():
+    with _uninterrupted(), _without_variables(script):
         job = _sbatch(script)
         submission = dataclasses.replace(submission, job=job)
         ledger.record(sweep.output, submission)
@@ -170,9 +172,12 @@ def _uninterrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_sbatch_variables() -> Iterator[None]:
-    before = {name: os.environ.pop(f"SBATCH_{name}", None) for name in SBATCH_VARIABLES}
+def _without_variables(script: Script) -> Iterator[None]:
+    """Nothing in the environment decides what the script says: a cell named after an H100 must run on one."""
+    options = [option.upper().replace("-", "_") for option in script.parameters()["additional_parameters"]]
+    names = [*SLURM_VARIABLES, *(f"SBATCH_{name}" for name in (*SBATCH_VARIABLES, *options))]
+    before = {name: os.environ.pop(name, None) for name in names}
     try:
         yield
     finally:
-        os.environ.update({f"SBATCH_{name}": value for name, value in before.items() if value is not None})
+        os.environ.update({name: value for name, value in before.items() if value is not None})

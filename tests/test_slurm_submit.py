@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -26,7 +27,8 @@ from tpcheck.config import load_run
 H100 = {"constraint": "h100", "nodes": 2, "ranks_per_node": 2, "memory_gib": 8}
 PROFILE = {"time": "0:30:00", "architectures": {"h100": H100}}
 STANDINS = {
-    "sbatch": 'env | grep ^SBATCH_ >"$FAKE/variables"; [ ! -e "$FAKE/error" ] || { cat "$FAKE/error" >&2; exit 1; }\n'
+    "sbatch": 'env | grep -E "^(SBATCH|SLURM)_" >"$FAKE/variables"\n'
+    '[ ! -e "$FAKE/error" ] || { cat "$FAKE/error" >&2; exit 1; }\n'
     'number=$(($(ls "$FAKE/submitted" | wc -l) + 100)); cp "$1" "$FAKE/submitted/$number"\n'
     'echo "Submitted batch job $number"',
     "squeue": '[ ! -e "$FAKE/down" ] || { echo "Unable to contact slurm controller" >&2; exit 1; }; cat "$FAKE/queue"',
@@ -201,9 +203,11 @@ def test_options_about_slurm_need_a_cluster(site: Site, option: str, capsys: Any
 
 
 def test_what_the_shell_says_to_sbatch_does_not_spoil_the_script(site: Site, monkeypatch: Any) -> None:
-    monkeypatch.setenv("SBATCH_JOB_NAME", "mine")
-    monkeypatch.setenv("SBATCH_ACCOUNT", "lab")
+    for name in ("SBATCH_JOB_NAME", "SBATCH_CONSTRAINT", "SBATCH_WAIT", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.setenv(name, "3")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "lab")  # of which the profile says nothing
     site.submit()
+    assert os.environ["SBATCH_CONSTRAINT"] == "3"
     assert (site.folder / "variables").read_text() == "SBATCH_ACCOUNT=lab\n"
 
 

@@ -19,23 +19,25 @@ from tpcheck import result
 from tpcheck.cells import Cell, load_sweep
 from tpcheck.errors import TpcheckError
 from tpcheck.planned import write_sweep
-from tpcheck.verdict import digests_of
+from tpcheck.sweep import is_complete, only_one
 
-__all__ = ["CELLS", "plan", "prepare"]
+__all__ = ["CELLS", "RUN", "plan", "prepare"]
 
 CELLS = "cells.txt"
+RUN = "run.yaml"  # in every cell: its configuration, resolved
 
 
 def plan(path: Path, overrides: Sequence[str] = ()) -> list[str]:
     """Write the directory; the lines that submit it."""
     sweep = load_sweep(path, overrides)
-    write_sweep(sweep)
     arrays: dict[tuple[str | None, int], list[str]] = {}
-    for place, cell in enumerate(sweep.cells):
-        if digests_of(cell) is None:
+    with only_one(sweep.output):
+        todo = [(place, cell) for place, cell in enumerate(sweep.cells) if not is_complete(cell)]
+        write_sweep(sweep)
+        for place, cell in todo:
             prepare(cell)
             arrays.setdefault((cell.arch, cell.config.world_size), []).append(str(place))
-    (sweep.output / CELLS).write_text("".join(f"{cell.name}\n" for cell in sweep.cells))
+        (sweep.output / CELLS).write_text("".join(f"{cell.name}\n" for cell in sweep.cells))
     script = Path(__file__).with_name("sweep.sbatch")
     return [
         f"OUTPUT={shlex.quote(str(sweep.output))} sbatch --array={','.join(places)} --ntasks={ranks} "
@@ -48,7 +50,7 @@ def prepare(cell: Cell) -> None:
     """Make the cell's directory what its job wants to find."""
     cell.path.mkdir(parents=True, exist_ok=True)
     config = cell.config.model_dump(mode="json") | {"output": str(cell.path.absolute())}
-    (cell.path / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (cell.path / RUN).write_text(yaml.safe_dump(config, sort_keys=False))
     (cell.path / ledger.CANCELLED).unlink(missing_ok=True)
     (cell.path / result.DIGESTS).unlink(missing_ok=True)  # of fewer steps, or the cell would be complete
 
@@ -57,6 +59,6 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python -m slurm.plan SWEEP.yaml [KEY=VALUE]...")
     try:
-        print("\n".join(plan(Path(sys.argv[1]), sys.argv[2:])))
+        print("\n".join(plan(Path(sys.argv[1]), sys.argv[2:])) or "every cell is complete")
     except TpcheckError as error:
         sys.exit(f"slurm.plan: error: {error}")

@@ -28,7 +28,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from slurm import ledger, needs
 from slurm.ledger import Submission
-from slurm.plan import prepare
+from slurm.plan import RUN, prepare
 from slurm.profile import Profile, load_profile
 from slurm.script import Script
 from slurm.shape import by_shape
@@ -37,9 +37,10 @@ from slurm.states import states
 from slurm.status import follow
 from tpcheck import report
 from tpcheck.cells import Cell, Sweep, load_sweep
+from tpcheck.config import load_run
 from tpcheck.errors import TpcheckError
 from tpcheck.planned import write_sweep
-from tpcheck.sweep import is_complete, only_one
+from tpcheck.sweep import is_complete, only_one, other_settings
 
 __all__ = ["command"]
 
@@ -88,9 +89,9 @@ def _need_slurm() -> None:
 
 def _todo(sweep: Sweep, console: Console) -> list[Cell]:
     """The cells that nobody has run to their end and no job will."""
-    incomplete = [cell for cell in sweep.cells if not is_complete(cell)]
     submissions = ledger.read(sweep.output)
     known = states(submissions, waiting=lambda why: console.print(f"{why}; asking again", markup=False))
+    incomplete = [cell for cell in sweep.cells if not is_complete(cell)]  # after Slurm: what has ended left its digests
     active = set()
     for each in submissions:
         found = {cell: state for place, cell in enumerate(each.cells) if (state := known.get((each.job_name, place)))}
@@ -98,9 +99,21 @@ def _todo(sweep: Sweep, console: Console) -> list[Cell]:
         if found and each.job is None:  # a call that was interrupted between sbatch and the ledger
             ledger.record(sweep.output, dataclasses.replace(each, job=next(iter(found.values())).job))
     kept, left = len(sweep.cells) - len(incomplete), [cell for cell in incomplete if cell.name in active]
+    for cell in left:
+        _refuse_other_settings(cell)
     if kept or left:
         console.print(f"{kept} cells are complete, {len(left)} are pending or running", highlight=False)
     return [cell for cell in incomplete if cell not in left]
+
+
+def _refuse_other_settings(cell: Cell) -> None:
+    """Else the job would train what it was submitted with, and be taken for what the sweep says now."""
+    run = cell.path / RUN
+    if run.exists() and (changes := other_settings(cell, load_run(run).model_dump(mode="json"))):
+        raise TpcheckError(
+            f"cell {cell.name} is pending or running with other settings ({changes}): "
+            f"call tpcheck cancel {cell.path.parent} {cell.name} first, or add output=DIR"
+        )
 
 
 def _scripts(sweep: Sweep, todo: Sequence[Cell], profile: Profile, snapshot: Snapshot) -> list[Script]:

@@ -23,6 +23,7 @@ from tests.finished import begin, finish, sweep_file
 from tpcheck.cells import Cell, load_sweep
 from tpcheck.cli import main
 from tpcheck.config import load_run
+from tpcheck.errors import TpcheckError
 
 H100 = {"constraint": "h100", "nodes": 2, "ranks_per_node": 2, "memory_gib": 8}
 PROFILE = {"time": "0:30:00", "architectures": {"h100": H100}}
@@ -216,6 +217,39 @@ def test_a_cell_made_with_other_settings_is_refused_before_anything_is_submitted
     assert main(["sweep", str(site.sweep), "--cluster", str(site.folder / "cluster.yaml"), "seed=7"]) == 2
     assert "was made with other settings (seed: 1234 there, 7 now)" in capsys.readouterr().err
     assert site.submitted == []
+
+
+def test_a_cell_that_is_queued_with_other_settings_is_refused(site: Site, capsys: Any) -> None:
+    site.submit()
+    planned = (site.out / "sweep.json").read_bytes()
+    site.queue(site.ledger[0], "PENDING")
+    assert site.submit("seed=7") == 2
+    error = capsys.readouterr().err
+    assert "cell stock-tp1 is pending or running with other settings (seed: 1234 there, 7 now)" in error
+    assert len(site.submitted) == 2 and (site.out / "sweep.json").read_bytes() == planned
+
+
+def test_a_cell_that_ends_while_slurm_is_asked_is_not_submitted_again(site: Site, monkeypatch: Any) -> None:
+    site.submit()
+    site.queue(site.ledger[0], "COMPLETED")
+
+    def ask(*arguments: Any, **options: Any) -> Any:
+        for name in site.ledger[0].cells:
+            (site.cells[name].path / "run.yaml").unlink()
+            site.cells[name].path.rmdir()
+            finish(site.cells[name])
+        return states.states(*arguments, **options)
+
+    monkeypatch.setattr(submit, "states", ask)
+    site.submit()
+    assert [each.cells for each in site.ledger[2:]] == [("stock-tp2", "tree-tp2")]
+
+
+def test_a_plan_refuses_what_was_made_with_other_settings(site: Site) -> None:
+    finish(site.cells["stock-tp1"])
+    with pytest.raises(TpcheckError, match="was made with other settings"):
+        plan(site.sweep, ["seed=7"])
+    assert not (site.out / "sweep.json").exists()
 
 
 def test_a_mark_of_tpcheck_cancel_goes_when_the_cell_is_submitted_again(site: Site) -> None:

@@ -32,7 +32,7 @@ from tpcheck.errors import TpcheckError
 from tpcheck.jobs import Job, LocalRunner, Machine, Need, Task, is_locked
 from tpcheck.planned import write_sweep
 
-__all__ = ["command", "is_complete", "only_one"]
+__all__ = ["command", "is_complete", "only_one", "other_settings"]
 
 LOCK = ".lock"
 JOBS = "jobs"
@@ -61,12 +61,16 @@ def is_complete(cell: Cell) -> bool:
         raise TpcheckError(f"cell {cell.name} is being run by another process: wait for it, or end it, then call again")
     if not (cell.path / result.MANIFEST).exists():
         return False
-    made_with, wanted = _flat(result.read_manifest(cell.path)["config"]), _flat(cell.config.model_dump(mode="json"))
-    differing = [key for key in sorted({*made_with, *wanted} - {*CELL_FREE}) if made_with.get(key) != wanted.get(key)]
-    if differing:
-        changes = ", ".join(f"{key}: {made_with.get(key)} there, {wanted.get(key)} now" for key in differing)
+    if changes := other_settings(cell, result.read_manifest(cell.path)["config"]):
         raise TpcheckError(f"{cell.path} was made with other settings ({changes}): remove it, or add output=DIR")
     return verdict.digests_of(cell) is not None
+
+
+def other_settings(cell: Cell, config: Mapping[str, Any]) -> str:
+    """What is different in `config`, the cell's own at another time."""
+    there, now = _flat(config), _flat(cell.config.model_dump(mode="json"))
+    differing = [key for key in sorted({*there, *now} - {*CELL_FREE}) if there.get(key) != now.get(key)]
+    return ", ".join(f"{key}: {there.get(key)} there, {now.get(key)} now" for key in differing)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

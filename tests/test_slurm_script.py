@@ -111,6 +111,9 @@ CELL = 'cell=$PWD/out/tree-tp2; note() { echo "{\\"kind\\": \\"$1\\"}" >>"$cell/
     [
         pytest.param("touch $cell/digests.json", {}, 0, False, id="complete"),
         pytest.param("touch $cell/digests.json; exit 1", {}, 0, False, id="complete-all-the-same"),
+        pytest.param("touch -d yesterday $cell/digests.json", {}, 0, False, id="complete-since-yesterday"),
+        pytest.param("touch -d yesterday $cell/digests.json; exit 2", {}, 2, False, id="bad-input-beside-old-digests"),
+        pytest.param("touch -d yesterday $cell/digests.json; exit 137", {}, 0, True, id="killed-beside-old-digests"),
         pytest.param("exit 0", {}, 0, True, id="saved-and-left"),
         pytest.param("note stopped; exit 1", {}, 0, True, id="saved-under-torchrun"),
         pytest.param("exit 137", {}, 0, True, id="killed"),
@@ -164,6 +167,11 @@ def test_a_cancelled_cell_does_not_start_again(tmp_path: Path) -> None:
     (tmp_path / "out/tree-tp2/cancelled").touch()
     ran = run(text, tmp_path)
     assert (ran.code, ran.steps, ran.requeued) == (0, [], [])
+
+
+def test_a_start_beyond_the_last_retry_that_slurm_makes_by_itself_does_nothing(tmp_path: Path) -> None:
+    ran = run(in_folder(script(), tmp_path).text(), tmp_path, SLURM_RESTART_COUNT="11")
+    assert (ran.code, ran.steps, ran.requeued) == (1, [], []) and "after 10 times" in ran.output
 
 
 def test_a_setup_line_that_fails_ends_the_job(tmp_path: Path) -> None:

@@ -60,6 +60,10 @@ again() {
     fi
 }
 if [[ -e $cell/cancelled ]]; then exit 0; fi
+if ((restart > max_retries)); then # by Slurm itself: a lost node, a preemption
+    echo "tpcheck: not started again, after $max_retries times: call tpcheck sweep to go on"
+    exit 1
+fi
 trap '[[ $(state) != *TimeLimit ]] || again' TERM # too late to save: at least the last checkpoint counts
 
 # command
@@ -75,7 +79,8 @@ while :; do # a signal to this shell ends `wait`, not the step
     code=$?
     kill -0 "$step" 2>/dev/null || break
 done
-if [[ -e $cell/digests.json ]]; then # written last: the cell is complete
+# Written last: the cell is complete. Unless it is older than this start, which then must have found nothing to do.
+if [[ $cell/digests.json -nt $cell/attempts.jsonl || (-e $cell/digests.json && $code == 0) ]]; then
     exit 0
 elif ended failed; then # an error of the user's or ours: it would recur
     exit "$((code ? code : 1))"

@@ -17,6 +17,7 @@ import yaml
 from slurm import ledger
 from tpcheck import result
 from tpcheck.cells import Cell, load_sweep
+from tpcheck.ending import ENDS
 from tpcheck.errors import TpcheckError
 from tpcheck.planned import write_sweep
 from tpcheck.sweep import is_complete, only_one
@@ -52,6 +53,7 @@ def prepare(cell: Cell) -> None:
     config = cell.config.model_dump(mode="json") | {"output": str(cell.path.absolute())}
     (cell.path / RUN).write_text(yaml.safe_dump(config, sort_keys=False))
     (cell.path / ledger.CANCELLED).unlink(missing_ok=True)
+    (cell.path / ENDS).unlink(missing_ok=True)  # why an earlier job ended is no reason of this one
     (cell.path / result.DIGESTS).unlink(missing_ok=True)  # of fewer steps, or the cell would be complete
 
 

@@ -20,6 +20,7 @@ from typing import Literal
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from slurm import ledger
@@ -137,7 +138,7 @@ def _row(cell: Cell, submission: Submission | None, known: Mapping[tuple[str, in
     word = _word(cell, submission, state, bool(tried), asked=known is not None)
     step, _, speed = progress(cell)
     nodes = (state.nodes if state else "") or (tried[-1].nodes if tried else "")
-    log = _log(cell, submission, job)
+    log = _log(cell, submission, job, bool(tried))
     why = _why(word, job, state, _said(cell, log))
     return Row(cell.name, job, word, nodes, step, speed, tried[-1].restart if tried else 0, log, why)
 
@@ -162,11 +163,12 @@ def _is_complete(cell: Cell) -> bool:
     return digests_of(cell) is not None
 
 
-def _log(cell: Cell, submission: Submission | None, job: str) -> Path | None:
-    """The run's log; before there is one, what the job itself has printed."""
-    if (cell.path / LOG).exists():
-        return cell.path / LOG
-    return next(iter(_job_logs(submission, job)), None) if submission else None
+def _log(cell: Cell, submission: Submission | None, job: str, started: bool) -> Path | None:
+    """The run's log; what the job itself has printed, where that did not come to the run."""
+    log = cell.path / LOG if (cell.path / LOG).exists() else None
+    if submission and not (log and started):
+        return next(iter(_job_logs(submission, job)), log)
+    return log
 
 
 def _job_logs(submission: Submission, job: str) -> list[Path]:
@@ -195,17 +197,17 @@ def _said(cell: Cell, log: Path | None) -> str:
 
 def _cells(row: Row, output: Path) -> tuple[str, ...]:
     state = f"{row.state}: {row.why}" if row.why and row.state in ("pending", "requeued") else row.state
-    log = str(row.log.relative_to(output)) if row.log and row.log.is_relative_to(output) else str(row.log or "")
+    log = str(row.log.absolute()).removeprefix(f"{output.absolute()}/") if row.log else ""
     return row.cell, row.job, state, row.nodes, row.step, row.speed, str(row.retries), log
 
 
 def _table(rows: Sequence[Row], output: Path) -> Table:
-    table = Table(title=f"{output}", title_justify="left")
+    table = Table(title=escape(str(output)), title_justify="left")
     for heading in HEADINGS:
         right = heading in ("step", "tokens/s", "retries")
         table.add_column(heading, justify="right" if right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*_cells(row, output), style=STYLE.get(row.state, ""))
+        table.add_row(*map(escape, _cells(row, output)), style=STYLE.get(row.state, ""))
     return table
 
 
@@ -215,7 +217,9 @@ def _print_changes(rows: Sequence[Row], shown: dict[str, tuple[str, ...]], conso
         if shown.get(row.cell) != line:
             shown[row.cell] = line
             step = f"step {row.step}" if row.step else ""
-            console.print(f"{row.cell:<24} {row.state:<11} {row.job} {row.nodes} {step}".rstrip(), soft_wrap=True)
+            console.print(
+                f"{row.cell:<24} {row.state:<11} {row.job} {row.nodes} {step}".rstrip(), markup=False, soft_wrap=True
+            )
 
 
 def _explain(rows: Sequence[Row], unknown: str, console: Console) -> None:

@@ -178,6 +178,32 @@ def test_status_prints_one_row_a_cell_with_retries_progress_and_log(
     assert "pending: Resources" in out
 
 
+def test_a_job_that_fails_before_its_run_is_explained_by_its_own_log(submitted: Sweep, slurm: Path) -> None:
+    begin(submitted.cells[0])
+    (submitted.cells[0].path / "log.txt").write_text("[0] of an earlier job\n")
+    (submitted.output.parent / "jobs").mkdir()
+    log = submitted.output.parent / "jobs" / "77_0_0_log.out"
+    log.write_text("module: command not found\n")
+    say(slurm, "squeue", f"{NAME}|77|0|FAILED|h1|NonZeroExitCode\n")
+    row = look(submitted)[0][0]
+    assert (row.log, row.why) == (log, "failed, module: command not found")
+
+
+def test_logs_are_shown_relative_to_the_sweep_and_brackets_as_they_are(
+    tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = sweep(tmp_path, output="[/x]")
+    write_sweep(made)
+    ledger.record(made.output, submission(folder=tmp_path / "[/x]" / "jobs"))
+    (made.output / "jobs").mkdir()
+    (made.output / "jobs/77_0_0_log.out").touch()
+    say(slurm, "squeue", f"{NAME}|77|0|RUNNING|gpu[a-b]|None\n")
+    assert main(["status", "[/x]"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("[/x]") and "gpu[a-b]" in out and "│ jobs/77_0_0_log.out" in out
+
+
 def test_status_without_an_answer_from_slurm_shows_the_files_and_says_so(
     submitted: Sweep, slurm: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,7 @@ from tests.finished import begin, finish, sweep_file
 from tpcheck.cells import Cell, load_sweep
 from tpcheck.cli import main
 from tpcheck.config import load_run
+from tpcheck.ending import ENDS
 from tpcheck.errors import TpcheckError
 
 H100 = {"constraint": "h100", "nodes": 2, "ranks_per_node": 2, "memory_gib": 8}
@@ -254,9 +255,10 @@ def test_a_plan_refuses_what_was_made_with_other_settings(site: Site) -> None:
 
 def test_a_mark_of_tpcheck_cancel_goes_when_the_cell_is_submitted_again(site: Site) -> None:
     begin(site.cells["tree-tp1"])
-    (site.cells["tree-tp1"].path / ledger.CANCELLED).touch()
+    for name in (ledger.CANCELLED, ENDS):  # and why the last job ended is no reason of the next one
+        (site.cells["tree-tp1"].path / name).touch()
     site.submit()
-    assert not (site.cells["tree-tp1"].path / ledger.CANCELLED).exists()
+    assert not any((site.cells["tree-tp1"].path / name).exists() for name in (ledger.CANCELLED, ENDS))
 
 
 def test_a_plan_prepares_a_sweep_for_plain_sbatch(site: Site) -> None:

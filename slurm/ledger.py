@@ -10,6 +10,7 @@ Slurm, or the cell's own `attempts.jsonl`, knows whether there is such a job (se
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
 from collections.abc import Sequence
@@ -90,12 +91,28 @@ def read(output: Path) -> list[Submission]:
                 f"{output / LEDGER} has format {line.get('format')!r}, this tpcheck reads format {FORMAT}"
             )
         try:
-            known = {field.name: line[field.name] for field in dataclasses.fields(Submission)}
-        except KeyError as error:
-            raise TpcheckError(f"{output / LEDGER}: a line has no {error}: not written by tpcheck") from None
-        submission = Submission(**known | {"cells": tuple(known["cells"]), "folder": Path(known["folder"])})
+            submission = _submission(line)
+        except (KeyError, TypeError, ValueError) as error:
+            raise TpcheckError(
+                f"{output / LEDGER}: a line is not as tpcheck writes it ({error!r}): restore it"
+            ) from error
         found[submission.job_name] = submission
     return list(found.values())
+
+
+def _submission(line: dict[str, Any]) -> Submission:
+    known = {field.name: line[field.name] for field in dataclasses.fields(Submission)}
+    if not isinstance(known["cells"], list):
+        raise TypeError(f"cells: {known['cells']!r}")
+    for text in [value for key, value in known.items() if key not in ("cells", "job")] + [known["job"] or ""]:
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r} is no text")
+    for cell in known["cells"]:
+        if Path(cell).name != cell:
+            raise ValueError(f"{cell} is no name of a cell")
+    if datetime.datetime.fromisoformat(known["time"]).tzinfo is None:
+        raise ValueError(f"{known['time']} has no time zone")
+    return Submission(**known | {"cells": tuple(known["cells"]), "folder": Path(known["folder"])})
 
 
 def latest(submissions: Sequence[Submission]) -> dict[str, Submission]:

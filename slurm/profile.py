@@ -214,7 +214,7 @@ def load_profile(name: str) -> Profile:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise TpcheckError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the second for dates that no calendar has
         raise TpcheckError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):
         raise TpcheckError(f"{path} holds a {type(content).__name__}, not a cluster profile: copy example.yaml")

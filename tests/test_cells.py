@@ -99,6 +99,7 @@ def test_a_bad_sweep_file_is_refused_and_the_message_says_what_to_do(
         ("", "holds a NoneType, not a sweep"),
         ("[1]", "holds a list"),
         ("a: [", "is not YAML"),
+        ("base: {x: 2026-13-45}", "is not YAML"),
         ("name: x", "base is missing"),
     ],
 )

@@ -103,6 +103,7 @@ def test_bad_settings_are_refused_in_one_line(settings: dict[str, object], words
         ("optimizer.lr.x=1", "optimizer.lr: Input should be a valid number"),
         ("steps.x=1", "steps is a value"),
         ("tp=[", "is not YAML"),
+        ("tp=2026-13-45", "is not YAML"),
     ],
 )
 def test_bad_overrides_are_refused(run_file: Path, override: str, words: str) -> None:
@@ -111,7 +112,14 @@ def test_bad_overrides_are_refused(run_file: Path, override: str, words: str) ->
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("a: [", "is not YAML"), ("- 1", "holds a list"), (None, "No such file"), ("", None)]
+    ("text", "words"),
+    [
+        ("a: [", "is not YAML"),
+        ("a: 2026-13-45", "is not YAML"),
+        ("- 1", "holds a list"),
+        (None, "No such file"),
+        ("", None),
+    ],
 )
 def test_unreadable_run_files_are_refused(tmp_path: Path, text: str | None, words: str | None) -> None:
     file = tmp_path / "run.yaml"

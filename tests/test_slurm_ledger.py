@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 from slurm import ledger
 from slurm.ledger import Attempt, Submission
 from slurm.snapshot import Snapshot
+from tests.finished import sweep
 from tpcheck.config import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.manifest import describe
+from tpcheck.planned import PLAN, read_sweep, write_sweep
 
 
 def test_the_ledger_passes_over_what_a_kill_cut_short(tmp_path: Path) -> None:
@@ -30,6 +33,39 @@ def test_a_ledger_of_another_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / ledger.LEDGER).write_text('{"format": 2}\n')
     with pytest.raises(TpcheckError, match="has format 2, this tpcheck reads format 1"):
         ledger.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"cells": 5},
+        {"cells": [5]},
+        {"cells": ["../x"]},
+        {"folder": None},
+        {"time": "soon"},
+        {"time": "2026-01-01T00:00:00"},
+        {"job": 7},
+        {"job_name": 1},
+    ],
+    ids=str,
+)
+def test_a_ledger_that_somebody_has_changed_is_refused(tmp_path: Path, damage: dict[str, Any]) -> None:
+    ledger.record(tmp_path, Submission("2026-01-01T00:00:00+00:00", "c", "s.1", "7", ("a", "b"), tmp_path))
+    line = json.loads((tmp_path / ledger.LEDGER).read_text())
+    (tmp_path / ledger.LEDGER).write_text(json.dumps(line | damage))
+    with pytest.raises(TpcheckError, match="a line is not as tpcheck writes it"):
+        ledger.read(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [{"name": "../x"}, {"name": 5}, {"settings": []}, {"group": None}], ids=str)
+def test_a_plan_that_somebody_has_changed_is_refused(tmp_path: Path, damage: dict[str, Any]) -> None:
+    write_sweep(sweep(tmp_path))
+    file = tmp_path / "out" / PLAN
+    plan = json.loads(file.read_text())
+    plan["cells"][0] |= damage
+    file.write_text(json.dumps(plan))
+    with pytest.raises(TpcheckError, match="a cell is not as tpcheck writes it"):
+        read_sweep(tmp_path / "out")
 
 
 def test_attempts_are_read_as_the_script_writes_them(tmp_path: Path) -> None:

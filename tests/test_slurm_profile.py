@@ -78,7 +78,10 @@ def test_a_bad_profile_is_refused_in_one_line(tmp_path: Path, changes: dict[str,
     assert str(error.value).startswith(f"{tmp_path}/cluster.yaml: ")
 
 
-@pytest.mark.parametrize(("text", "message"), [("[1", "is not YAML"), ("- a", "holds a list, not a cluster profile")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[1", "is not YAML"), ("time: 2026-13-45", "is not YAML"), ("- a", "holds a list, not a cluster profile")],
+)
 def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(TpcheckError, match=message):
         load(tmp_path, text)

@@ -143,7 +143,7 @@ def _read(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise TpcheckError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the second for dates that no calendar has
         raise TpcheckError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
 

@@ -135,7 +135,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise TpcheckError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the second for dates that no calendar has
         raise TpcheckError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if settings is None:
         settings = {}
@@ -200,7 +200,7 @@ def _override(settings: dict[str, Any], override: str) -> None:
         raise TpcheckError(f"{override!r} is not an override: write key=value, for example tp=4")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise TpcheckError(f"the value in {override!r} is not YAML") from error
     *parents, key = name.split(".")
     target = settings

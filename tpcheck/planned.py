@@ -41,11 +41,16 @@ def read_sweep(output: Path) -> Sweep:
     plan = result.read_formatted(output, PLAN, {"name": str, "invariant": list, "cells": list})
     try:
         cells = tuple(_cell(given, output) for given in plan["cells"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise TpcheckError(f"{output / PLAN}: a cell is not as tpcheck writes it ({error!r})") from error
     return Sweep(plan["name"], output, cells, tuple(plan["invariant"]))
 
 
 def _cell(given: dict[str, Any], output: Path) -> Cell:
-    config = parse_run({**given["config"], "output": str(output / given["name"])}, f"{output / PLAN}, {given['name']}")
-    return Cell(given["name"], given["settings"], given["group"], config, given["arch"])
+    name, settings, group = given["name"], given["settings"], given["group"]
+    if Path(name).name != name:
+        raise ValueError(f"{name} is no name")
+    if not isinstance(settings, dict) or not isinstance(group, dict):
+        raise TypeError(f"settings {settings!r}, group {group!r}")
+    config = parse_run({**given["config"], "output": str(output / name)}, f"{output / PLAN}, {name}")
+    return Cell(name, settings, group, config, given["arch"])

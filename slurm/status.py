@@ -32,8 +32,9 @@ from tpcheck.cells import Cell, Sweep
 from tpcheck.ending import ENDS
 from tpcheck.errors import TpcheckError
 from tpcheck.jobs import is_locked
+from tpcheck.launch import LOG
 from tpcheck.planned import read_sweep
-from tpcheck.sweep import LOCK, LOG
+from tpcheck.sweep import LOCK
 from tpcheck.verdict import digests_of
 
 __all__ = ["Row", "command", "follow", "look"]
@@ -147,7 +148,7 @@ def _word(cell: Cell, submission: Submission | None, state: State | None, starte
     if _is_complete(cell):
         return "complete"
     if submission is None:
-        return "running" if is_locked(cell.path / LOCK) else "missing"
+        return "running" if is_locked(cell.path / LOCK) or is_locked(cell.path / LOG) else "missing"
     if not asked:
         return "unknown"
     if state is None:

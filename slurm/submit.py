@@ -39,6 +39,8 @@ from tpcheck import report
 from tpcheck.cells import Cell, Sweep, load_sweep
 from tpcheck.config import load_run
 from tpcheck.errors import TpcheckError
+from tpcheck.jobs import is_locked
+from tpcheck.launch import LOG
 from tpcheck.planned import write_sweep
 from tpcheck.sweep import is_complete, only_one, other_settings
 
@@ -98,6 +100,8 @@ def _todo(sweep: Sweep, console: Console) -> list[Cell]:
         active |= {cell for cell, state in found.items() if state.active}
         if found and each.job is None:  # a call that was interrupted between sbatch and the ledger
             ledger.record(sweep.output, dataclasses.replace(each, job=next(iter(found.values())).job))
+    # Trained by something that no ledger knows: train.sbatch, a lost node.
+    active |= {cell.name for cell in incomplete if is_locked(cell.path / LOG)}
     kept, left = len(sweep.cells) - len(incomplete), [cell for cell in incomplete if cell.name in active]
     for cell in left:
         _refuse_other_settings(cell)

@@ -20,6 +20,7 @@ from slurm.ledger import Submission
 from slurm.plan import plan
 from slurm.snapshot import Snapshot
 from tests.finished import begin, finish, sweep_file
+from tpcheck import launch
 from tpcheck.cells import Cell, load_sweep
 from tpcheck.cli import main
 from tpcheck.config import load_run
@@ -141,6 +142,15 @@ def test_what_is_pending_or_running_is_not_submitted_again(site: Site, capsys: A
     assert site.submit() == 0
     assert [each.cells for each in site.ledger[2:]] == [("stock-tp2", "tree-tp2")]
     assert "0 cells are complete, 2 are pending or running" in capsys.readouterr().out
+
+
+def test_a_cell_that_something_else_trains_is_left_alone(site: Site, capsys: Any) -> None:
+    with launch._exclusively(site.cells["tree-tp2"].config):  # as train.sbatch does
+        site.submit()
+        main(["status", str(site.out)])
+    assert [each.cells for each in site.ledger] == [("stock-tp1", "tree-tp1"), ("stock-tp2",)]
+    out = capsys.readouterr().out
+    assert "1 are pending or running" in out and re.search(r"tree-tp2 .* running", out)
 
 
 @pytest.mark.parametrize("word", ["FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "COMPLETED"])

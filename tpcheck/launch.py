@@ -32,9 +32,9 @@ from tpcheck.manifest import resume_point
 from tpcheck.progress import to_log
 from tpcheck.rank import rank_from_environment
 
-__all__ = ["command", "launch"]
+__all__ = ["LOG", "command", "launch"]
 
-LOG = "log.txt"
+LOG = "log.txt"  # rank 0 holds its lock as long as it trains
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 1.0  # for the other ranks to say why they fail, before they are killed
 PR_SET_PDEATHSIG = 1

@@ -30,13 +30,13 @@ from tpcheck.cells import Cell, Sweep, load_sweep
 from tpcheck.config import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.jobs import Job, LocalRunner, Machine, Need, Task, is_locked
+from tpcheck.launch import LOG
 from tpcheck.planned import write_sweep
 
 __all__ = ["command", "is_complete", "only_one", "other_settings"]
 
 LOCK = ".lock"
 JOBS = "jobs"
-LOG = "log.txt"
 TAIL = 15  # lines of a failed cell's log
 REFUSED = 2  # the exit code of `tpcheck train` for bad input
 CELL_FREE = ("output", "stop_after")  # settings that two runs of the same cell may differ in

@@ -188,6 +188,19 @@ class Profile(Section):
             raise ValueError(f"save_before_end={self.save_before_end} seconds is not below time={self.time} minutes")
         return self
 
+    @model_validator(mode="after")
+    def _machines_of_their_own(self) -> Profile:
+        seen: dict[str, str] = {}
+        for name, arch in self.architectures.items():
+            asks = repr((arch.partition, arch.constraint, arch.gres, arch.sbatch))
+            if asks in seen:
+                raise ValueError(
+                    f"architectures {seen[asks]} and {name} ask Slurm for the same machines: "
+                    "give each a partition, constraint or gres of its own"
+                )
+            seen[asks] = name
+        return self
+
     @property
     def command(self) -> list[str]:
         """What runs Python on a node."""

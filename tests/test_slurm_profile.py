@@ -53,6 +53,10 @@ def test_times_are_written_as_slurm_writes_them(text: str, minutes: int) -> None
         ({"architectures": {"h100": {"nodes": 1, "gpus_per_node": 1}}}, "architectures.h100.memory_gib is missing"),
         ({"architectures": {"h100": {"nodes": 1, "memory_gib": 1}}}, "give gpus_per_node, or ranks_per_node"),
         ({"architectures": {}}, "architectures"),
+        (
+            {"architectures": {"h100": H100, "b300": H100}},
+            "architectures h100 and b300 ask Slurm for the same machines",
+        ),
         ({"time": 14400}, 'time: write it in quotes as "4:00:00"'),  # what YAML makes of 4:00:00 without them
         ({"time": "0:00:00"}, "time: it must be at least a minute"),
         ({"time": "0:05:00"}, "save_before_end=300 seconds is not below time=5 minutes"),
@@ -129,5 +133,5 @@ def test_cells_without_an_arch_go_to_the_only_machines_there_are() -> None:
 )
 def test_what_the_cluster_does_not_have_is_refused(wanted: Cell, message: str) -> None:
     with pytest.raises(TpcheckError) as error:
-        shape_of(wanted, profile(architectures={"h100": H100, "b300": H100}))
+        shape_of(wanted, profile(architectures={"h100": H100, "b300": {**H100, "constraint": "b300"}}))
     assert message in str(error.value)

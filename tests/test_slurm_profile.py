@@ -55,7 +55,7 @@ def test_times_are_written_as_slurm_writes_them(text: str, minutes: int) -> None
         ({"architectures": {}}, "architectures"),
         (
             {"architectures": {"h100": H100, "b300": H100}},
-            "architectures h100 and b300 ask Slurm for the same machines",
+            "ask Slurm for the same machines: give each a partition",
         ),
         ({"time": 14400}, 'time: write it in quotes as "4:00:00"'),  # what YAML makes of 4:00:00 without them
         ({"time": "0:00:00"}, "time: it must be at least a minute"),

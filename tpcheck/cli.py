@@ -1,4 +1,4 @@
-"""The `tpcheck` command: four thin commands, each imported only when it is called, so that `--help` is quick.
+"""The `tpcheck` command: thin commands, each imported only when it is called, so that `--help` is quick.
 
 Exit codes: what the command returns (`diff`: 0 identical, 1 different, 2 can't tell), 2 for bad input, which is
 answered with one line on standard error, 130 for Ctrl-C, 141 when the reader of the output has gone, 70 for a bug
@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,6 +22,7 @@ from tpcheck.errors import TpcheckError
 __all__ = ["main"]
 
 BAD_INPUT, BUG, INTERRUPTED, PIPE_CLOSED = 2, 70, 130, 141
+ORDER_TARGETS = ["row-parallel", "column-parallel", "gated", "norm", "gemm", "all-reduce"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,6 +97,29 @@ def diff(a: Path, b: Path, show_all: bool, as_json: bool) -> int:
     from tpcheck.difftext import command
 
     return command(a, b, show_all=show_all, as_json=as_json)
+
+
+@tpcheck.command()
+@click.argument("target", type=click.Choice(ORDER_TARGETS))
+@click.option("--strategy", type=click.Choice(["stock", "tree", "gather"]), default="stock", show_default=True)
+@click.option("--tp", help="Tensor-parallel sizes to compare.  [default: 1,2,4,8]")
+@click.option("--size", type=int, help="Summands, 32 if not given; of all-reduce, ranks, 4 if not given.")
+@click.option("--rows", default=8, show_default=True, help="Tokens of the result.")
+@click.option("--columns", default=8, show_default=True, help="Features of the result.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@click.option("--sp", is_flag=True, help="Sequence parallelism; norm has it always.")
+@click.option("--threads", default=1, show_default=True, help="Threads of every rank.")
+@click.option("--draw", type=click.Path(path_type=Path), help="Draw the trees to this .svg, .png or .pdf.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def order(target: str, draw: Path | None, as_json: bool, **options: Any) -> int:
+    """Reveal in which order TARGET adds its summands: 0 the same everywhere, 1 not, 2 can't tell.
+
+    Targets: row-parallel (forward), column-parallel and gated (input gradients; gated: a SwiGLU's first layer), norm
+    (gamma's gradient), gemm (a local product as TP narrows it), all-reduce.
+    """
+    from tpcheck.ordertext import command
+
+    return command(target, draw=draw, as_json=as_json, **options)
 
 
 @tpcheck.command()

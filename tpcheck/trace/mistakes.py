@@ -1,0 +1,147 @@
+"""What kind of mistake a suspect tensor looks like: B held against A in the ways that silent bugs have been seen.
+
+adds up      what the ranks hold sums to A: a reduction is missing
+scaled       B = s·A: s near TP, 1/TP, DP … says which sum was doubled, left out or averaged
+by shard     only some ranks' boxes are wrong, or each is scaled by a factor of its own
+permuted     the same values in other places: shards in the wrong order
+stale        A of the step before, or the sum of both
+rounded      B's numbers all fit in bfloat16 while A's do not
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from tpcheck.boxes import Array
+from tpcheck.trace.metrics import Numbers
+from tpcheck.trace.reader import Key, Logical, Trace
+
+__all__ = ["explain"]
+
+NEAR = 0.1  # how alike two tensors are that are called the same but for the mistake, relative in norm
+PERMUTED_UP_TO = 1 << 22  # elements that are sorted
+
+
+def explain(key: Key, a: Logical, b: Logical, trace_a: Trace, trace_b: Trace, found: Numbers) -> str:
+    """The likeliest mistake in a few words, and what it is inferred from."""
+    if found.nan:
+        return f"{found.nan} elements are not numbers on one side"
+    x, y = a.values(), b.values()
+    sizes = _sizes(key, a, trace_a, trace_b)
+    return (
+        _adds_up(x, b)
+        or _zero(x, y)
+        or _stale(key, y, trace_a)
+        or _scaled(x, y, sizes)
+        or _by_shard(x, y, b)
+        or _permuted(x, y)
+        or _rounded(a, b)
+        or _partial_norm(found, sizes)
+        or f"norm ratio {_ratio(found):.3g}, cosine {found.cosine:.3g}"
+    )
+
+
+def _sizes(key: Key, a: Logical, trace_a: Trace, trace_b: Trace) -> dict[str, float]:
+    """The sizes that a factor may be, by the name of what has them."""
+    sizes = {"TP": trace_b.tp, "DP": trace_b.dp, "microbatches": trace_b.microbatches(key.step)}
+    sizes |= {"ranks": trace_b.world, "microbatches × DP": trace_b.dp * trace_b.microbatches(key.step)}
+    return {name: float(size) for name, size in sizes.items() if size > 1}
+
+
+def _adds_up(x: Array, b: Logical) -> str:
+    if b.replicas is None or b.replicas.add_up.shape != x.shape or _apart(x, b.replicas.add_up) > NEAR:
+        return ""
+    return f"a reduction is missing: what the {1 + len(b.replicas.others)} ranks hold adds up to A"
+
+
+def _zero(x: Array, y: Array) -> str:
+    return "all zero" if not y.any() and x.any() else ""
+
+
+def _stale(key: Key, y: Array, trace: Trace) -> str:
+    before, now = trace.logical_or_none(key._replace(step=key.step - 1)), trace.logical_or_none(key)
+    if before is None or now is None or before.bits.shape != y.shape:
+        return ""
+    if _apart(before.values(), y) < min(NEAR, _apart(now.values(), y) / 4):
+        return "stale: it is A's of the step before"
+    if key.kind == "grad" and _apart(before.values() + now.values(), y) <= NEAR:
+        return "stale: it is the sum of this step's and the last one's, as if it had not been zeroed"
+    return ""
+
+
+def _scaled(x: Array, y: Array, sizes: dict[str, float]) -> str:
+    factor = _factor(x, y)
+    if not factor or abs(factor - 1) < 1e-3 or _apart(factor * x, y) > NEAR:
+        return ""
+    return f"scaled by {factor:.4g}{_named(factor, sizes)}"
+
+
+def _by_shard(x: Array, y: Array, b: Logical) -> str:
+    """Boxes that are right while others are not; or scaled, each by itself."""
+    shards = dict.fromkeys(repr(box) for _, box in b.ranks)
+    boxes = {repr(box): box for _, box in b.ranks}
+    if len(shards) < 2:
+        return ""
+    holders = {text: sorted({rank for rank, box in b.ranks if repr(box) == text}) for text in shards}
+    errors = {text: _apart(x[box], y[box]) for text, box in boxes.items()}
+    wrong = [text for text, error in errors.items() if error > max(errors.values()) / 4]
+    if len(wrong) < len(shards):
+        ranks = sorted({rank for text in wrong for rank in holders[text]})
+        detail = "all zero" if not any(y[boxes[text]].any() for text in wrong) else ""
+        joined_x, joined_y = (np.concatenate([t[boxes[text]].reshape(-1) for text in wrong]) for t in (x, y))
+        detail = detail or _scaled(joined_x, joined_y, {}) or _permuted(joined_x, joined_y)
+        return f"only what ranks {', '.join(map(str, ranks))} hold is wrong" + (f": {detail}" if detail else "")
+    factors = [_factor(x[box], y[box]) for box in boxes.values()]
+    if all(_apart(f * x[box], y[box]) <= NEAR for f, box in zip(factors, boxes.values(), strict=True)):
+        return f"each rank's shard is scaled by a factor of its own: {', '.join(f'{f:.3g}' for f in factors[:8])}"
+    return ""
+
+
+def _permuted(x: Array, y: Array) -> str:
+    if x.size > PERMUTED_UP_TO or x.size < 8:
+        return ""
+    if _apart(np.sort(x, axis=None), np.sort(y, axis=None)) > min(NEAR, _apart(x, y) / 8):
+        return ""
+    return "the same values in another order, as from shards put together wrongly"
+
+
+def _rounded(a: Logical, b: Logical) -> str:
+    if a.dtype != "float32" or b.dtype != "float32":
+        return ""
+    coarse_a, coarse_b = (float((t.bits & 0xFFFF == 0).mean()) for t in (a, b))
+    return "rounded to bfloat16 on the way" if coarse_b > 0.99 and coarse_a < 0.5 else ""
+
+
+def _partial_norm(found: Numbers, sizes: dict[str, float]) -> str:
+    """Partial sums of independent numbers: norms go with the square root of how many there are."""
+    for name, size in sizes.items():
+        for exponent, word in ((-0.5, "missing"), (0.5, "doubled, or sums over too many ranks")):
+            if abs(math.log(max(_ratio(found), 1e-300) / size**exponent)) < 0.15:
+                sign = "1/" if exponent < 0 else ""
+                return f"norm ratio {_ratio(found):.3g} ≈ {sign}√{name}: a reduction is {word}"
+    return ""
+
+
+def _named(factor: float, sizes: dict[str, float]) -> str:
+    for name, size in sizes.items():
+        if abs(factor / size - 1) < 0.05:
+            return f" = {name}: summed once too often over its ranks" if name in ("TP", "DP", "ranks") else f" = {name}"
+        if abs(factor * size - 1) < 0.05:
+            return f" = 1/{name}"
+    return ""
+
+
+def _ratio(found: Numbers) -> float:
+    return found.norm_b / found.norm_a if found.norm_a else math.inf
+
+
+def _factor(x: Array, y: Array) -> float:
+    square = float((x * x).sum())
+    return float((x * y).sum()) / square if square else 0.0
+
+
+def _apart(x: Array, y: Array) -> float:
+    norm = float(np.linalg.norm(y))
+    return float(np.linalg.norm(x - y)) / norm if norm else math.inf

@@ -126,16 +126,22 @@ def _row(key: Key, a: Trace, b: Trace, estimate: Estimate, unmapped: list[str], 
     excess = _excess(found, expected, len(estimate.noise)) if expected else math.inf if found.nan else 0.0
     if unequal or other_dtype or excess > 1:
         why = "; ".join(filter(None, (unequal, other_dtype)))
-        if excess > 1 and not explained:
-            why = "; ".join(filter(None, (why, explain(key, x, y, a, b, found))))
+        if not explained:
+            near = _allowed(found, len(estimate.noise)) * expected.overall if expected else 0.0
+            why = "; ".join(filter(None, (why, explain(key, x, y, a, b, found, near))))
         return Row(key, x.dtype, x.bits.shape, found, expected, excess, "suspect", why)
     return Row(key, x.dtype, x.bits.shape, found, expected, excess, "rounding" if expected else "unknown")
+
+
+def _allowed(found: Numbers, seeds: int) -> float:
+    """How many times the estimate a tensor may be off."""
+    return SAFETY * (1 + FEW / math.sqrt(found.size * seeds))
 
 
 def _excess(found: Numbers, expected: Distance, seeds: int) -> float:
     if found.nan:
         return math.inf
-    allowed = SAFETY * (1 + FEW / math.sqrt(found.size * seeds))
+    allowed = _allowed(found, seeds)
     return max(found.relative / (allowed * expected.overall), found.peak / (PEAK_SAFETY * allowed * expected.peak))
 
 

@@ -21,11 +21,11 @@ from tpcheck.trace.reader import Key, Logical, Trace
 __all__ = ["explain"]
 
 NEAR = 0.1  # how alike two tensors are that are called the same but for the mistake, relative in norm
-PERMUTED_UP_TO = 1 << 22  # elements that are sorted
+MOST_BLOCKS, MOST_SHOWN = 64, 8
 
 
-def explain(key: Key, a: Logical, b: Logical, trace_a: Trace, trace_b: Trace, found: Numbers) -> str:
-    """The likeliest mistake in a few words, and what it is inferred from."""
+def explain(key: Key, a: Logical, b: Logical, trace_a: Trace, trace_b: Trace, found: Numbers, near: float) -> str:
+    """The likeliest mistake in a few words, and what it is inferred from; `near` is as far as rounding may go."""
     if found.nan:
         return f"{found.nan} elements are not numbers on one side"
     x, y = a.values(), b.values()
@@ -35,8 +35,8 @@ def explain(key: Key, a: Logical, b: Logical, trace_a: Trace, trace_b: Trace, fo
         or _zero(x, y)
         or _stale(key, y, trace_a)
         or _scaled(x, y, sizes)
+        or _permuted(x, y, max(trace_b.tp, trace_b.dp), near)
         or _by_shard(x, y, b)
-        or _permuted(x, y)
         or _rounded(a, b)
         or _partial_norm(found, sizes)
         or f"norm ratio {_ratio(found):.3g}, cosine {found.cosine:.3g}"
@@ -79,32 +79,55 @@ def _scaled(x: Array, y: Array, sizes: dict[str, float]) -> str:
 
 
 def _by_shard(x: Array, y: Array, b: Logical) -> str:
-    """Boxes that are right while others are not; or scaled, each by itself."""
-    shards = dict.fromkeys(repr(box) for _, box in b.ranks)
-    boxes = {repr(box): box for _, box in b.ranks}
+    """Ranks whose shards are right while others' are not; or scaled, each by itself."""
+    shards = _shards(b)
     if len(shards) < 2:
         return ""
-    holders = {text: sorted({rank for rank, box in b.ranks if repr(box) == text}) for text in shards}
-    errors = {text: _apart(x[box], y[box]) for text, box in boxes.items()}
-    wrong = [text for text, error in errors.items() if error > max(errors.values()) / 4]
-    if len(wrong) < len(shards):
-        ranks = sorted({rank for text in wrong for rank in holders[text]})
-        detail = "all zero" if not any(y[boxes[text]].any() for text in wrong) else ""
-        joined_x, joined_y = (np.concatenate([t[boxes[text]].reshape(-1) for text in wrong]) for t in (x, y))
-        detail = detail or _scaled(joined_x, joined_y, {}) or _permuted(joined_x, joined_y)
-        return f"only what ranks {', '.join(map(str, ranks))} hold is wrong" + (f": {detail}" if detail else "")
-    factors = [_factor(x[box], y[box]) for box in boxes.values()]
-    if all(_apart(f * x[box], y[box]) <= NEAR for f, box in zip(factors, boxes.values(), strict=True)):
+    pairs = {ranks: _joined(x, y, boxes) for ranks, boxes in shards.items()}
+    errors = {ranks: _apart(one, other) for ranks, (one, other) in pairs.items()}
+    wrong = [ranks for ranks, error in errors.items() if not error <= max(errors.values()) / 4]
+    if 0 < len(wrong) < len(shards):
+        joined_x, joined_y = (np.concatenate([pairs[ranks][side] for ranks in wrong]) for side in (0, 1))
+        detail = _zero(joined_x, joined_y) or _scaled(joined_x, joined_y, {})
+        names = ", ".join(str(rank) for ranks in wrong for rank in ranks)
+        return f"only what ranks {names} hold is wrong" + (f": {detail}" if detail else "")
+    factors = [_factor(one, other) for one, other in pairs.values()]
+    if all(_apart(f * one, other) <= NEAR for f, (one, other) in zip(factors, pairs.values(), strict=True)):
         return f"each rank's shard is scaled by a factor of its own: {', '.join(f'{f:.3g}' for f in factors[:8])}"
     return ""
 
 
-def _permuted(x: Array, y: Array) -> str:
-    if x.size > PERMUTED_UP_TO or x.size < 8:
-        return ""
-    if _apart(np.sort(x, axis=None), np.sort(y, axis=None)) > min(NEAR, _apart(x, y) / 8):
-        return ""
-    return "the same values in another order, as from shards put together wrongly"
+def _shards(tensor: Logical) -> dict[tuple[int, ...], list[tuple[slice, ...]]]:
+    """Boxes by the ranks that hold them."""
+    holders: dict[str, list[int]] = {}
+    boxes = {}
+    for rank, box in tensor.ranks:
+        holders.setdefault(repr(box), []).append(rank)
+        boxes[repr(box)] = box
+    shards: dict[tuple[int, ...], list[tuple[slice, ...]]] = {}
+    for text, ranks in holders.items():
+        shards.setdefault(tuple(sorted(set(ranks))), []).append(boxes[text])
+    return shards
+
+
+def _joined(x: Array, y: Array, boxes: list[tuple[slice, ...]]) -> tuple[Array, Array]:
+    one, other = (np.concatenate([tensor[box].reshape(-1) for box in boxes]) for tensor in (x, y))
+    return one, other
+
+
+def _permuted(x: Array, y: Array, blocks: int, near: float) -> str:
+    """Equal blocks of some dimension that B has in another order than A."""
+    for dim in range(x.ndim):
+        for count in dict.fromkeys((blocks, 2 * blocks, 3 * blocks, x.shape[dim])):
+            if not 1 < count <= MOST_BLOCKS or x.shape[dim] % count:
+                continue
+            in_a, in_b = (np.split(tensor, count, dim) for tensor in (x, y))
+            order = [int(np.argmin([_apart(block, piece) for block in in_a])) for piece in in_b]
+            matched = all(_apart(in_a[i], piece) <= near for i, piece in zip(order, in_b, strict=True))
+            if matched and order != list(range(count)):
+                shown = ", ".join(map(str, order[:MOST_SHOWN])) + (" …" if count > MOST_SHOWN else "")
+                return f"put together in another order: of {count} blocks along dimension {dim}, A's {shown}"
+    return ""
 
 
 def _rounded(a: Logical, b: Logical) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -30,6 +29,7 @@ __all__ = ["PHASES", "Key", "Logical", "Replicas", "Trace"]
 
 Json: TypeAlias = dict[str, Any]
 Box: TypeAlias = tuple[Index, Index]  # offset and size
+OPEN_FILES = 64
 # In the order in which a step makes them; what was wrong first is what to look at.
 PHASES = {"start": 0, "input": 1, "out": 2, "again": 3, "dout": 4, "din": 4, "grad": 5, "clip": 6, "state": 7,
           "weight": 8}  # fmt: skip
@@ -75,7 +75,7 @@ class Logical:
         return replace(self, dtype="float64", bits=self.values().view("<u8"))
 
     def values(self) -> Array:
-        return values(self.bits, self.dtype) if self.floats else self.bits.astype(np.float64)
+        return _numbers(self.bits, self.dtype)
 
 
 class Trace:
@@ -91,6 +91,7 @@ class Trace:
                 raise TpcheckError(f"{path}: its ranks do not agree on {key}: they are not of one run")
         self.dtype, self.tp, self.dp, self.sample = first["dtype"], first["tp"], first["dp"], first["sample"]
         self.steps: list[int] = first["steps"]
+        self.files: dict[Path, dict[str, Array]] = {}
         self.records: dict[Key, list[tuple[int, int, Json]]] = {}
         self.order: dict[Key, tuple[int, int, int]] = {}
         for rank, description in enumerate(self.ranks):
@@ -130,7 +131,8 @@ class Trace:
             bits = _encoded(values(bits, dtype) * scale, dtype)
         ranks = tuple((rank, _slices(*place)) for place, held in boxes.items() for rank, _ in held)
         assumed = any(record.get("assumed") for _, _, record in records)
-        replicas = None if partial else _replicas(boxes, dtype)
+        unequal = any(array.tobytes() != held[0][1].tobytes() for held in boxes.values() for _, array in held[1:])
+        replicas = None if partial or not unequal else _replicas(boxes, dtype, shape)
         if assumed and replicas:
             return "how it is cut is not known, and its ranks hold different values"
         return Logical(dtype, bits, ranks, replicas, tuple(records[0][2]["how"]))
@@ -165,7 +167,11 @@ class Trace:
 
     def _array(self, rank: int, record: Json, name: str) -> Array:
         file = rank_folder(self.path, rank) / f"{record['file']:06d}.safetensors"
-        found = _tensors(file)
+        if file not in self.files:
+            if len(self.files) >= OPEN_FILES:
+                self.files.clear()
+            self.files[file] = tensors(file)
+        found = self.files[file]
         if name not in found:
             raise TpcheckError(f"{file} has no {name}, which {RECORDS} says it has: damaged")
         return found[name]
@@ -188,34 +194,30 @@ def _rank_json(path: Path, rank: int) -> Json:
     return found
 
 
-@lru_cache(maxsize=64)
-def _tensors(file: Path) -> dict[str, Array]:
-    return tensors(file)
-
-
 def _resolved(shape: tuple[int | None, ...], boxes: Iterable[Box]) -> Index:
     """The logical shape, its batch as long as the boxes reach."""
     ends = [max(offset[dim] + size[dim] for offset, size in boxes) for dim in range(len(shape))]
     return tuple(ends[dim] if extent is None else extent for dim, extent in enumerate(shape))
 
 
-def _replicas(boxes: dict[Box, list[tuple[int, Array]]], dtype: str) -> Replicas | None:
-    """The box whose holders disagree most."""
-    worst = None
-    for held in boxes.values():
+def _replicas(boxes: dict[Box, list[tuple[int, Array]]], dtype: str, shape: Index) -> Replicas | None:
+    """Whether the holders of some box disagree; how much they do where they do most."""
+    worst, total = None, np.zeros(shape)
+    for place, held in boxes.items():
         (first, reference), *rest = held
-        others = [(rank, array) for rank, array in rest if array.tobytes() != reference.tobytes()]
-        if not others:
-            continue
-        if dtype not in FLOATS:
-            return Replicas(first, tuple(rank for rank, _ in others), np.inf, reference)
-        x = values(reference, dtype)
-        norm = np.linalg.norm(x) or 1.0
-        distance = max(float(np.linalg.norm(values(array, dtype) - x) / norm) for _, array in others)
-        if worst is None or not distance <= worst.distance:
-            total = x + sum(values(array, dtype) for _, array in rest)
-            worst = Replicas(first, tuple(rank for rank, _ in others), distance, total)
+        x = _numbers(reference, dtype)
+        total[_slices(*place)] = x + np.sum([_numbers(array, dtype) for _, array in rest], axis=0)
+        others = tuple(rank for rank, array in rest if array.tobytes() != reference.tobytes())
+        if others:
+            norm = np.linalg.norm(x) or 1.0
+            distance = max(float(np.linalg.norm(_numbers(array, dtype) - x) / norm) for _, array in rest)
+            if worst is None or not distance <= worst.distance:
+                worst = Replicas(first, others, distance, total)
     return worst
+
+
+def _numbers(bits: Array, dtype: str) -> Array:
+    return values(bits, dtype) if dtype in FLOATS else bits.astype(np.float64)
 
 
 def _encoded(numbers: Array, dtype: str) -> Array:

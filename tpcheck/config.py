@@ -102,7 +102,9 @@ class TraceConfig(Section):
 
     steps: list[int] = Field(min_length=1)
     modules: list[str] = Field(default=["*"], min_length=1)
-    kinds: list[Literal["start", "input", "out", "again", "dout", "din", "grad", "clip", "weight", "state"]] = []
+    kinds: list[
+        Literal["start", "input", "out", "mask", "again", "dout", "din", "grad", "clip", "weight", "state"]
+    ] = []
     sample: int = Field(1, gt=0)
     perturb: int = Field(0, ge=0)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "TRACE", "Options", "trace"]
 
 TRACE = "trace"  # the trace's folder in a result directory
-KINDS = ("start", "input", "out", "again", "dout", "din", "grad", "clip", "weight", "state")
+KINDS = ("start", "input", "out", "mask", "again", "dout", "din", "grad", "clip", "weight", "state")
 
 
 @dataclass(frozen=True)

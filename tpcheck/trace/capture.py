@@ -39,6 +39,7 @@ class Capture:
         self.running = self.evaluating = False
         self.batch = Batch(0, 0, 0)
         self.recorded: list[int] = []
+        self.inside: list[str] = []  # modules that are running, the innermost last
         self.calls: Counter[tuple[str, str]] = Counter()
         self.parameters = Parameters(models, rules, self._record, options.perturb)
         self.undo: list[Callable[[], None]] = []
@@ -61,6 +62,7 @@ class Capture:
         for model in self.models:
             self._keep(model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
             for label, module in _labelled(model).items():
+                self._keep(module.register_forward_pre_hook(self._enter(label)))
                 if any(True for _ in module.parameters(recurse=False)):
                     self._keep(module.register_forward_pre_hook(self._on_input(label), with_kwargs=True))
                 self._keep(module.register_forward_hook(self._on_output(label)))
@@ -68,6 +70,7 @@ class Capture:
         self._keep(register_optimizer_step_pre_hook(self._before_update))
         self._keep(register_optimizer_step_post_hook(self._after_update))
         self._wrap_finalize()
+        self._watch_dropout()
 
     def _keep(self, handle: Handle) -> None:
         self.undo.append(handle.remove)
@@ -115,8 +118,32 @@ class Capture:
                 index = self.batch.number * self.rules.grid.dp + self.rules.grid.dp_rank
                 self._record("input", f"input {key}", whole(value).batch(0, index))
 
+    def _watch_dropout(self) -> None:
+        """Record what dropout drops: whatever follows can be compared only where both runs drop the same."""
+        original = torch.nn.functional.dropout
+
+        def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+            before = input.detach() != 0
+            answer = original(input, p, training, inplace)
+            if p and training and self.running and self.wanted:
+                name = f"{self.inside[-1] if self.inside else 'model'} dropout"
+                shards = self.rules.hidden(before & (answer.detach() == 0), self.batch)
+                self._record("mask", name, shards, self.batch, self._call("mask", name))
+            return answer
+
+        torch.nn.functional.dropout = dropout
+        self.undo.append(lambda: setattr(torch.nn.functional, "dropout", original))
+
+    def _enter(self, label: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: Any) -> None:
+            self.inside.append(label)
+
+        return hook
+
     def _on_output(self, label: str) -> Callable[..., Any]:
         def hook(module: torch.nn.Module, args: Any, output: Any) -> Any:
+            if self.inside:
+                self.inside.pop()
             if not self.wanted or self.microbatch < 0:
                 return None
             return _replaced(output, lambda index, x: self._output(f"{label}{index}", module, x))

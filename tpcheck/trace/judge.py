@@ -9,15 +9,14 @@ The first suspect is the first in the order in which a step computes: forward, b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from tpcheck.trace.estimate import ROUNDING, Estimate
 from tpcheck.trace.metrics import Distance, Numbers, numbers
-from tpcheck.trace.mistakes import explain
+from tpcheck.trace.mistakes import adds_up, explain
 from tpcheck.trace.names import layer_of
-from tpcheck.trace.reader import Key, Logical, Replicas, Trace
+from tpcheck.trace.reader import Key, Logical, Trace
 
 __all__ = ["Comparison", "Row", "Verdict", "judge"]
 
@@ -79,58 +78,124 @@ class Comparison:
 
 def judge(a: Trace, b: Trace, estimate: Estimate) -> Comparison:
     """Compare all that both traces have of the steps both have."""
-    comparison = Comparison(a, b)
-    steps = set(a.steps) & set(b.steps)
-    explained = False
-    for key in _in_order(a, b):
-        if key.step not in steps:
-            continue
-        row = _row(key, a, b, estimate, comparison.unmapped, explained)
-        if row is not None:
-            comparison.rows.append(row)
-            explained |= row.verdict == "suspect"
-    return comparison
+    return _Judge(a, b, estimate).compare()
 
 
-def _in_order(a: Trace, b: Trace) -> Iterator[Key]:
-    """Keys as A meets them, what only B has (recomputation, mostly) where B meets it."""
-    orders = {**b.order, **a.order}
-    return iter(sorted(orders, key=lambda key: (orders[key], key)))
+class _Judge:
+    """Goes through the tensors in order; remembers what the ones before have shown."""
 
+    def __init__(self, a: Trace, b: Trace, estimate: Estimate) -> None:
+        self.a, self.b, self.estimate = a, b, estimate
+        self.result = Comparison(a, b)
+        self.redrawn = False  # dropout has dropped other elements in B than in A: nothing after it can agree
 
-def _row(key: Key, a: Trace, b: Trace, estimate: Estimate, unmapped: list[str], explained: bool) -> Row | None:
-    if key.kind == "again":
-        return _recomputed(key, a, b, estimate)
-    if key not in a.records or key not in b.records:
-        unmapped.append(f"{_name(key)} is only in {'A' if key in a.records else 'B'}")
-        return None
-    x, y = a.logical(key), b.logical(key)
-    for side, tensor in (("A", x), ("B", y)):
-        if isinstance(tensor, str):
-            unmapped.append(f"{_name(key)} in {side}: {tensor}")
+    def compare(self) -> Comparison:
+        steps = set(self.a.steps) & set(self.b.steps)
+        # What only B has, recomputation mostly, comes where B meets it.
+        orders = {**self.b.order, **self.a.order}
+        for key in sorted(orders, key=lambda key: (orders[key], key)):
+            if key.step in steps:
+                row = self._recomputed(key) if key.kind == "again" else self._row(key)
+                self.result.rows += [row] if row else []
+        return self.result
+
+    def _row(self, key: Key) -> Row | None:
+        pair = self._pair(key)
+        if pair is None:
             return None
-    assert isinstance(x, Logical) and isinstance(y, Logical)
-    if x.bits.shape != y.bits.shape:
-        unmapped.append(f"{_name(key)}: {list(x.bits.shape)} in A, {list(y.bits.shape)} in B")
+        x, y = pair
+        other_dtype = f"{y.dtype} where A has {x.dtype}" if x.dtype != y.dtype else ""
+        if other_dtype:
+            x, y = x.widened(), y.widened()
+        wrong = "; ".join(filter(None, (self._unequal(key, x, y), other_dtype)))
+        found = numbers(x, y)
+
+        def row(verdict: Verdict, why: str = "", expected: Distance | None = None, excess: float = 0.0) -> Row:
+            return Row(key, x.dtype, x.bits.shape, found, expected, excess, verdict, why)
+
+        if key.kind == "mask":
+            self.redrawn |= bool(found.differing)
+            wrong = wrong or _same_mask("A", x) or _same_mask("B", y)
+            return row("suspect" if wrong else "unknown" if found.differing else "identical", wrong)
+        if not found.differing and not wrong:
+            return row("identical")
+        if not x.floats:
+            return row("suspect", wrong or "other integers", excess=math.inf)
+        if self.redrawn:
+            return row("suspect" if wrong else "unknown", wrong)
+        expected = self.estimate.of(key, x) if self.estimate else None
+        excess = _excess(found, expected, len(self.estimate.noise))
+        if excess <= 1 and not wrong:
+            return row("rounding" if expected else "unknown", "", expected, excess)
+        if excess > 1 and self.result.first is None:
+            near = _allowed(found, len(self.estimate.noise)) * expected.overall if expected else 0.0
+            wrong = "; ".join(filter(None, (wrong, explain(key, x, y, self.a, self.b, found, near))))
+        return row("suspect", wrong, expected, excess)
+
+    def _pair(self, key: Key) -> tuple[Logical, Logical] | None:
+        """Both sides of `key`; notes why it cannot be compared, if so."""
+        notes = self.result.unmapped
+        if key not in self.a.records or key not in self.b.records:
+            notes.append(f"{_name(key)} is only in {'A' if key in self.a.records else 'B'}")
+            return None
+        x, y = self.a.logical(key), self.b.logical(key)
+        for side, tensor in (("A", x), ("B", y)):
+            if isinstance(tensor, str):
+                notes.append(f"{_name(key)} in {side}: {tensor}")
+        if isinstance(x, str) or isinstance(y, str):
+            return None
+        if x.bits.shape != y.bits.shape:
+            notes.append(f"{_name(key)}: {list(x.bits.shape)} in A, {list(y.bits.shape)} in B")
+            return None
+        return x, y
+
+    def _unequal(self, key: Key, x: Logical, y: Logical) -> str:
+        """What is said of ranks that hold different values for the same thing, if that is more than rounding."""
+        for side, tensor in (("A", x), ("B", y)):
+            replicas = tensor.replicas
+            if replicas is not None and not replicas.distance <= self._drift(key, x):
+                ranks = ", ".join(map(str, replicas.others[:8]))
+                text = f"unequal replicas in {side}: ranks {ranks} hold other values than rank {replicas.first}"
+                sums = adds_up(x, y) if side == "B" else ""
+                return f"{text} (by {replicas.distance:.2g}){'; ' if sums else ''}{sums}"
+        return ""
+
+    def _drift(self, key: Key, x: Logical) -> float:
+        """How far apart replicas may be."""
+        if key.kind in ("start", "weight", "input", "mask") or key.kind.startswith("state"):
+            return 0.0  # what is kept from step to step drifts apart for good
+        if key.kind == "clip":
+            return 64 * ROUNDING["float32"]  # each rank works it out from its own shards
+        return self.estimate.of(key, x).overall if self.estimate else ROUNDING.get(x.dtype, 0.0)
+
+    def _recomputed(self, key: Key) -> Row | None:
+        """Recomputation, against what the same trace has computed in the forward pass."""
+        before = Key(key.step, "out", key.name)
+        for side, trace in (("A", self.a), ("B", self.b)):
+            x, y = trace.logical_or_none(before), trace.logical_or_none(key)
+            if x is None or y is None or x.bits.shape != y.bits.shape:
+                continue
+            found = numbers(x, y)
+            if not found.differing:
+                continue
+            least = ROUNDING.get(x.dtype, 0.0)
+            expected = self.estimate.of(before, x) if before in self.a.records else Distance(least, least)
+            excess = math.inf if found.nan else max(found.relative / expected.overall, found.peak / expected.peak)
+            why = f"recomputation in {side} gives other values than the forward pass did" if excess > 1 else ""
+            return Row(key, x.dtype, x.bits.shape, found, expected, excess, "suspect" if why else "rounding", why)
         return None
-    other_dtype = f"{y.dtype} where A has {x.dtype}" if x.dtype != y.dtype else ""
-    if other_dtype:
-        x, y = x.widened(), y.widened()
-    unequal = _unequal(key, a, b, x, y, estimate)
-    found = numbers(x, y)
-    if not found.differing and not unequal and not other_dtype:
-        return Row(key, x.dtype, x.bits.shape, found, None, 0.0, "identical")
-    if not x.floats:
-        return Row(key, x.dtype, x.bits.shape, found, None, math.inf, "suspect", unequal or "other integers")
-    expected = estimate.of(key, x) if estimate else None
-    excess = _excess(found, expected, len(estimate.noise)) if expected else math.inf if found.nan else 0.0
-    if unequal or other_dtype or excess > 1:
-        why = "; ".join(filter(None, (unequal, other_dtype)))
-        if not explained:
-            near = _allowed(found, len(estimate.noise)) * expected.overall if expected else 0.0
-            why = "; ".join(filter(None, (why, explain(key, x, y, a, b, found, near))))
-        return Row(key, x.dtype, x.bits.shape, found, expected, excess, "suspect", why)
-    return Row(key, x.dtype, x.bits.shape, found, expected, excess, "rounding" if expected else "unknown")
+
+
+def _same_mask(side: str, mask: Logical) -> str:
+    """Ranks that drop the same elements of different shards; data-parallel ranks may."""
+    seen: dict[tuple[object, bytes], tuple[int, tuple[slice, ...]]] = {}
+    for rank, box in mask.ranks:
+        dropped = mask.bits[box]
+        sample = repr(box[mask.batch]) if mask.batch is not None else ""
+        first, place = seen.setdefault((sample, dropped.tobytes()), (rank, box))
+        if place != box and 0 < dropped.sum() < dropped.size:
+            return f"in {side}, ranks {first} and {rank} drop the same elements of different shards: equal seeds"
+    return ""
 
 
 def _allowed(found: Numbers, seeds: int) -> float:
@@ -138,55 +203,13 @@ def _allowed(found: Numbers, seeds: int) -> float:
     return SAFETY * (1 + FEW / math.sqrt(found.size * seeds))
 
 
-def _excess(found: Numbers, expected: Distance, seeds: int) -> float:
+def _excess(found: Numbers, expected: Distance | None, seeds: int) -> float:
     if found.nan:
         return math.inf
+    if expected is None:
+        return 0.0
     allowed = _allowed(found, seeds)
     return max(found.relative / (allowed * expected.overall), found.peak / (PEAK_SAFETY * allowed * expected.peak))
-
-
-def _unequal(key: Key, a: Trace, b: Trace, x: Logical, y: Logical, estimate: Estimate) -> str:
-    """What is said of ranks that hold different values for the same thing, if that is more than rounding."""
-    for side, tensor in (("A", x), ("B", y)):
-        replicas = tensor.replicas
-        if replicas is None:
-            continue
-        if key.kind in ("start", "weight", "input") or key.kind.startswith("state"):
-            allowed = 0.0  # what is kept from step to step drifts apart for good
-        elif key.kind == "clip":
-            allowed = 64 * ROUNDING["float32"]  # each rank works it out from its own shards
-        else:
-            allowed = estimate.of(key, x).overall if estimate else ROUNDING.get(tensor.dtype, 0.0)
-        if not replicas.distance <= allowed:
-            return _said(side, replicas, x, tensor)
-    return ""
-
-
-def _said(side: str, replicas: Replicas, reference: Logical, tensor: Logical) -> str:
-    ranks = ", ".join(map(str, replicas.others[:8]))
-    text = f"unequal replicas in {side}: ranks {ranks} hold other values than rank {replicas.first}"
-    text += f" (by {replicas.distance:.2g})"
-    return text
-
-
-def _recomputed(key: Key, a: Trace, b: Trace, estimate: Estimate) -> Row | None:
-    """Recomputation, against what the same trace has computed in the forward pass; A's is not B's reference."""
-    before = Key(key.step, "out", key.name)
-    for side, trace in (("A", a), ("B", b)):
-        if key not in trace.records or before not in trace.records:
-            continue
-        x, y = trace.logical(before), trace.logical(key)
-        if isinstance(x, str) or isinstance(y, str) or x.bits.shape != y.bits.shape:
-            continue
-        found = numbers(x, y)
-        if not found.differing:
-            continue
-        expected = estimate.of(before, x) if estimate and before in a.records else None
-        bound = expected or Distance(ROUNDING.get(x.dtype, 0.0), ROUNDING.get(x.dtype, 0.0))
-        excess = max(found.relative / bound.overall, found.peak / bound.peak) if not found.nan else math.inf
-        why = f"recomputation in {side} gives other values than the forward pass did" if excess > 1 else ""
-        return Row(key, x.dtype, x.bits.shape, found, expected, excess, "suspect" if why else "rounding", why)
-    return None
 
 
 def _name(key: Key) -> str:

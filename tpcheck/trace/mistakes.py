@@ -18,7 +18,7 @@ from tpcheck.boxes import Array
 from tpcheck.trace.metrics import Numbers
 from tpcheck.trace.reader import Key, Logical, Trace
 
-__all__ = ["explain"]
+__all__ = ["adds_up", "explain"]
 
 NEAR = 0.1  # how alike two tensors are that are called the same but for the mistake, relative in norm
 MOST_BLOCKS, MOST_SHOWN = 64, 8
@@ -31,13 +31,13 @@ def explain(key: Key, a: Logical, b: Logical, trace_a: Trace, trace_b: Trace, fo
     x, y = a.values(), b.values()
     sizes = _sizes(key, a, trace_a, trace_b)
     return (
-        _adds_up(x, b)
+        adds_up(a, b)
         or _zero(x, y)
-        or _stale(key, y, trace_a)
+        or _stale(key, x, y, trace_a)
         or _scaled(x, y, sizes)
         or _permuted(x, y, max(trace_b.tp, trace_b.dp), near)
-        or _by_shard(x, y, b)
         or _rounded(a, b)
+        or _by_shard(x, y, b)
         or _partial_norm(found, sizes)
         or f"norm ratio {_ratio(found):.3g}, cosine {found.cosine:.3g}"
     )
@@ -50,8 +50,9 @@ def _sizes(key: Key, a: Logical, trace_a: Trace, trace_b: Trace) -> dict[str, fl
     return {name: float(size) for name, size in sizes.items() if size > 1}
 
 
-def _adds_up(x: Array, b: Logical) -> str:
-    if b.replicas is None or b.replicas.add_up.shape != x.shape or _apart(x, b.replicas.add_up) > NEAR:
+def adds_up(a: Logical, b: Logical) -> str:
+    """Whether unequal replicas are parts of a sum that has not been taken."""
+    if b.replicas is None or _apart(a.values(), b.replicas.add_up) > NEAR:
         return ""
     return f"a reduction is missing: what the {1 + len(b.replicas.others)} ranks hold adds up to A"
 
@@ -60,14 +61,16 @@ def _zero(x: Array, y: Array) -> str:
     return "all zero" if not y.any() and x.any() else ""
 
 
-def _stale(key: Key, y: Array, trace: Trace) -> str:
-    before, now = trace.logical_or_none(key._replace(step=key.step - 1)), trace.logical_or_none(key)
-    if before is None or now is None or before.bits.shape != y.shape:
+def _stale(key: Key, x: Array, y: Array, trace: Trace) -> str:
+    before = trace.logical_or_none(key._replace(step=key.step - 1))
+    if before is None or before.bits.shape != x.shape:
         return ""
-    if _apart(before.values(), y) < min(NEAR, _apart(now.values(), y) / 4):
+    old, off = before.values(), _apart(x, y)
+    if _apart(old, y) < min(NEAR, off / 4):
         return "stale: it is A's of the step before"
-    if key.kind == "grad" and _apart(before.values() + now.values(), y) <= NEAR:
-        return "stale: it is the sum of this step's and the last one's, as if it had not been zeroed"
+    share = _factor(old, y - x)  # below 1 where clipping has scaled what was left
+    if key.kind == "grad" and share > 0 and _apart(x + share * old, y) < min(NEAR, off / 4):
+        return f"stale: {share:.3g} of the last step's has been added, as if it had not been zeroed"
     return ""
 
 
@@ -92,6 +95,8 @@ def _by_shard(x: Array, y: Array, b: Logical) -> str:
         names = ", ".join(str(rank) for ranks in wrong for rank in ranks)
         return f"only what ranks {names} hold is wrong" + (f": {detail}" if detail else "")
     factors = [_factor(one, other) for one, other in pairs.values()]
+    if max(abs(factor - 1) for factor in factors) < 0.01:
+        return ""
     if all(_apart(f * one, other) <= NEAR for f, (one, other) in zip(factors, pairs.values(), strict=True)):
         return f"each rank's shard is scaled by a factor of its own: {', '.join(f'{f:.3g}' for f in factors[:8])}"
     return ""
@@ -124,7 +129,7 @@ def _permuted(x: Array, y: Array, blocks: int, near: float) -> str:
             in_a, in_b = (np.split(tensor, count, dim) for tensor in (x, y))
             order = [int(np.argmin([_apart(block, piece) for block in in_a])) for piece in in_b]
             matched = all(_apart(in_a[i], piece) <= near for i, piece in zip(order, in_b, strict=True))
-            if matched and order != list(range(count)):
+            if matched and len(set(order)) == count and order != list(range(count)):
                 shown = ", ".join(map(str, order[:MOST_SHOWN])) + (" …" if count > MOST_SHOWN else "")
                 return f"put together in another order: of {count} blocks along dimension {dim}, A's {shown}"
     return ""

@@ -31,8 +31,8 @@ Json: TypeAlias = dict[str, Any]
 Box: TypeAlias = tuple[Index, Index]  # offset and size
 OPEN_FILES = 64
 # In the order in which a step makes them; what was wrong first is what to look at.
-PHASES = {"start": 0, "input": 1, "out": 2, "again": 3, "dout": 4, "din": 4, "grad": 5, "clip": 6, "state": 7,
-          "weight": 8}  # fmt: skip
+PHASES = {"start": 0, "input": 1, "out": 2, "mask": 2, "again": 3, "dout": 4, "din": 4, "grad": 5, "clip": 6,
+          "state": 7, "weight": 8}  # fmt: skip
 
 
 class Key(NamedTuple):
@@ -58,13 +58,14 @@ class Replicas:
 
 @dataclass(frozen=True)
 class Logical:
-    """A tensor as the model has it, as bits; `ranks` says who holds which box."""
+    """A tensor as the model has it, as bits; `ranks` says who holds which box, `batch` which dimension is the batch."""
 
     dtype: str
     bits: Array
     ranks: tuple[tuple[int, tuple[slice, ...]], ...]
     replicas: Replicas | None
     how: tuple[str, ...]
+    batch: int | None = None
 
     @property
     def floats(self) -> bool:
@@ -135,7 +136,9 @@ class Trace:
         replicas = None if partial or not unequal else _replicas(boxes, dtype, shape)
         if assumed and replicas:
             return "how it is cut is not known, and its ranks hold different values"
-        return Logical(dtype, bits, ranks, replicas, tuple(records[0][2]["how"]))
+        sides = records[0][2]["shape"]
+        batch = sides.index(None) if None in sides else None
+        return Logical(dtype, bits, ranks, replicas, tuple(records[0][2]["how"]), batch)
 
     def logical_or_none(self, key: Key) -> Logical | None:
         found = self.logical(key) if key in self.records else None

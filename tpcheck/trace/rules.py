@@ -72,6 +72,11 @@ class Rules:
     def input(self, name: str, module: torch.nn.Module, tensor: torch.Tensor, batch: Batch) -> Shards:
         return self._activation(self._rule(name, module, tensor, 1), name, module, tensor, batch)
 
+    def hidden(self, tensor: torch.Tensor, batch: Batch) -> Shards:
+        """What dropout is applied to in Megatron: hidden states, or attention's probabilities."""
+        rule = {3: HIDDEN, 4: "BHFF"}.get(tensor.dim()) if self.config is not None else None
+        return self._activation(rule, "", torch.nn.Module(), tensor, batch)
+
     def parameter(self, name: str, parameter: torch.nn.Parameter, values: torch.Tensor) -> Shards:
         """`values` are the parameter's, or like it in shape and cut."""
         if hasattr(values, "device_mesh"):

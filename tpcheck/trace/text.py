@@ -13,6 +13,7 @@ KINDS = {
     "start": "initial weight",
     "input": "input",
     "out": "output",
+    "mask": "what is dropped",
     "again": "recomputed output",
     "dout": "gradient of output",
     "din": "gradient of input",

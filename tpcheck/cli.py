@@ -100,6 +100,20 @@ def diff(a: Path, b: Path, show_all: bool, as_json: bool) -> int:
 
 
 @tpcheck.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--seeds", type=click.IntRange(1, 99), default=3, show_default=True, help="How many nudged runs of A.")
+@click.option("--report", type=click.Path(path_type=Path), help="Write an HTML page with pictures to this file.")
+@click.option("--all", "show_all", is_flag=True, help="Show every tensor, not only the telling ones.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def compare(a: Path, b: Path, seeds: int, report: Path | None, show_all: bool, as_json: bool) -> int:
+    """Judge the traced run B by A, module by module: 0 identical or rounding, 1 suspect, 2 can't tell."""
+    from tpcheck.trace.compare import command
+
+    return command(a, b, seeds=seeds, show_all=show_all, as_json=as_json, report=report)
+
+
+@tpcheck.command()
 @click.argument("target", type=click.Choice(ORDER_TARGETS))
 @click.option("--strategy", type=click.Choice(["stock", "tree", "gather"]), default="stock", show_default=True)
 @click.option("--tp", help="Tensor-parallel sizes to compare.  [default: 1,2,4,8]")

@@ -1,0 +1,125 @@
+"""What rounding alone may do to each tensor: the reference, run again with everything it computes nudged.
+
+    A/noise-1, A/noise-2, A/noise-3      traces of the same run with perturb=1, 2, 3, in A's own folder
+
+A tensor's estimate is the largest distance of these from A. Where A is a run of `tpcheck train`, missing ones are
+made here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tpcheck import result
+from tpcheck.config import parse_run
+from tpcheck.errors import TpcheckError
+from tpcheck.trace import TRACE
+from tpcheck.trace.metrics import Distance, distance
+from tpcheck.trace.reader import Key, Logical, Trace
+
+__all__ = ["SEEDS", "Estimate", "open_noise", "open_trace"]
+
+SEEDS = 3
+# Half a unit in the last place, relative: what storing a number in the dtype costs, whatever was computed.
+ROUNDING = {"bfloat16": 2.0**-9, "float16": 2.0**-12, "float32": 2.0**-24, "float64": 2.0**-53}
+
+
+class Estimate:
+    """The effect of rounding on every tensor of `reference`."""
+
+    def __init__(self, reference: Trace, noise: Sequence[Trace]) -> None:
+        self.reference, self.noise = reference, noise
+
+    def __bool__(self) -> bool:
+        return bool(self.noise)
+
+    def of(self, key: Key, a: Logical) -> Distance:
+        """How far rounding may take `a`, which is the reference's `key`."""
+        found = [Distance(0.0, 0.0)]
+        for trace in self.noise:
+            other = trace.logical(key) if key in trace.records else "missing"
+            if not isinstance(other, str) and other.bits.shape == a.bits.shape:
+                found.append(distance(a, other))
+        least = ROUNDING.get(a.dtype, 0.0)
+        if key.kind in ("weight", "state.main"):
+            least = max(least, self._update(key, a))
+        return Distance(
+            max(least, *(one.overall for one in found)),
+            max(least, *(one.peak for one in found)),
+        )
+
+    def _update(self, key: Key, a: Logical) -> float:
+        """An optimizer that divides by the gradient's own size, as Adam does, can pass any relative error of a
+        gradient on to its update; few elements do it at a time, so that the nudged runs may miss it."""
+        gradient = Key(key.step, "grad", key.name)
+        before = [Key(key.step - 1, key.kind, key.name), Key(key.step, "start", key.name)]
+        before = [known for known in before if known in self.reference.records]
+        if gradient not in self.reference.records or not before:
+            return 0.0
+        g, w = self.reference.logical(gradient), self.reference.logical(before[0])
+        if isinstance(g, str) or isinstance(w, str) or w.bits.shape != a.bits.shape:
+            return 0.0
+        return distance(a, w).overall * self.of(gradient, g).overall
+
+
+def open_trace(path: Path) -> Trace:
+    """The trace in a result directory, or the one that `path` itself is."""
+    if not path.is_dir():
+        raise TpcheckError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}; give a run or a trace")
+    if result.is_result(path) and not (path / TRACE).is_dir():
+        raise TpcheckError(f"{path} has no trace: train it again with trace.steps=[0,1]")
+    return Trace(path / TRACE if (path / TRACE).is_dir() else path)
+
+
+def open_noise(path: Path, reference: Trace, seeds: int = SEEDS) -> list[Trace]:
+    """The nudged runs of the reference at `path`; those of a tpcheck run are made if they are not there."""
+    found = sorted(folder for folder in path.glob("noise-*") if folder.is_dir())
+    if len(found) < seeds and result.is_result(path):
+        made = {_folder(path, seed) for seed in range(1, seeds + 1)} - set(found)
+        for folder in sorted(made):
+            _run_again(path, folder, max(reference.steps))
+        found = sorted({*found, *made})
+    traces = [open_trace(folder) for folder in found]
+    for trace in traces:
+        if trace.steps != reference.steps or trace.dtype != reference.dtype or trace.sample != reference.sample:
+            raise TpcheckError(f"{trace.path} is not the reference run again: its steps, dtype or sampling are others")
+    return traces
+
+
+def _folder(path: Path, seed: int) -> Path:
+    return path / f"noise-{seed}"
+
+
+def _run_again(path: Path, folder: Path, last_step: int) -> None:
+    from tpcheck.launch import launch
+
+    settings: dict[str, Any] = result.read_manifest(path)["config"]
+    seed = int(folder.name.rpartition("-")[2])
+    changes = {"output": str(folder), "steps": last_step + 1, "stop_after": None, "checkpoint_every": 0}
+    config = parse_run({**settings, **changes, "trace": {**settings["trace"], "perturb": seed}}, str(path))
+    print(f"running {path} again with every rounding nudged, seed {seed}", file=sys.stderr)
+    with _stdout_to_stderr():
+        code = launch(config)
+    if code:
+        raise TpcheckError(f"{folder}: the nudged run failed, see its log.txt")
+    shutil.rmtree(folder / result.CHECKPOINTS, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """What a run says of its progress is not what `tpcheck compare` has been asked for."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)

@@ -20,6 +20,7 @@ from tpcheck import result
 from tpcheck.config import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.trace import TRACE
+from tpcheck.trace.flips import turned
 from tpcheck.trace.metrics import Distance, distance
 from tpcheck.trace.reader import Key, Logical, Trace
 
@@ -47,25 +48,23 @@ class Estimate:
             if not isinstance(other, str) and other.bits.shape == a.bits.shape:
                 found.append(distance(a, other))
         least = ROUNDING.get(a.dtype, 0.0)
+        found.append(Distance(least, least))
         if key.kind in ("weight", "state.main"):
-            least = max(least, self._update(key, a))
-        return Distance(
-            max(least, *(one.overall for one in found)),
-            max(least, *(one.peak for one in found)),
-        )
+            found.append(self._turned(key, a))
+        return Distance(max(one.overall for one in found), max(one.peak for one in found))
 
-    def _update(self, key: Key, a: Logical) -> float:
-        """An optimizer that divides by the gradient's own size, as Adam does, can pass any relative error of a
-        gradient on to its update; few elements do it at a time, so that the nudged runs may miss it."""
-        gradient = Key(key.step, "grad", key.name)
+    def _turned(self, key: Key, a: Logical) -> Distance:
+        """What nudged runs too few to show it may do to an updated weight."""
+        known = self.reference.records
         before = [Key(key.step - 1, key.kind, key.name), Key(key.step, "start", key.name)]
-        before = [known for known in before if known in self.reference.records]
-        if gradient not in self.reference.records or not before:
-            return 0.0
-        g, w = self.reference.logical(gradient), self.reference.logical(before[0])
-        if isinstance(g, str) or isinstance(w, str) or w.bits.shape != a.bits.shape:
-            return 0.0
-        return distance(a, w).overall * self.of(gradient, g).overall
+        deciding = [Key(key.step, "state.exp_avg", key.name), Key(key.step, "grad", key.name)]
+        found = [next((one for one in ones if one in known), None) for ones in (before, deciding)]
+        if found[0] is None or found[1] is None:
+            return Distance(0.0, 0.0)
+        w, m = self.reference.logical(found[0]), self.reference.logical(found[1])
+        if isinstance(w, str) or isinstance(m, str) or not a.bits.shape == w.bits.shape == m.bits.shape:
+            return Distance(0.0, 0.0)
+        return turned(w.values(), a.values(), m.values(), self.of(found[1], m).overall)
 
 
 def open_trace(path: Path) -> Trace:

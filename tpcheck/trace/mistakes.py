@@ -31,8 +31,7 @@ def explain(key: Key, a: Logical, b: Logical, trace_a: Trace, trace_b: Trace, fo
     x, y = a.values(), b.values()
     sizes = _sizes(key, a, trace_a, trace_b)
     return (
-        adds_up(a, b)
-        or _zero(x, y)
+        _zero(x, y)
         or _stale(key, x, y, trace_a)
         or _scaled(x, y, sizes)
         or _permuted(x, y, max(trace_b.tp, trace_b.dp), near)

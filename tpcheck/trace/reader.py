@@ -158,9 +158,9 @@ class Trace:
         for number, line in enumerate(lines):
             try:
                 record = json.loads(line)
-                name, shape = record["name"], record["shape"]
-                if None not in shape and "microbatch" in record:
-                    name += f"@{record['microbatch']}"  # without a batch dimension, each microbatch is by itself
+                name = record["name"]
+                if record.get("alone"):
+                    name += f"@{record['microbatch']}"
                 key = Key(record["step"], record["kind"], name)
                 self.records.setdefault(key, []).append((rank, number, record))
                 phase = PHASES[key.kind.partition(".")[0]]

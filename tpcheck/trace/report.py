@@ -32,8 +32,8 @@ def write(comparison: Comparison, a: Path, b: Path, path: Path) -> None:
     sides = [result.read_steps(side) if result.is_result(side) else [] for side in (a, b)]
     drawn = (
         (pictures.growth(comparison), "how the error grows over the layers"),
-        (pictures.heat_map(comparison), "the error of each module in each layer"),
         (pictures.losses(*sides), "the losses of the two runs"),
+        (pictures.heat_map(comparison), "the error of each module in each layer"),
     )
     figures = "".join(
         f"<figure>{page.image(png, caption)}<figcaption>{escape(caption)}</figcaption></figure>"

@@ -178,7 +178,7 @@ def _batched(shards: Shards, local: torch.Tensor, batch: Batch, grid: Grid) -> S
         return shards.batch(0, index)
     if len(sides) == 2 and sides[1] == batch.samples and sides[0] in (batch.length, batch.length // grid.tp):
         return shards.batch(1, index)
-    return shards
+    return replace(shards, alone=True)
 
 
 def _flat_ranges(models: Sequence[torch.nn.Module], grid: Grid) -> dict[torch.nn.Parameter, tuple[int, int]]:

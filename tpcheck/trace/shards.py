@@ -35,6 +35,7 @@ class Shards:
         partial: the logical tensor is the sum of what the ranks hold.
         scale: what the values are to be multiplied by.
         assumed: nobody said how the tensor is cut; it has been taken for whole.
+        alone: it is not known to have a batch, so that every microbatch's is a tensor by itself.
     """
 
     shape: Shape
@@ -43,6 +44,7 @@ class Shards:
     partial: bool = False
     scale: float = 1.0
     assumed: bool = False
+    alone: bool = False
 
     def cut(self, dim: int, rank: int, size: int, word: str) -> Shards:
         """The same boxes as shard `rank` of `size` equal shards along `dim`."""

@@ -59,9 +59,9 @@ class Writer:
             "how": shards.how,
             "file": self.files,
         }
-        flags = {"partial": shards.partial, "scale": shards.scale, "assumed": shards.assumed}
-        plain = {"partial": False, "scale": 1.0, "assumed": False}
-        self.lines.append(json.dumps({**line, **{k: v for k, v in flags.items() if v != plain[k]}}))
+        flags = {name: True for name in ("partial", "assumed", "alone") if getattr(shards, name)}
+        scale = {"scale": shards.scale} if shards.scale != 1 else {}
+        self.lines.append(json.dumps({**line, **flags, **scale}))
         self.records += 1
         if self.bytes >= FILE_BYTES:
             self._flush()

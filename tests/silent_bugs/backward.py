@@ -106,3 +106,17 @@ def tied_output_gradient_lost() -> Iterator[None]:
 
     with around(GPTModel, "shared_embedding_or_output_weight", wrap):
         yield
+
+
+@bug(
+    "dout *.linear_qkv", "din *.linear_qkv", layout={"tp": 4}, model={**QWEN3, "num_query_groups": 2},
+    source="https://github.com/bigcode-project/Megatron-LM/pull/37",
+)  # fmt: skip
+def shared_key_gradients_not_reduced() -> Iterator[None]:
+    """Where ranks share a key-value group, each takes the gradient from its own query heads for the group's."""
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return mappings._split_along_last_dim(grad, ctx.group), None
+
+    with replaced(mappings._AllGatherFromTensorParallelRegion, "backward", staticmethod(backward)):
+        yield

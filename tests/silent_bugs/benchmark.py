@@ -3,14 +3,16 @@
 reference (one rank, no bug) + nudged runs ─┐
                                             ├─ compare ─► flagged? first suspect named?
 candidate (layout of the case, bug) ────────┘
-the same layout without the bug ── effect: how far the bug moves gradients or weights
+the same layout without the bug ── effect: how far the bug moves loss, gradients, weights
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -29,6 +31,7 @@ __all__ = ["Answer", "Benchmark", "table", "to_json"]
 
 BASE = {"model": QWEN3, "strategy": "stock", "layers": "local", "steps": 2, "seq_length": 32}
 TRACE = {"steps": [0, 1]}
+FELT = ("start", "input", "grad", "clip", "weight")  # and the loss, the output of the model
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Answer:
     """What the detector said of a case.
 
     Attributes:
-        effect: the bug's, relative to the largest gradient, weight or replica it moves.
+        effect: the bug's, relative, on the loss, gradient or weight that it moves most.
         first_suspect: "<kind> <module>, step <n>", empty if none.
     """
 
@@ -62,7 +65,8 @@ class Benchmark:
     def answer(self, case: Clean) -> Answer:
         """Run `case` and have it judged; its own run is removed afterwards."""
         reference = self._once(case.settings, {})
-        open_noise(reference, open_trace(reference))
+        with _quiet():
+            open_noise(reference, open_trace(reference))
         is_bug = isinstance(case, Bug)
         candidate = self.candidate(case) if is_bug else self._once(case.settings, case.layout)
         found = compare(reference, candidate)
@@ -101,14 +105,34 @@ class Benchmark:
 
 def _train(path: Path, settings: dict[str, Any], layout: dict[str, Any]) -> Path:
     config = parse_run({**BASE, "trace": TRACE, **settings, **layout, "output": str(path)})
-    if launch(config):
+    with _quiet():
+        code = launch(config)
+    if code:
         raise RuntimeError((path / "log.txt").read_text()[-2000:])
     return path
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Runs say how they get on, ranks by themselves; here nobody asks."""
+    sys.stdout.flush()
+    kept = [os.dup(stream) for stream in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)
+        yield
+    finally:
+        sys.stdout.flush()
+        for stream, copy in zip((1, 2), kept, strict=True):
+            os.dup2(copy, stream)
+        for descriptor in (*kept, nowhere):
+            os.close(descriptor)
+
+
 def _differences(a: Trace, b: Trace) -> Iterator[float]:
     for key in a.records.keys() & b.records.keys():
-        if key.kind not in ("start", "input", "grad", "weight"):
+        if key.kind not in FELT and key.name != "model":
             continue
         x, y = a.logical(key), b.logical(key)
         if isinstance(x, str) or isinstance(y, str) or x.dtype != y.dtype:
@@ -141,7 +165,7 @@ def table(answers: Iterable[Answer]) -> str:
         f"{sum(a.flagged for a in bugs)} of {len(bugs)} bugs flagged, {sum(a.named for a in bugs)} with the right "
         f"module first; {sum(a.flagged for a in clean)} of {len(clean)} clean configurations flagged.",
         "",
-        "| bug | what is wrong | layout | moves gradients or weights by | first suspect | looks like | source |",
+        "| bug | what is wrong | layout | moves loss, gradients or weights by | first suspect | looks like | source |",
         "|---|---|---|---|---|---|---|",
     ]
     for a in bugs:

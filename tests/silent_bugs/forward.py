@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntrop
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch import Tensor
 
 from silent_bugs.case import GPT2, QWEN3, around, bug, during, replaced, tp_rank, tp_size
@@ -235,4 +236,15 @@ def every_rank_takes_the_first_sequence_shard() -> Iterator[None]:
         return x.chunk(group.size())[0].contiguous()
 
     with during(mappings._ScatterToSequenceParallelRegion, "forward", mappings, "_split_along_first_dim", first):
+        yield
+
+
+@bug("out *layernorm", layout=TP2)
+def norm_epsilon_of_another_model() -> Iterator[None]:
+    """Norms add 1e-5 where the model has 1e-6."""
+
+    def wrap(new: Any) -> Any:
+        return lambda cls, config, hidden_size, eps=1e-5, **kwargs: new(cls, config, hidden_size, eps=1e-5, **kwargs)
+
+    with around(WrappedTorchNorm, "__new__", wrap):
         yield

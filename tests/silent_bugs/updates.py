@@ -19,6 +19,7 @@ from silent_bugs.case import GPT2, QWEN3, around, bug, replaced, tp_rank
 from tpcheck import train
 
 TP2, DP2 = {"tp": 2}, {"dp": 2}
+OUTPUT_LAYER_ROWS = 192  # of a padded vocabulary of 384 at TP=2, as in the embedding before it
 DROPOUT = {**QWEN3, "dropout": 0.1}
 
 
@@ -43,7 +44,8 @@ def weight_decay_on_norms_of_one_rank() -> Iterator[None]:
 
 
 @bug(
-    "weight *", layout={**DP2, "distributed_optimizer": True},
+    "weight embedding*", "weight decoder.layers.0.*",  # the buffer holds the last layers first
+    layout={**DP2, "distributed_optimizer": True},
     source="https://github.com/NVIDIA/Megatron-LM/issues/950",
 )  # fmt: skip
 def distributed_optimizer_skips_a_shard() -> Iterator[None]:
@@ -60,6 +62,42 @@ def distributed_optimizer_skips_a_shard() -> Iterator[None]:
 def weights_not_copied_from_main_parameters() -> Iterator[None]:
     """The model goes on with last step's bf16 weights: the updated float32 ones are not copied."""
     with replaced(Float16OptimizerWithFloat16Params, "_copy_main_params_to_model_params", lambda self: None):
+        yield
+
+
+@bug(
+    "weight output_layer.weight", layout=TP2, source="https://github.com/NVIDIA/Megatron-LM/issues/950",
+)  # fmt: skip
+def output_layer_not_copied_from_its_main_parameter() -> Iterator[None]:
+    """The output layer alone goes on with last step's bf16 weight."""
+
+    def wrap(copy: Callable[..., None]) -> Callable[..., None]:
+        def all_but_one(self: Any) -> None:
+            *_, stale = (p for group in self.float16_groups for p in group if p.shape[0] == OUTPUT_LAYER_ROWS)
+            before = stale.detach().clone()
+            copy(self)
+            stale.data.copy_(before)
+
+        return all_but_one
+
+    with around(Float16OptimizerWithFloat16Params, "_copy_main_params_to_model_params", wrap):
+        yield
+
+
+@bug("state.main *", "weight *", layout=TP2)
+def learning_rate_doubled_on_one_rank() -> Iterator[None]:
+    """Rank 1 updates its shards with twice the learning rate."""
+
+    def wrap(set_rate: Callable[..., float]) -> Callable[..., float]:
+        def doubled(config: Any, optimizer: Any, step: int) -> float:
+            rate = set_rate(config, optimizer, step)
+            for group in optimizer.param_groups:
+                group["lr"] *= 1 + tp_rank()
+            return rate
+
+        return doubled
+
+    with around(train, "set_learning_rate", wrap):
         yield
 
 

@@ -73,7 +73,7 @@ test-te: $(TE_VERSIONS:%=$(VENV)/te-%)
 	done
 	@echo "==> each patch left out, and the trainer, on Transformer Engine $(lastword $(TE_VERSIONS))"
 	@PYTHONPATH=$(VENV)/te-$(lastword $(TE_VERSIONS)) $(BIN)/python -m pytest -q -W ignore tests/test_te_ablation.py \
-	    tests/test_te_train.py
+	    tests/test_te_train.py tests/test_te_trace.py
 
 $(VENV)/te-%: $(READY)
 	@echo "==> unpacking Transformer Engine $*"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from tpcheck.trace.names import canonical
+from tpcheck.trace.names import canonical, norm_of
 from tpcheck.trace.noise import nudge, spawn
 from tpcheck.trace.parameters import Parameters
 from tpcheck.trace.rules import Batch, Rules
@@ -64,7 +64,9 @@ class Capture:
             for label, module in _labelled(model).items():
                 self._keep(module.register_forward_pre_hook(self._enter(label)))
                 if any(True for _ in module.parameters(recurse=False)):
-                    self._keep(module.register_forward_pre_hook(self._on_input(label), with_kwargs=True))
+                    # What goes into a fused norm and linear layer goes into its norm.
+                    entrance = norm_of(label) if hasattr(module, "layer_norm_weight") else label
+                    self._keep(module.register_forward_pre_hook(self._on_input(entrance), with_kwargs=True))
                 self._keep(module.register_forward_hook(self._on_output(label)))
             self._keep(model.register_forward_hook(self._finish))
         self._keep(register_optimizer_step_pre_hook(self._before_update))

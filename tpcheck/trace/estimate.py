@@ -13,8 +13,11 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tpcheck import result
 from tpcheck.config import parse_run
@@ -24,11 +27,12 @@ from tpcheck.trace.flips import turned
 from tpcheck.trace.metrics import Distance, distance
 from tpcheck.trace.reader import Key, Logical, Trace
 
-__all__ = ["SEEDS", "Estimate", "open_noise", "open_trace"]
+__all__ = ["GRADIENT_NORM", "ROUNDING", "SEEDS", "Estimate", "open_noise", "open_trace"]
 
 SEEDS = 3
 # Half a unit in the last place, relative: what storing a number in the dtype costs, whatever was computed.
 ROUNDING = {"bfloat16": 2.0**-9, "float16": 2.0**-12, "float32": 2.0**-24, "float64": 2.0**-53}
+GRADIENT_NORM = 64 * ROUNDING["float32"]
 
 
 class Estimate:
@@ -36,35 +40,48 @@ class Estimate:
 
     def __init__(self, reference: Trace, noise: Sequence[Trace]) -> None:
         self.reference, self.noise = reference, noise
+        self.known: dict[Key, Distance] = {}
 
     def __bool__(self) -> bool:
         return bool(self.noise)
 
     def of(self, key: Key, a: Logical) -> Distance:
         """How far rounding may take `a`, which is the reference's `key`."""
-        found = [Distance(0.0, 0.0)]
+        if key not in self.known:
+            found = [*self._nudged(key, a), self._least(key, a)]
+            if key.kind in ("weight", "state.main"):
+                found.append(self._turned(key, a))
+            self.known[key] = Distance(max(one.overall for one in found), max(one.peak for one in found))
+        return self.known[key]
+
+    def _nudged(self, key: Key, a: Logical) -> Iterator[Distance]:
         for trace in self.noise:
-            other = trace.logical(key) if key in trace.records else "missing"
-            if not isinstance(other, str) and other.bits.shape == a.bits.shape:
-                found.append(distance(a, other))
+            other = trace.logical_or_none(key)
+            if other is not None and other.bits.shape == a.bits.shape:
+                yield distance(a, other)
+
+    def _least(self, key: Key, a: Logical) -> Distance:
         least = ROUNDING.get(a.dtype, 0.0)
-        found.append(Distance(least, least))
-        if key.kind in ("weight", "state.main"):
-            found.append(self._turned(key, a))
-        return Distance(max(one.overall for one in found), max(one.peak for one in found))
+        if key.kind == "clip" or key.kind.startswith("state"):
+            # The gradient norm, by which all are scaled, is a float32 sum over everything, in an order of its own.
+            scaled = GRADIENT_NORM * (2 if key.kind.endswith("_sq") else 1)
+            all_of_it = distance(a, replace(a, bits=np.zeros_like(a.bits)))
+            return Distance(max(least, scaled), max(least, scaled * all_of_it.peak))
+        return Distance(least, least)
 
     def _turned(self, key: Key, a: Logical) -> Distance:
         """What nudged runs too few to show it may do to an updated weight."""
-        known = self.reference.records
+        records = self.reference.records
         before = [Key(key.step - 1, key.kind, key.name), Key(key.step, "start", key.name)]
         deciding = [Key(key.step, "state.exp_avg", key.name), Key(key.step, "grad", key.name)]
-        found = [next((one for one in ones if one in known), None) for ones in (before, deciding)]
-        if found[0] is None or found[1] is None:
+        earlier, average = (next((one for one in ones if one in records), None) for ones in (before, deciding))
+        if earlier is None or average is None:
             return Distance(0.0, 0.0)
-        w, m = self.reference.logical(found[0]), self.reference.logical(found[1])
-        if isinstance(w, str) or isinstance(m, str) or not a.bits.shape == w.bits.shape == m.bits.shape:
+        w, m = self.reference.logical_or_none(earlier), self.reference.logical_or_none(average)
+        if w is None or m is None or not a.bits.shape == w.bits.shape == m.bits.shape:
             return Distance(0.0, 0.0)
-        return turned(w.values(), a.values(), m.values(), self.of(found[1], m).overall)
+        now, past = turned(w.values(), a.values(), m.values(), self.of(average, m).overall), self.of(earlier, w)
+        return Distance(max(now.overall, past.overall), max(now.peak, past.peak))
 
 
 def open_trace(path: Path) -> Trace:

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tpcheck.trace.estimate import ROUNDING, Estimate
+from tpcheck.trace.estimate import GRADIENT_NORM, ROUNDING, Estimate
 from tpcheck.trace.metrics import Distance, Numbers, numbers
 from tpcheck.trace.mistakes import adds_up, explain
 from tpcheck.trace.names import layer_of
@@ -21,8 +21,9 @@ from tpcheck.trace.reader import Key, Logical, Trace
 __all__ = ["Comparison", "Row", "Verdict", "judge"]
 
 Verdict = Literal["identical", "rounding", "suspect", "unknown"]
-# Clean runs stay below 1 for most tensors and reach 3 to 4 for sums of few numbers that cancel; bugs begin at 20.
-SAFETY = 5.0
+# Over TP, DP, SP, recomputation and accumulation in both dtypes, clean runs reach 0.2 to 1.6 estimates; what silent
+# bugs do first is 10 estimates and more in bfloat16, 1000 and more in float32.
+SAFETY = 3.0
 FEW = 4.0  # an estimate from few numbers is itself uncertain: SAFETY grows by FEW / sqrt(how many numbers it is from)
 PEAK_SAFETY = 2.0  # a worst row varies more than a mean
 
@@ -165,7 +166,7 @@ class _Judge:
         if key.kind in ("start", "weight", "input", "mask") or key.kind.startswith("state"):
             return 0.0  # what is kept from step to step drifts apart for good
         if key.kind == "clip":
-            return 64 * ROUNDING["float32"]  # each rank works it out from its own shards
+            return GRADIENT_NORM  # each rank works it out from its own shards
         return self.estimate.of(key, x).overall if self.estimate else ROUNDING.get(x.dtype, 0.0)
 
     def _recomputed(self, key: Key) -> Row | None:

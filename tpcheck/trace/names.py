@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["canonical", "layer_of", "role_of"]
+__all__ = ["canonical", "layer_of", "norm_of", "role_of"]
 
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)(?:\.|$)")
 # Transformer Engine fuses a norm into the linear layer behind it.
@@ -26,6 +26,11 @@ def canonical(name: str) -> str:
     for pattern, replacement in FUSED_NORMS:
         name = pattern.sub(replacement, name)
     return name
+
+
+def norm_of(name: str) -> str:
+    """The norm that is fused into the linear layer `name`."""
+    return canonical(f"{name}.layer_norm_weight").removesuffix(".weight")
 
 
 def layer_of(name: str) -> int | None:

@@ -210,7 +210,7 @@ def _replicas(boxes: dict[Box, list[tuple[int, Array]]], dtype: str, shape: Inde
         (first, reference), *rest = held
         x = _numbers(reference, dtype)
         total[_slices(*place)] = x + np.sum([_numbers(array, dtype) for _, array in rest], axis=0)
-        others = tuple(rank for rank, array in rest if array.tobytes() != reference.tobytes())
+        others = tuple(sorted({rank for rank, array in rest if array.tobytes() != reference.tobytes()}))
         if others:
             norm = np.linalg.norm(x) or 1.0
             distance = max(float(np.linalg.norm(_numbers(array, dtype) - x) / norm) for _, array in rest)

@@ -215,6 +215,7 @@ def test_command_prints_draws_and_answers(tmp_path: Path, capsys: Any) -> None:
         (["gemm", "--size", "1000"], "--size 1000: use 1 to 256"),
         (["gemm", "--rows", "0"], "--rows 0: use 1 to 256"),
         (["all-reduce", "--tp", "2"], "all-reduce has no --tp"),
+        (["all-reduce", "--sp"], "all-reduce has no sequence parallelism"),
         (["gemm", "--draw", "tree.txt"], "pictures end in"),
     ],
 )

@@ -74,6 +74,8 @@ class Setting:
 
 def check(s: Setting) -> None:
     """Refuse what cannot be cut."""
+    if s.sp and s.target in ("gemm", "all-reduce"):
+        raise TpcheckError(f"{s.target} has no sequence parallelism: leave --sp out")
     cut: dict[str, tuple[str, int]] = {"gemm": ("columns", s.columns), "all-reduce": ("size", s.tp)}
     name, length = cut.get(s.target, ("size", s.size))
     parts = 2 * s.tp if s.target == "gated" else s.tp

@@ -194,3 +194,22 @@ def test_names() -> None:
     assert layer_of(fused) == 1
     assert layer_of("embedding.word_embeddings") is None
     assert role_of("decoder.layers.11.mlp") == "decoder.layers.*.mlp"
+
+
+def _fully_sharded(path: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 8)
+    model = fully_shard(Net(), mesh=init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",)))
+    _train(Path(path), model, x.chunk(dist.get_world_size())[dist.get_rank()])
+
+
+def test_fsdp_is_rounding_away_from_one_rank(tmp_path: Path) -> None:
+    on_ranks(1, _plain_or_ddp, str(tmp_path / "one"))
+    on_ranks(2, _fully_sharded, str(tmp_path / "fsdp"))
+    found = compare(tmp_path / "one", tmp_path / "fsdp")
+    assert found.verdict in ("identical", "rounding"), found.first
+    assert not found.unmapped
+    assert {"start", "grad", "state.exp_avg", "weight", "dout"} <= {row.key.kind for row in found.rows}

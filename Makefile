@@ -22,7 +22,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help venv demo test test-megatron test-te test-slurm te-coverage gpu lint bench clean distclean
+.PHONY: help venv demo test test-megatron test-te test-slurm te-coverage gpu lint bench silent-bugs clean distclean
 
 help:
 	@echo "make demo    train Qwen3 at TP=1/2/4/8, stock and patched; compare every bit; draw the picture"
@@ -33,6 +33,7 @@ help:
 	@echo "make test-slurm  the tests that start a real Slurm on this machine: two architectures, faults, accounting"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   what the patches cost, as ratios to stock"
+	@echo "make silent-bugs  dozens of silent bugs put into real runs, and whether tpcheck compare finds them"
 	@echo "make venv    only set up $(VENV) (the others do it when needed)"
 	@echo "make clean   remove caches and the demo's results; distclean also $(VENV)"
 
@@ -88,7 +89,7 @@ test-te: $(TE_VERSIONS:%=$(VENV)/te-%)
 	done
 	@echo "==> each patch left out, and the trainer, on Transformer Engine $(lastword $(TE_VERSIONS))"
 	@PYTHONPATH=$(VENV)/te-$(lastword $(TE_VERSIONS)) $(PYTEST) -q -W ignore tests/test_te_ablation.py \
-	    tests/test_te_train.py
+	    tests/test_te_train.py tests/test_te_trace.py
 
 # Each rank of every test counts; forwards that the patches replace run in the stock tests.
 te-coverage: $(VENV)/te-$(lastword $(TE_VERSIONS))
@@ -120,6 +121,10 @@ lint: $(READY)
 bench: $(READY)
 	@echo "==> benchmarks"
 	@$(BIN)/python tests/bench.py
+
+silent-bugs: $(READY)
+	@echo "==> silent bugs: minutes; writes results/silent_bugs"
+	@cd tests && PYTHONPATH=.. OMP_NUM_THREADS=1 $(abspath $(BIN))/python -W ignore -m silent_bugs
 
 clean:
 	@echo "==> removing caches and results/qwen3-tiny-cpu"

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import bench_hash
 import torch
@@ -20,7 +21,7 @@ from rich.table import Table
 
 from patches.order.exact import exact_product
 from patches.order.tree import tree_of_products
-from tpcheck.config import load_run
+from tpcheck.config import load_run, parse_run
 from tpcheck.launch import launch
 
 STEPS = 12
@@ -33,6 +34,7 @@ def main() -> None:
     console = Console()
     console.print(_steps())
     console.print(_products())
+    console.print(_tracing())
     bench_hash.main()
 
 
@@ -56,6 +58,40 @@ def _step_seconds(strategy: str, tp: int) -> float:
             raise SystemExit(f"{strategy} at TP={tp} failed:\n{(output / 'log.txt').read_text()[-2000:]}")
         steps = [json.loads(line) for line in (output / "steps.jsonl").read_text().splitlines()]
     return statistics.median(step["seconds"] for step in steps[2:])
+
+
+def _tracing() -> Table:
+    """What recording every module's outputs costs, and everything; where nothing is recorded, the hooks alone."""
+    table = Table(title="tracing qwen3-tiny bf16, stock, each against the same run without")
+    for column in ("TP", "recorded", "ms per step", "ratio", "MiB per step"):
+        table.add_column(column, justify="right")
+    asked: dict[str, dict[str, Any] | None] = {
+        "nothing, no hooks": None,
+        "nothing": {"steps": [STEPS]},
+        "outputs": {"steps": list(range(STEPS)), "kinds": ["out"]},
+        "outputs, sample=8": {"steps": list(range(STEPS)), "kinds": ["out"], "sample": 8},
+        "everything": {"steps": list(range(STEPS))},
+    }
+    for tp in (1, 2):
+        plain = 0.0
+        for label, trace in asked.items():
+            seconds, size = _traced_seconds(tp, trace)
+            plain = plain or seconds
+            table.add_row(
+                str(tp), label, f"{seconds * 1e3:.0f}", f"{seconds / plain:.2f}", f"{size / STEPS / 2**20:.1f}"
+            )
+    return table
+
+
+def _traced_seconds(tp: int, trace: dict[str, Any] | None) -> tuple[float, int]:
+    """Median seconds of a step, and bytes on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"model": "qwen3-tiny", "strategy": "stock", "steps": STEPS, "tp": tp, "output": f"{folder}/run"}
+        if launch(parse_run({**settings, "trace": trace})):
+            raise SystemExit(Path(folder, "run/log.txt").read_text()[-2000:])
+        steps = [json.loads(line) for line in Path(folder, "run/steps.jsonl").read_text().splitlines()]
+        size = sum(file.stat().st_size for file in Path(folder, "run").glob("trace/*/*"))
+    return statistics.median(step["seconds"] for step in steps[2:]), size
 
 
 def _products() -> Table:

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,6 +22,7 @@ from tpcheck.errors import TpcheckError
 __all__ = ["main"]
 
 BAD_INPUT, BUG, INTERRUPTED, PIPE_CLOSED = 2, 70, 130, 141
+ORDER_TARGETS = ["row-parallel", "column-parallel", "gated", "norm", "gemm", "all-reduce"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,6 +97,43 @@ def diff(a: Path, b: Path, show_all: bool, as_json: bool) -> int:
     from tpcheck.difftext import command
 
     return command(a, b, show_all=show_all, as_json=as_json)
+
+
+@tpcheck.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--seeds", type=click.IntRange(1, 99), default=3, show_default=True, help="How many nudged runs of A.")
+@click.option("--report", type=click.Path(path_type=Path), help="Write an HTML page with pictures to this file.")
+@click.option("--all", "show_all", is_flag=True, help="Show every tensor, not only the telling ones.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def compare(a: Path, b: Path, seeds: int, report: Path | None, show_all: bool, as_json: bool) -> int:
+    """Judge the traced run B by A, module by module: 0 identical or rounding, 1 suspect, 2 can't tell."""
+    from tpcheck.trace.compare import command
+
+    return command(a, b, seeds=seeds, show_all=show_all, as_json=as_json, report=report)
+
+
+@tpcheck.command()
+@click.argument("target", type=click.Choice(ORDER_TARGETS))
+@click.option("--strategy", type=click.Choice(["stock", "tree", "gather"]), default="stock", show_default=True)
+@click.option("--tp", help="Tensor-parallel sizes to compare.  [default: 1,2,4,8]")
+@click.option("--size", type=int, help="Summands, 32 if not given; of all-reduce, ranks, 4 if not given.")
+@click.option("--rows", default=8, show_default=True, help="Tokens of the result.")
+@click.option("--columns", default=8, show_default=True, help="Features of the result.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@click.option("--sp", is_flag=True, help="Sequence parallelism; norm has it always.")
+@click.option("--threads", default=1, show_default=True, help="Threads of every rank.")
+@click.option("--draw", type=click.Path(path_type=Path), help="Draw the trees to this .svg, .png or .pdf.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def order(target: str, draw: Path | None, as_json: bool, **options: Any) -> int:
+    """Reveal in which order TARGET adds its summands: 0 the same everywhere, 1 not, 2 can't tell.
+
+    Targets: row-parallel (forward), column-parallel and gated (input gradients; gated: a SwiGLU's first layer), norm
+    (gamma's gradient), gemm (a local product as TP narrows it), all-reduce.
+    """
+    from tpcheck.ordertext import command
+
+    return command(target, draw=draw, as_json=as_json, **options)
 
 
 @tpcheck.command()

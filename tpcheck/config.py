@@ -17,7 +17,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tpcheck.errors import TpcheckError
 from tpcheck.presets import PRESETS
 
-__all__ = ["DataConfig", "ModelConfig", "OptimizerConfig", "RunConfig", "check", "load_run", "parse_run"]
+__all__ = [
+    "DataConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "TraceConfig",
+    "check",
+    "load_run",
+    "parse_run",
+]
 
 VOCAB_MULTIPLE = 128  # never a function of the tensor-parallel size
 
@@ -88,6 +97,18 @@ class OptimizerConfig(Section):
     clip_grad: float = Field(1.0, ge=0)
 
 
+class TraceConfig(Section):
+    """What `tpcheck.trace` records of the run, into `trace` in its output; steps are counted from 0."""
+
+    steps: list[int] = Field(min_length=1)
+    modules: list[str] = Field(default=["*"], min_length=1)
+    kinds: list[
+        Literal["start", "input", "out", "mask", "again", "dout", "din", "grad", "clip", "weight", "state"]
+    ] = []
+    sample: int = Field(1, gt=0)
+    perturb: int = Field(0, ge=0)
+
+
 class RunConfig(Section):
     """One training run. Everything that its bits may depend on stands here."""
 
@@ -111,6 +132,7 @@ class RunConfig(Section):
     threads: int = Field(1, gt=0)  # torch threads per rank on CPU
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    trace: TraceConfig | None = None
     checkpoint_every: int = Field(0, ge=0)  # 0: only at the end
     output: str = "results/run"
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from tpcheck.unpickle import ITEMSIZE
 
-__all__ = ["Difference", "compare"]
+__all__ = ["FLOATS", "Difference", "compare", "values"]
 
 Array = npt.NDArray[Any]
 PIECE = 4 << 20  # bytes compared at a time
@@ -76,7 +76,7 @@ def _side_by_side(a: Iterator[memoryview], b: Iterator[memoryview]) -> Iterator[
 
 
 def _floats(x_bits: Array, y_bits: Array, dtype: str) -> Difference:
-    x, y = _values(x_bits, dtype), _values(y_bits, dtype)
+    x, y = values(x_bits, dtype), values(y_bits, dtype)
     numbers = ~(np.isnan(x) | np.isnan(y))
     nan = int(len(x) - numbers.sum())
     if nan == len(x):
@@ -86,7 +86,8 @@ def _floats(x_bits: Array, y_bits: Array, dtype: str) -> Difference:
     return Difference(len(x), nan, max_abs, int(_ulps(x_bits[numbers], y_bits[numbers]).max()))
 
 
-def _values(bits: Array, dtype: str) -> Array:
+def values(bits: Array, dtype: str) -> Array:
+    """The numbers, as float64, that unsigned integers are the bits of; `dtype` is one of `FLOATS`."""
     if dtype == "bfloat16":
         bits = bits.astype("<u4") << np.uint32(16)
     return bits.view(FLOATS[dtype]).astype(np.float64)

@@ -34,6 +34,7 @@ MAY_CHANGE = {
     "threads",
     "steps",
     "stop_after",
+    "trace",
     "checkpoint_every",
     "output",
 }

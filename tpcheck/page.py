@@ -11,7 +11,7 @@ from tpcheck import plot
 from tpcheck.cells import Sweep
 from tpcheck.verdict import Verdict
 
-__all__ = ["PAGE", "PICTURE", "write"]
+__all__ = ["PAGE", "PICTURE", "document", "image", "table", "write"]
 
 PICTURE, PAGE = "loss.png", "index.html"
 
@@ -51,11 +51,30 @@ def _subtitle(sweep: Sweep) -> str:
     return f"{sweep.name}: {', '.join(facts)}"
 
 
+def document(title: str, body: str, style: str = "") -> str:
+    """A whole page that needs no other file."""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{STYLE}{style}</style></head><body>
+<h1>{escape(title)}</h1>
+{body}
+</body></html>
+"""
+
+
+def image(png: bytes, alt: str) -> str:
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], code: bool = False) -> str:
+    head = "".join(f"<th>{heading}</th>" for heading in headings)
+    mark = "<td><code>{}</code></td>" if code else "<td>{}</td>"
+    body = "".join("<tr>" + "".join(mark.format(escape(value)) for value in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
 def _page(sweep: Sweep, verdict: Verdict, picture: Path | None) -> str:
-    image = ""
-    if picture:
-        data = base64.b64encode(picture.read_bytes()).decode()
-        image = f'<img alt="distance of the losses from the reference, by step" src="data:image/png;base64,{data}">'
+    drawn = image(picture.read_bytes(), "distance of the losses from the reference, by step") if picture else ""
     mood = {0: "held", 1: "broken"}.get(verdict.exit_code, "")
     details = f"<pre>{escape(chr(10).join(verdict.details()))}</pre>" if verdict.details() else ""
     cells = [
@@ -63,22 +82,12 @@ def _page(sweep: Sweep, verdict: Verdict, picture: Path | None) -> str:
         for group in verdict.groups
         for name, digests in group.cells.items()
     ]
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{escape(sweep.name)}</title><style>{STYLE}</style></head><body>
-<h1>{escape(sweep.name)}</h1>
-<p class="verdict {mood}">{escape(verdict.sentence())}</p>{details}
-{image}
+    return document(
+        sweep.name,
+        f"""<p class="verdict {mood}">{escape(verdict.sentence())}</p>{details}
+{drawn}
 <h2>Groups: cells that differ only in what must not matter</h2>
-{_table(("group", "cells", "model", "optimizer", "verdict"), verdict.rows())}
+{table(("group", "cells", "model", "optimizer", "verdict"), verdict.rows())}
 <h2>Digests of every cell</h2>
-{_table(("cell", "model", "optimizer"), cells, code=True)}
-</body></html>
-"""
-
-
-def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]], code: bool = False) -> str:
-    head = "".join(f"<th>{heading}</th>" for heading in headings)
-    mark = "<td><code>{}</code></td>" if code else "<td>{}</td>"
-    body = "".join("<tr>" + "".join(mark.format(escape(value)) for value in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+{table(("cell", "model", "optimizer"), cells, code=True)}""",
+    )

@@ -29,7 +29,7 @@ from matplotlib.ticker import MaxNLocator
 from tpcheck import result
 from tpcheck.cells import Cell, Sweep, label
 
-__all__ = ["Curve", "curves", "draw"]
+__all__ = ["COLOURS", "FAINT", "INK", "Curve", "curves", "draw"]
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

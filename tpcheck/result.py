@@ -20,6 +20,7 @@ from typing import Any
 from tpcheck.errors import TpcheckError
 
 __all__ = [
+    "CHECKPOINTS",
     "DIGESTS",
     "FORMAT",
     "MANIFEST",

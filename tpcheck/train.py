@@ -23,6 +23,7 @@ from megatron.core import parallel_state
 from tpcheck import ending, manifest, result, saving
 from tpcheck.config import RunConfig
 from tpcheck.data import Source, open_data, rank_batches
+from tpcheck.errors import TpcheckError
 from tpcheck.model import (
     attention_backend,
     build_model,
@@ -32,6 +33,7 @@ from tpcheck.model import (
     train_step,
 )
 from tpcheck.progress import Steps
+from tpcheck.trace import TRACE, trace
 
 __all__ = ["Stop", "enable_patches", "process_group", "train"]
 
@@ -55,7 +57,7 @@ def train(
         main = dist.get_rank() == 0
         if main:
             _prepare_output(output, manifest.describe(config, data, patched), step)
-        with Steps(display if main else None, step, config.steps) as steps:
+        with traced(config, ddp, step), Steps(display if main else None, step, config.steps) as steps:
             if step:
                 steps.say(f"going on from step {step}")
             while step < config.steps:
@@ -93,6 +95,17 @@ def enable_patches(config: RunConfig) -> list[dict[str, Any]]:
     else:
         patches.enable(strategy=config.strategy, leaves=config.leaves)
     return [dataclasses.asdict(row) for row in patches.status()]
+
+
+def traced(config: RunConfig, model: torch.nn.Module, step: int) -> contextlib.AbstractContextManager[None]:
+    """The recording of the steps that the run file names, into `trace` in the output."""
+    if config.trace is None:
+        return contextlib.nullcontext()
+    if step:
+        raise TpcheckError(
+            f"a trace begins with its run, this one goes on from step {step}: start one anew, or trace=null"
+        )
+    return trace(Path(config.output, TRACE), model, **config.trace.model_dump())
 
 
 @contextlib.contextmanager

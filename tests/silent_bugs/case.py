@@ -1,0 +1,102 @@
+"""What a case of the benchmark is, and the means by which bugs change megatron-core for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.core import parallel_state
+
+__all__ = ["BUGS", "GPT2", "QWEN3", "Bug", "Clean", "around", "bug", "during", "replaced", "tp_rank", "tp_size"]
+
+QWEN3 = {"preset": "qwen3-tiny", "hidden_size": 64, "head_dim": 8, "ffn_hidden_size": 72}
+GPT2 = {"preset": "gpt2-124m", "num_layers": 2, "hidden_size": 64, "num_attention_heads": 8, "num_query_groups": 8,
+        "head_dim": 8, "ffn_hidden_size": 136, "vocab_size": 257, "max_positions": 64}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Clean:
+    """A run in another layout, with nothing wrong. `settings` are the reference's too, which has one rank."""
+
+    name: str
+    layout: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bug(Clean):
+    """A clean run with a bug in it.
+
+    Attributes:
+        suspects: patterns, as the shell has them, of "<kind> <module>" that are right to be named first: where the
+            bug is, or what consumes its result directly.
+        sentence: what is wrong.
+        source: a public report of a bug like it; empty where there is none.
+    """
+
+    inject: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    suspects: tuple[str, ...] = ()
+    sentence: str = ""
+    source: str = ""
+
+
+BUGS: dict[str, Bug] = {}
+
+
+def bug(
+    *suspects: str, layout: dict[str, Any], source: str = "", **settings: Any
+) -> Callable[[Callable[[], Iterator[None]]], Callable[[], contextlib.AbstractContextManager[None]]]:
+    """Enter a generator, which injects and takes back, into `BUGS`; its docstring is the sentence."""
+
+    def enter(generator: Callable[[], Iterator[None]]) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        inject = contextlib.contextmanager(generator)
+        name = generator.__name__.replace("_", " ")
+        sentence = inspect.getdoc(generator) or ""
+        BUGS[name] = Bug(name, layout, settings, inject, suspects, sentence, source)
+        return inject
+
+    return enter
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner.name` is `value` meanwhile, and then the very object that it was."""
+    owned = name in vars(owner)
+    before = inspect.getattr_static(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before) if owned else delattr(owner, name)
+
+
+def around(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Any:
+    """`owner.name` is `wrap(owner.name)` meanwhile, and a static method if it was one."""
+    static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+    wrapped = functools.wraps(getattr(owner, name))(wrap(getattr(owner, name)))
+    return replaced(owner, name, staticmethod(wrapped) if static else wrapped)
+
+
+def during(owner: Any, name: str, target: Any, attribute: str, value: Any) -> Any:
+    """While `owner.name` runs, and only then, `target.attribute` is `value`."""
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with replaced(target, attribute, value):
+                return original(*args, **kwargs)
+
+        return call
+
+    return around(owner, name, wrap)
+
+
+def tp_rank() -> int:
+    return parallel_state.get_tensor_model_parallel_rank()
+
+
+def tp_size() -> int:
+    return parallel_state.get_tensor_model_parallel_world_size()

@@ -1,0 +1,121 @@
+"""`tpcheck order`: one sum at several TP sizes, its accumulation trees on the terminal, as JSON or drawn.
+
+Which element of the result is looked at may make a difference too: the answer is "equal" when one tree is behind all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tpcheck.errors import TpcheckError
+from tpcheck.order import MOST, Tree, formula, to_lists
+
+if TYPE_CHECKING:
+    from tpcheck.ordertargets import Setting
+
+__all__ = ["Order", "command", "orders"]
+
+FORMATS = (".svg", ".png", ".pdf")
+LAYER_SIZES, LAYER_SUMMANDS, RANKS = "1,2,4,8", 32, 4
+
+
+@dataclass(frozen=True)
+class Order:
+    """One tree, and the places where it was found."""
+
+    tree: Tree
+    places: str
+
+
+def command(target: str, tp: str | None, size: int | None, *, draw: Path | None, as_json: bool, **options: Any) -> int:
+    """Reveal, print, draw; the arguments are those of the command line."""
+    if draw is not None and draw.suffix not in FORMATS:
+        raise TpcheckError(f"{draw}: pictures end in {', '.join(FORMATS)}")
+    if target == "all-reduce" and tp is not None:
+        raise TpcheckError("all-reduce has no --tp: its ranks are its summands, --size")
+    tp = tp or ("1" if target == "all-reduce" else LAYER_SIZES)
+    size = size or (RANKS if target == "all-reduce" else LAYER_SUMMANDS)
+    for name, number in {"size": size, **options}.items():
+        if isinstance(number, int) and not isinstance(number, bool) and not 1 <= number <= MOST:
+            raise TpcheckError(f"--{name} {number}: use 1 to {MOST}")
+    with warnings.catch_warnings():  # megatron-core's, that neither Apex nor Transformer Engine is installed
+        warnings.simplefilter("ignore")
+        from tpcheck.ordertargets import Setting
+
+        settings = [Setting(target=target, tp=t, size=size, **options) for t in _sizes(tp)]
+        found = orders(settings)
+    if as_json:
+        described = [{"places": order.places, "tree": to_lists(order.tree)} for order in found]
+        print(json.dumps({**dataclasses.asdict(settings[0]), "tp": tp, "equal": len(found) == 1, "orders": described}))
+    else:
+        print("\n".join(_lines(settings[0], found)))
+    if draw is not None:
+        from tpcheck.orderplot import draw_orders
+
+        draw_orders(found, title(settings[0]), draw)
+    return 0 if len(found) == 1 else 1
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise TpcheckError(f"--tp {text}: use sizes separated by commas, as in {LAYER_SIZES}")
+    return sizes
+
+
+def orders(settings: Sequence[Setting]) -> list[Order]:
+    """The different trees behind `settings`, in the order in which they are met."""
+    from tpcheck.ordertargets import check, trees
+
+    for setting in settings:
+        check(setting)
+    found: dict[Tree, dict[int, list[int]]] = {}
+    elements = 0
+    for setting in settings:
+        revealed = trees(setting)
+        elements = len(revealed)
+        for element, tree in enumerate(revealed):
+            found.setdefault(tree, {}).setdefault(setting.tp, []).append(element)
+    return [Order(tree, _places(by_tp, elements, settings[0].target)) for tree, by_tp in found.items()]
+
+
+def _places(by_tp: dict[int, list[int]], elements: int, target: str) -> str:
+    if target == "all-reduce":
+        (where,) = by_tp.values()
+        return "every element" if len(where) == elements else f"elements {', '.join(map(str, where))}"
+    every = [str(tp) for tp, where in by_tp.items() if len(where) == elements]
+    some = [f"TP={tp}, {'last' if where[0] else 'first'} element" for tp, where in by_tp.items() if len(where) == 1]
+    return "; ".join([f"TP={', '.join(every)}"] * bool(every) + some)
+
+
+def title(setting: Setting) -> str:
+    what = {
+        "row-parallel": "forward of a row-parallel layer, summed over features",
+        "column-parallel": "input gradient of a column-parallel layer, summed over output features",
+        "gated": "input gradient of a SwiGLU's first layer, summed over output features [gate | up]",
+        "norm": "gamma's gradient of an RMSNorm, summed over tokens",
+        "gemm": "a rank's own product, summed over features",
+        "all-reduce": "all-reduce, summed over ranks",
+    }[setting.target]
+    sp = ", sequence-parallel" if setting.sp or setting.target == "norm" else ""
+    return f"{what}: {setting.size} summands, {setting.strategy}, {setting.dtype}{sp}"
+
+
+def _lines(setting: Setting, found: Sequence[Order]) -> Iterator[str]:
+    yield title(setting)
+    for order in found:
+        yield f"{order.places}:"
+        yield f"  {formula(order.tree)}"
+    if len(found) == 1:
+        yield "equal: one order everywhere"
+    else:
+        yield f"different: {len(found)} orders"

@@ -1,0 +1,283 @@
+"""Hooks that see a training step go by and record it.
+
+    model's input ─► start (weights) ─► out (modules' outputs) ─► dout, din (their gradients) ─► grad (parameters')
+       step ends ◄─ weight, state.* ◄─ optimizer steps ◄─ clip ◄──────────────────────────────────────┘
+
+A step ends when the model runs forward after an optimizer has stepped, or when the trace is closed; so nothing in
+the training loop has to tell. A module that runs while the model does not is recomputing: `again`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from tpcheck.trace.names import canonical, norm_of
+from tpcheck.trace.noise import nudge, spawn
+from tpcheck.trace.parameters import Parameters
+from tpcheck.trace.rules import Batch, Rules
+from tpcheck.trace.shards import Shards, whole
+from tpcheck.trace.store import Writer
+
+__all__ = ["Capture"]
+
+Handle = Any  # torch's removable handles have no common public type
+
+
+class Capture:
+    """The hooks on one rank's models. `close` takes them off again and ends the last step."""
+
+    def __init__(self, models: list[torch.nn.Module], rules: Rules, writer: Writer, options: Any) -> None:
+        self.models, self.rules, self.writer, self.options = models, rules, writer, options
+        self.step, self.microbatch, self.updated, self.graded = 0, -1, False, False
+        self.running = self.evaluating = False
+        self.batch = Batch(0, 0, 0)
+        self.recorded: list[int] = []
+        self.inside: list[str] = []  # modules that are running, the innermost last
+        self.calls: Counter[tuple[str, str]] = Counter()
+        self.parameters = Parameters(models, rules, self._record, options.perturb)
+        self.undo: list[Callable[[], None]] = []
+        self._hook()
+
+    @property
+    def wanted(self) -> bool:
+        return not self.evaluating and (self.options.steps is None or self.step in self.options.steps)
+
+    def close(self) -> None:
+        self.unhook()
+        if self.updated:
+            self._end_step()
+
+    def unhook(self) -> None:
+        while self.undo:
+            self.undo.pop()()
+
+    def _hook(self) -> None:
+        for model in self.models:
+            self._keep(model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
+            for label, module in _labelled(model).items():
+                self._keep(module.register_forward_pre_hook(self._enter(label)))
+                if any(True for _ in module.parameters(recurse=False)):
+                    # What goes into a fused norm and linear layer goes into its norm.
+                    entrance = norm_of(label) if hasattr(module, "layer_norm_weight") else label
+                    self._keep(module.register_forward_pre_hook(self._on_input(entrance), with_kwargs=True))
+                self._keep(module.register_forward_hook(self._on_output(label)))
+            self._keep(model.register_forward_hook(self._finish))
+        self._keep(register_optimizer_step_pre_hook(self._before_update))
+        self._keep(register_optimizer_step_post_hook(self._after_update))
+        self._wrap_finalize()
+        self._watch_dropout()
+
+    def _keep(self, handle: Handle) -> None:
+        self.undo.append(handle.remove)
+
+    def _wrap_finalize(self) -> None:
+        """Gradients are whole and not yet clipped when Megatron's schedule has finalized them."""
+        config = self.rules.config
+        original = getattr(config, "finalize_model_grads_func", None)
+        if original is None:
+            return
+
+        def finalize(*args: Any, **kwargs: Any) -> Any:
+            answer = original(*args, **kwargs)
+            self._gradients()
+            return answer
+
+        config.finalize_model_grads_func = finalize
+        self.undo.append(lambda: setattr(config, "finalize_model_grads_func", original))
+
+    def _begin(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.evaluating = not torch.is_grad_enabled()
+        if self.evaluating:
+            return
+        if model is self.models[0]:
+            if self.updated:
+                self._end_step()
+            self.microbatch += 1
+            self.calls.clear()
+            inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            sides = next((tuple(value.shape[:2]) for value in inputs if value.dim() >= 2), (0, 0))
+            self.batch = Batch(self.microbatch, *sides)
+            if self.wanted and not self.writer.records:
+                self.parameters.start()
+            if self.wanted:
+                self.recorded += [self.step] if self.microbatch == 0 else []
+                self._inputs(args, kwargs)
+        self.running = True
+
+    def _finish(self, model: torch.nn.Module, args: Any, output: Any) -> None:
+        self.running = self.evaluating = False
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for key, value in (*enumerate(args), *kwargs.items()):
+            if isinstance(value, torch.Tensor) and value.dim() >= 2 and not value.dtype.is_floating_point:
+                index = self.batch.number * self.rules.grid.dp + self.rules.grid.dp_rank
+                self._record("input", f"input {key}", whole(value).batch(0, index))
+
+    def _watch_dropout(self) -> None:
+        """Record what dropout drops: whatever follows can be compared only where both runs drop the same."""
+        original = torch.nn.functional.dropout
+
+        def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+            before = input.detach() != 0
+            answer = original(input, p, training, inplace)
+            if p and training and self.running and self.wanted:
+                name = f"{self.inside[-1] if self.inside else 'model'} dropout"
+                shards = self.rules.hidden(before & (answer.detach() == 0), self.batch)
+                self._record("mask", name, shards, self.batch, self._call("mask", name))
+            return answer
+
+        torch.nn.functional.dropout = dropout
+        self.undo.append(lambda: setattr(torch.nn.functional, "dropout", original))
+
+    def _enter(self, label: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: Any) -> None:
+            self.inside.append(label)
+
+        return hook
+
+    def _on_output(self, label: str) -> Callable[..., Any]:
+        def hook(module: torch.nn.Module, args: Any, output: Any) -> Any:
+            if self.inside:
+                self.inside.pop()
+            if not self.wanted or self.microbatch < 0:
+                return None
+            return _replaced(output, lambda index, x: self._output(f"{label}{index}", module, x))
+
+        return hook
+
+    def _output(self, name: str, module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if getattr(x, "_tpcheck", None) is self.batch:
+            return x  # a child's output, handed on
+        kind = "out" if self.running else "again"
+        call = self._call(kind, name)
+        seed = (self.step, self.microbatch, name, call)
+        if self.options.perturb:
+            # Recomputation makes the same nudge, as it would make the same rounding.
+            x = _Nudge.apply(x, spawn(self.options.perturb, *seed))
+        batch = self.batch
+        shards = self.rules.output(name, module, x, batch)
+        self._record(kind, name, shards, batch, call)
+        if x.requires_grad and torch.is_grad_enabled():
+            x.register_hook(self._gradient_recorder("dout", name, module, batch, call))
+        x._tpcheck = batch  # type: ignore[attr-defined]
+        return x
+
+    def _on_input(self, label: str) -> Callable[..., Any]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x = args[0] if args else None
+            if not (self.wanted and isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled()):
+                return None
+            call = self._call("din", label)
+            record = self._gradient_recorder("din", label, module, self.batch, call)
+            return (_Watch.apply(x, record), *args[1:]), kwargs
+
+        return hook
+
+    def _gradient_recorder(
+        self, kind: str, name: str, module: torch.nn.Module, batch: Batch, call: int
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        cut = self.rules.output if kind == "dout" else self.rules.input
+
+        def record(gradient: torch.Tensor) -> torch.Tensor:
+            if self.options.perturb:
+                seed = (self.step, batch.number, kind, name, call)
+                gradient = nudge(gradient, spawn(self.options.perturb, *seed))
+            shards = cut(name, module, gradient, batch)
+            self._record(kind, name, shards, batch, call, self.rules.grid.gradients)
+            return gradient
+
+        return record
+
+    def _call(self, kind: str, name: str) -> int:
+        """How often this has happened before in this microbatch."""
+        self.calls[kind, name] += 1
+        return self.calls[kind, name] - 1
+
+    def _gradients(self) -> None:
+        if self.wanted and not self.graded and self.microbatch >= 0:
+            self.parameters.gradients(self.step)
+        self.graded = True
+
+    def _before_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self.microbatch < 0 or not self.parameters.owns(optimizer):
+            return
+        self._gradients()
+        if self.wanted:
+            self.parameters.clip(optimizer)
+
+    def _after_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.updated |= self.microbatch >= 0 and self.parameters.owns(optimizer)
+
+    def _end_step(self) -> None:
+        if self.wanted:
+            self.parameters.after_update()
+        self.step, self.microbatch, self.updated, self.graded = self.step + 1, -1, False, False
+
+    def _record(
+        self, kind: str, name: str, shards: Shards, batch: Batch | None = None, call: int = 0, scale: float = 1.0
+    ) -> None:
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.options.modules):
+            return
+        if self.options.kinds and kind.partition(".")[0] not in self.options.kinds:
+            return
+        record = {"kind": kind, "name": f"{name}#{call}" if call else name, "step": self.step}
+        if batch is not None:
+            record["microbatch"] = batch.number * self.rules.grid.dp + self.rules.grid.dp_rank
+        self.writer.add(record, replace(shards, scale=scale).every(self.options.sample))
+
+
+def _labelled(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Modules by canonical name; of several that share one, as wrappers do with what they wrap, the innermost."""
+    return {canonical(name) or "model": module for name, module in model.named_modules()}
+
+
+def _replaced(output: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:
+    """`output` with its floating-point tensors changed; the first is called "", the second "[1]" and so on."""
+    numbers: Iterator[int] = iter(range(1 << 30))
+
+    def inner(value: Any) -> Any:
+        if isinstance(value, torch.nn.Parameter):
+            return value
+        if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
+            number = next(numbers)
+            return change(f"[{number}]" if number else "", value)
+        if type(value) in (tuple, list):
+            return type(value)([inner(item) for item in value])
+        if isinstance(value, dict):  # Hugging Face's outputs are dictionaries that also have attributes
+            for key in list(value):
+                value[key] = inner(value[key])
+        return value
+
+    return inner(output)
+
+
+class _Watch(torch.autograd.Function):
+    """The identity; hands the gradient of a module's input to `record`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, record: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        ctx.record = record
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.record(gradient), None
+
+
+class _Nudge(torch.autograd.Function):
+    """A rounding in the forward direction; the gradient passes as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return nudge(x, generator)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None

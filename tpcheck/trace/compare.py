@@ -1,0 +1,105 @@
+"""`tpcheck compare A B`: is what differs between two traced runs rounding, or a bug, and in which module?
+
+A is the reference. Exit codes: 0 identical or nothing but rounding, 1 suspect, 2 can't tell: it differs, and there is
+no estimate of what rounding may do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from tpcheck.errors import TpcheckError
+from tpcheck.trace.estimate import SEEDS, Estimate, open_noise, open_trace
+from tpcheck.trace.judge import Comparison, Row, judge
+from tpcheck.trace.reader import Trace
+
+__all__ = ["EXIT_CODES", "command", "compare", "to_json"]
+
+EXIT_CODES = {"identical": 0, "rounding": 0, "suspect": 1, "unknown": 2}
+
+
+def compare(a: Path, b: Path, seeds: int = SEEDS) -> Comparison:
+    """Judge the trace B by the trace A; each is a run with a trace, or a trace.
+
+    Where A is a run of `tpcheck train`, its nudged runs are made if they are missing; a bare trace is expected to
+    have them beside its ranks, as `noise-1`, `noise-2` …
+    """
+    left, right = open_trace(a), open_trace(b)
+    _require_comparable(left, right)
+    return judge(left, right, Estimate(left, open_noise(a, left, seeds)))
+
+
+def command(a: Path, b: Path, *, seeds: int, show_all: bool, as_json: bool, report: Path | None) -> int:
+    from tpcheck.trace.text import lines
+
+    comparison = compare(a, b, seeds)
+    if report is not None:
+        from tpcheck.trace.report import write
+
+        write(comparison, a, b, report)
+    if as_json:
+        print(json.dumps(to_json(comparison), indent=1))
+    else:
+        print("\n".join(lines(comparison, show_all=show_all)))
+        if report is not None:
+            print(f"report  {report}")
+    return EXIT_CODES[comparison.verdict]
+
+
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    """Everything found; infinities, which JSON does not have, as null."""
+    return {
+        "verdict": comparison.verdict,
+        "first_suspect": _row(comparison.first) if comparison.first else None,
+        "first_difference": _row(comparison.first_difference) if comparison.first_difference else None,
+        "a": {"path": str(comparison.a.path), "tp": comparison.a.tp, "dp": comparison.a.dp},
+        "b": {"path": str(comparison.b.path), "tp": comparison.b.tp, "dp": comparison.b.dp},
+        "unmapped": comparison.unmapped,
+        "tensors": [_row(row) for row in comparison.rows],
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    flat = {
+        **row.key._asdict(),
+        "layer": row.layer,
+        "verdict": row.verdict,
+        "why": row.why,
+        "dtype": row.dtype,
+        "shape": list(row.shape),
+        **dataclasses.asdict(row.numbers),
+        "estimate": row.estimate.overall if row.estimate else None,
+        "excess": row.excess,
+    }
+    return {key: None if value in (float("inf"), float("-inf")) else value for key, value in flat.items()}
+
+
+def _require_comparable(a: Trace, b: Trace) -> None:
+    if a.dtype != b.dtype:
+        raise TpcheckError(f"A computes in {a.dtype}, B in {b.dtype}: trace both in the same dtype")
+    if a.sample != b.sample:
+        raise TpcheckError(f"A keeps every {a.sample}th index, B every {b.sample}th: trace both with the same sample")
+    if not set(a.steps) & set(b.steps):
+        raise TpcheckError(f"A has steps {a.steps}, B has {b.steps}: trace a step that both have")
+    shapes = [_parameters(trace) for trace in (a, b)]
+    common = shapes[0].keys() & shapes[1].keys()
+    if shapes[0] and shapes[1] and not common:
+        raise TpcheckError(
+            f"no parameter has the same name in both: {min(shapes[0])} in A, {min(shapes[1])} in B: different models"
+        )
+    for name in sorted(common):
+        if shapes[0][name] != shapes[1][name]:
+            raise TpcheckError(
+                f"different models: {name} is {list(shapes[0][name])} in A and {list(shapes[1][name])} in B"
+            )
+    if not a.records.keys() & b.records.keys():
+        raise TpcheckError("the traces have no tensor in common: were different modules or kinds traced?")
+
+
+def _parameters(trace: Trace) -> dict[str, tuple[int, ...]]:
+    return {
+        key.name: tuple(held[0][2]["shape"]) for key, held in trace.records.items() if key.kind in ("start", "grad")
+    }

@@ -1,0 +1,144 @@
+"""What rounding alone may do to each tensor: the reference, run again with everything it computes nudged.
+
+    A/noise-1, A/noise-2, A/noise-3      traces of the same run with perturb=1, 2, 3, in A's own folder
+
+A tensor's estimate is the largest distance of these from A; of the coherent distance, which all three may happen to
+have little of, at least what independent roundings leave. Where A is a run of `tpcheck train`, missing ones are made
+here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tpcheck import result
+from tpcheck.config import parse_run
+from tpcheck.errors import TpcheckError
+from tpcheck.trace import TRACE
+from tpcheck.trace.flips import turned
+from tpcheck.trace.metrics import Distance, distance
+from tpcheck.trace.reader import Key, Logical, Trace
+
+__all__ = ["GRADIENT_NORM", "ROUNDING", "SEEDS", "Estimate", "open_noise", "open_trace"]
+
+SEEDS = 3
+# Half a unit in the last place, relative: what storing a number in the dtype costs, whatever was computed.
+ROUNDING = {"bfloat16": 2.0**-9, "float16": 2.0**-12, "float32": 2.0**-24, "float64": 2.0**-53}
+GRADIENT_NORM = 64 * ROUNDING["float32"]
+
+
+class Estimate:
+    """The effect of rounding on every tensor of `reference`."""
+
+    def __init__(self, reference: Trace, noise: Sequence[Trace]) -> None:
+        self.reference, self.noise = reference, noise
+        self.known: dict[Key, Distance] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.noise)
+
+    def of(self, key: Key, a: Logical) -> Distance:
+        """How far rounding may take `a`, which is the reference's `key`."""
+        if key not in self.known:
+            found = [*self._nudged(key, a), self._least(key, a)]
+            if key.kind in ("weight", "state.main"):
+                found.append(self._turned(key, a))
+            overall = max(one.overall for one in found)
+            coherent = max(overall / max(a.bits.size, 1) ** 0.5, *(one.coherent for one in found))
+            self.known[key] = Distance(overall, max(one.peak for one in found), coherent)
+        return self.known[key]
+
+    def _nudged(self, key: Key, a: Logical) -> Iterator[Distance]:
+        for trace in self.noise:
+            other = trace.logical_or_none(key)
+            if other is not None and other.bits.shape == a.bits.shape:
+                yield distance(a, other)
+
+    def _least(self, key: Key, a: Logical) -> Distance:
+        least = ROUNDING.get(a.dtype, 0.0)
+        if key.kind == "clip" or key.kind.startswith("state"):
+            # The gradient norm, by which all are scaled, is a float32 sum over everything, in an order of its own.
+            scaled = GRADIENT_NORM * (2 if key.kind.endswith("_sq") else 1)
+            all_of_it = distance(a, replace(a, bits=np.zeros_like(a.bits)))
+            return Distance(max(least, scaled), max(least, scaled * all_of_it.peak), scaled)
+        return Distance(least, least)
+
+    def _turned(self, key: Key, a: Logical) -> Distance:
+        """What nudged runs too few to show it may do to an updated weight."""
+        records = self.reference.records
+        before = [Key(key.step - 1, key.kind, key.name), Key(key.step, "start", key.name)]
+        deciding = [Key(key.step, "state.exp_avg", key.name), Key(key.step, "grad", key.name)]
+        earlier, average = (next((one for one in ones if one in records), None) for ones in (before, deciding))
+        if earlier is None or average is None:
+            return Distance(0.0, 0.0)
+        w, m = self.reference.logical_or_none(earlier), self.reference.logical_or_none(average)
+        if w is None or m is None or not a.bits.shape == w.bits.shape == m.bits.shape:
+            return Distance(0.0, 0.0)
+        now, past = turned(w.values(), a.values(), m.values(), self.of(average, m).overall), self.of(earlier, w)
+        return Distance(max(now.overall, past.overall), max(now.peak, past.peak))
+
+
+def open_trace(path: Path) -> Trace:
+    """The trace in a result directory, or the one that `path` itself is."""
+    if not path.is_dir():
+        raise TpcheckError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}; give a run or a trace")
+    if result.is_result(path) and not (path / TRACE).is_dir():
+        raise TpcheckError(f"{path} has no trace: train it again with trace.steps=[0,1]")
+    return Trace(path / TRACE if (path / TRACE).is_dir() else path)
+
+
+def open_noise(path: Path, reference: Trace, seeds: int = SEEDS) -> list[Trace]:
+    """The nudged runs of the reference at `path`; those of a tpcheck run are made if they are not there."""
+    found = sorted(folder for folder in path.glob("noise-*") if folder.is_dir())
+    if len(found) < seeds and result.is_result(path):
+        made = {_folder(path, seed) for seed in range(1, seeds + 1)} - set(found)
+        for folder in sorted(made):
+            _run_again(path, folder, max(reference.steps))
+        found = sorted({*found, *made})
+    traces = [open_trace(folder) for folder in found]
+    for trace in traces:
+        if trace.steps != reference.steps or trace.dtype != reference.dtype or trace.sample != reference.sample:
+            raise TpcheckError(f"{trace.path} is not the reference run again: its steps, dtype or sampling are others")
+    return traces
+
+
+def _folder(path: Path, seed: int) -> Path:
+    return path / f"noise-{seed}"
+
+
+def _run_again(path: Path, folder: Path, last_step: int) -> None:
+    from tpcheck.launch import launch
+
+    settings: dict[str, Any] = result.read_manifest(path)["config"]
+    seed = int(folder.name.rpartition("-")[2])
+    changes = {"output": str(folder), "steps": last_step + 1, "stop_after": None, "checkpoint_every": 0}
+    config = parse_run({**settings, **changes, "trace": {**settings["trace"], "perturb": seed}}, str(path))
+    print(f"running {path} again with every rounding nudged, seed {seed}", file=sys.stderr)
+    with _stdout_to_stderr():
+        code = launch(config)
+    if code:
+        raise TpcheckError(f"{folder}: the nudged run failed, see its log.txt")
+    shutil.rmtree(folder / result.CHECKPOINTS, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """What a run says of its progress is not what `tpcheck compare` has been asked for."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)

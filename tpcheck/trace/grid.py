@@ -1,0 +1,95 @@
+"""Where this rank stands: its place in tensor and data parallelism, asked of whoever set them up.
+
+Megatron's parallel_state    DTensor parameters' device mesh    torch.distributed alone: data parallel
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tpcheck.errors import TpcheckError
+
+__all__ = ["Grid", "grid_of", "megatron_config"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A rank's coordinates. `gradients` is what a rank's activation gradients are multiplied by to be the whole
+    batch's: each rank's loss is a mean over its own samples only."""
+
+    rank: int = 0
+    world: int = 1
+    tp_rank: int = 0
+    tp: int = 1
+    dp_rank: int = 0
+    dp: int = 1
+    sequence_parallel: bool = False
+    gradients: float = 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def grid_of(models: Sequence[torch.nn.Module]) -> Grid:
+    """This rank's place, found out from the process groups and the models."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return Grid()
+    megatron = sys.modules.get("megatron.core.parallel_state")
+    config = megatron_config(models)
+    if megatron and config is not None and megatron.model_parallel_is_initialized():
+        return _megatron(megatron, config)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mesh = _mesh(models)
+    if mesh is None:
+        return Grid(rank, world, dp_rank=rank, dp=world, gradients=1 / world)
+    tp = next((name for name in mesh.mesh_dim_names or () if "tp" in name), None)
+    if tp is None:
+        return Grid(rank, world, dp_rank=rank, dp=world, gradients=1 / world)
+    tp_rank, tp_size = mesh.get_local_rank(tp), mesh.size(mesh.mesh_dim_names.index(tp))
+    # Ranks of a mesh are in row-major order, tensor parallelism innermost.
+    return Grid(rank, world, tp_rank, tp_size, rank // tp_size, world // tp_size, gradients=tp_size / world)
+
+
+def megatron_config(models: Sequence[torch.nn.Module]) -> Any:
+    """The TransformerConfig that megatron-core's modules share; None for other models."""
+    for model in models:
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if hasattr(config, "tensor_model_parallel_size") and hasattr(config, "gated_linear_unit"):
+                return config
+    return None
+
+
+def _megatron(state: Any, config: Any) -> Grid:
+    for name in ("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"):
+        if (size := getattr(config, name, 1)) != 1:
+            raise TpcheckError(f"{name}={size} is not traced: only tensor and data parallelism are")
+    dp = state.get_data_parallel_world_size()
+    return Grid(
+        dist.get_rank(),
+        dist.get_world_size(),
+        state.get_tensor_model_parallel_rank(),
+        state.get_tensor_model_parallel_world_size(),
+        state.get_data_parallel_rank(),
+        dp,
+        bool(config.sequence_parallel),
+        1.0 if config.calculate_per_token_loss else 1 / dp,
+    )
+
+
+def _mesh(models: Sequence[torch.nn.Module]) -> Any:
+    """The device mesh with the most dimensions among those of the parameters."""
+    meshes = [
+        parameter.device_mesh
+        for model in models
+        for parameter in model.parameters()
+        if hasattr(parameter, "device_mesh")
+    ]
+    meshes = [mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh for mesh in meshes]
+    return max(meshes, key=lambda mesh: mesh.ndim, default=None)

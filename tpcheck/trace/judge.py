@@ -1,0 +1,238 @@
+"""Identical, rounding or suspect: every tensor of B against the same one of A and what rounding may do to it.
+
+    A ──► distance of B from A ──► above SAFETY × the estimate?  ──► suspect
+    nudged runs of A ──► estimate ──────┘          or replicas unequal, or recomputed otherwise,
+                                                   or a weight that is not its main parameter, rounded
+
+Distance is overall, in the worst row, and coherent: all elements too large, or too small, by one factor. The latter
+finds what hides below the rounding of each single element, as an epsilon of 1e-5 for 1e-6 does in bfloat16.
+
+The first suspect is the first in the order in which a step computes: forward, backward, gradients, optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tpcheck.trace.estimate import GRADIENT_NORM, ROUNDING, Estimate
+from tpcheck.trace.metrics import Distance, Numbers, numbers
+from tpcheck.trace.mistakes import adds_up, explain
+from tpcheck.trace.names import layer_of
+from tpcheck.trace.reader import Key, Logical, Trace, encoded
+
+__all__ = ["Comparison", "Row", "Verdict", "judge"]
+
+Verdict = Literal["identical", "rounding", "suspect", "unknown"]
+# Over TP, DP, SP, recomputation and accumulation in both dtypes, clean runs reach 0.2 to 1.6 estimates; what silent
+# bugs do first is 10 estimates and more in bfloat16, 1000 and more in float32.
+SAFETY = 3.0
+FEW = 4.0  # an estimate from few numbers is itself uncertain: SAFETY grows by FEW / sqrt(how many numbers it is from)
+PEAK_SAFETY = 2.0  # a worst row varies more than a mean
+COHERENT_SAFETY = 4.0  # a factor is one number: where no mistake is, it is up to 2.3 estimates from 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One logical tensor of both traces.
+
+    Attributes:
+        estimate: how far rounding may take it; None where nothing has been estimated.
+        excess: the distance over what is allowed, of the three the most; above 1 it is suspect.
+        why: what makes it suspect, for the first and for those that are suspect for another reason than distance.
+    """
+
+    key: Key
+    dtype: str
+    shape: tuple[int, ...]
+    numbers: Numbers
+    estimate: Distance | None
+    excess: float
+    verdict: Verdict
+    why: str = ""
+
+    @property
+    def layer(self) -> int | None:
+        return layer_of(self.key.name)
+
+
+@dataclass
+class Comparison:
+    """What `judge` found, rows in execution order; `unmapped` says what could not be compared, and why."""
+
+    a: Trace
+    b: Trace
+    rows: list[Row] = field(default_factory=list)
+    unmapped: list[str] = field(default_factory=list)
+
+    @property
+    def first(self) -> Row | None:
+        """The first suspect."""
+        return next((row for row in self.rows if row.verdict == "suspect"), None)
+
+    @property
+    def first_difference(self) -> Row | None:
+        return next((row for row in self.rows if row.verdict != "identical"), None)
+
+    @property
+    def verdict(self) -> Verdict:
+        found = {row.verdict for row in self.rows}
+        order: tuple[Verdict, ...] = ("suspect", "unknown", "rounding")
+        return next((verdict for verdict in order if verdict in found), "identical")
+
+
+def judge(a: Trace, b: Trace, estimate: Estimate) -> Comparison:
+    """Compare all that both traces have of the steps both have."""
+    return _Judge(a, b, estimate).compare()
+
+
+class _Judge:
+    """Goes through the tensors in order; remembers what the ones before have shown."""
+
+    def __init__(self, a: Trace, b: Trace, estimate: Estimate) -> None:
+        self.a, self.b, self.estimate = a, b, estimate
+        self.result = Comparison(a, b)
+        self.redrawn = False  # dropout has dropped other elements in B than in A: nothing after it can agree
+
+    def compare(self) -> Comparison:
+        steps = set(self.a.steps) & set(self.b.steps)
+        # What only B has, recomputation mostly, comes where B meets it.
+        orders = {**self.b.order, **self.a.order}
+        for key in sorted(orders, key=lambda key: (orders[key], key)):
+            if key.step in steps:
+                row = self._recomputed(key) if key.kind == "again" else self._row(key)
+                self.result.rows += [row] if row else []
+        return self.result
+
+    def _row(self, key: Key) -> Row | None:
+        pair = self._pair(key)
+        if pair is None:
+            return None
+        x, y = pair
+        other_dtype = f"{y.dtype} where A has {x.dtype}" if x.dtype != y.dtype else ""
+        if other_dtype:
+            x, y = x.widened(), y.widened()
+        wrong = "; ".join(filter(None, (self._unequal(key, x, y), self._not_copied(key), other_dtype)))
+        found = numbers(x, y)
+
+        def row(verdict: Verdict, why: str = "", expected: Distance | None = None, excess: float = 0.0) -> Row:
+            return Row(key, x.dtype, x.bits.shape, found, expected, excess, verdict, why)
+
+        if key.kind == "mask":
+            self.redrawn |= bool(found.differing)
+            wrong = wrong or _same_mask("A", x) or _same_mask("B", y)
+            return row("suspect" if wrong else "unknown" if found.differing else "identical", wrong)
+        if not found.differing and not wrong:
+            return row("identical")
+        if not x.floats:
+            return row("suspect", wrong or "other integers", excess=math.inf)
+        if self.redrawn:
+            return row("suspect" if wrong else "unknown", wrong)
+        expected = self.estimate.of(key, x) if self.estimate else None
+        excess, coherent = _excess(found, expected, len(self.estimate.noise))
+        if excess <= 1 and not wrong:
+            return row("rounding" if expected else "unknown", "", expected, excess)
+        if excess > 1 and self.result.first is None:
+            near = _allowed(found, len(self.estimate.noise)) * expected.overall if expected else 0.0
+            coherent = coherent or explain(key, x, y, self.a, self.b, found, near)
+        return row("suspect", "; ".join(filter(None, (wrong, coherent))), expected, excess)
+
+    def _pair(self, key: Key) -> tuple[Logical, Logical] | None:
+        """Both sides of `key`; notes why it cannot be compared, if so."""
+        notes = self.result.unmapped
+        if key not in self.a.records or key not in self.b.records:
+            notes.append(f"{_name(key)} is only in {'A' if key in self.a.records else 'B'}")
+            return None
+        x, y = self.a.logical(key), self.b.logical(key)
+        for side, tensor in (("A", x), ("B", y)):
+            if isinstance(tensor, str):
+                notes.append(f"{_name(key)} in {side}: {tensor}")
+        if isinstance(x, str) or isinstance(y, str):
+            return None
+        if x.bits.shape != y.bits.shape:
+            notes.append(f"{_name(key)}: {list(x.bits.shape)} in A, {list(y.bits.shape)} in B")
+            return None
+        return x, y
+
+    def _unequal(self, key: Key, x: Logical, y: Logical) -> str:
+        """What is said of ranks that hold different values for the same thing, if that is more than rounding."""
+        for side, tensor in (("A", x), ("B", y)):
+            replicas = tensor.replicas
+            if replicas is not None and not replicas.distance <= self._drift(key, x):
+                ranks = ", ".join(map(str, replicas.others[:8]))
+                text = f"unequal replicas in {side}: ranks {ranks} hold other values than rank {replicas.first}"
+                sums = adds_up(x, y) if side == "B" else ""
+                return f"{text} (by {replicas.distance:.2g}){'; ' if sums else ''}{sums}"
+        return ""
+
+    def _not_copied(self, key: Key) -> str:
+        """What is said of a trace whose weight is not its optimizer's main parameter, rounded."""
+        if key.kind != "weight":
+            return ""
+        for side, trace in (("A", self.a), ("B", self.b)):
+            weight, main = trace.logical_or_none(key), trace.logical_or_none(key._replace(kind="state.main"))
+            if weight is None or main is None or not weight.floats or weight.bits.shape != main.bits.shape:
+                continue
+            if wrong := int((encoded(main.values(), weight.dtype) != weight.bits).sum()):
+                return f"{wrong} elements in {side} are not their main parameters, rounded: not copied to the model"
+        return ""
+
+    def _drift(self, key: Key, x: Logical) -> float:
+        """How far apart replicas may be."""
+        if key.kind in ("start", "weight", "input", "mask") or key.kind.startswith("state"):
+            return 0.0  # what is kept from step to step drifts apart for good
+        if key.kind == "clip":
+            return GRADIENT_NORM  # each rank works it out from its own shards
+        return self.estimate.of(key, x).overall if self.estimate else ROUNDING.get(x.dtype, 0.0)
+
+    def _recomputed(self, key: Key) -> Row | None:
+        """Recomputation, against what the same trace has computed in the forward pass."""
+        before = Key(key.step, "out", key.name)
+        for side, trace in (("A", self.a), ("B", self.b)):
+            x, y = trace.logical_or_none(before), trace.logical_or_none(key)
+            if x is None or y is None or x.bits.shape != y.bits.shape:
+                continue
+            found = numbers(x, y)
+            if not found.differing:
+                continue
+            least = ROUNDING.get(x.dtype, 0.0)
+            expected = self.estimate.of(before, x) if before in self.a.records else Distance(least, least)
+            excess = math.inf if found.nan else max(found.relative / expected.overall, found.peak / expected.peak)
+            why = f"recomputation in {side} gives other values than the forward pass did" if excess > 1 else ""
+            return Row(key, x.dtype, x.bits.shape, found, expected, excess, "suspect" if why else "rounding", why)
+        return None
+
+
+def _same_mask(side: str, mask: Logical) -> str:
+    """Ranks that drop the same elements of different shards; data-parallel ranks may."""
+    seen: dict[tuple[object, bytes], tuple[int, tuple[slice, ...]]] = {}
+    for rank, box in mask.ranks:
+        dropped = mask.bits[box]
+        sample = repr(box[mask.batch]) if mask.batch is not None else ""
+        first, place = seen.setdefault((sample, dropped.tobytes()), (rank, box))
+        if place != box and 0 < dropped.sum() < dropped.size:
+            return f"in {side}, ranks {first} and {rank} drop the same elements of different shards: equal seeds"
+    return ""
+
+
+def _allowed(found: Numbers, seeds: int) -> float:
+    """How many times the estimate a tensor may be off."""
+    return SAFETY * (1 + FEW / math.sqrt(found.size * seeds))
+
+
+def _excess(found: Numbers, expected: Distance | None, seeds: int) -> tuple[float, str]:
+    """The distance over what is allowed, and what is said if it is the coherent one alone that is above."""
+    if found.nan:
+        return math.inf, ""
+    if expected is None:
+        return 0.0, ""
+    allowed = _allowed(found, seeds)
+    apart = max(found.relative / (allowed * expected.overall), found.peak / (PEAK_SAFETY * allowed * expected.peak))
+    coherent = found.coherent_scale / (COHERENT_SAFETY * allowed * expected.coherent)
+    said = f"coherent scale {found.scale:.6g}, where rounding explains 1 ± {expected.coherent:.1g}"
+    return max(apart, coherent), said if apart <= 1 < coherent else ""
+
+
+def _name(key: Key) -> str:
+    return f"step {key.step} {key.kind} {key.name}"

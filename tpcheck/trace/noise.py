@@ -1,0 +1,35 @@
+"""Rounding, imitated: values moved to a neighbouring number of their own dtype, or left where they are.
+
+A reference that runs again with every module's output, every gradient between modules and every parameter's
+gradient nudged shows, tensor by tensor, what one rounding per operation grows into. Ranks that hold the same values
+nudge them alike.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+
+__all__ = ["nudge", "spawn"]
+
+# A sum of products is rounded once to bfloat16 or float16, but at every addition to float32 and float64: there, an
+# order of a few hundred summands is worth several units in the last place.
+UNITS = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 4, torch.float64: 4}
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def spawn(seed: int, *place: object) -> torch.Generator:
+    """The random numbers of a run's `seed` at a place in it, the same on every rank."""
+    return torch.Generator().manual_seed(zlib.crc32(repr((seed, *place)).encode()))
+
+
+def nudge(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """`x` with each element moved by at most `UNITS` in the last place, either way; zeros and infinities stay."""
+    units = UNITS[x.dtype]
+    bits = x.detach().contiguous().view(INTEGERS[x.element_size()])
+    # Zero is drawn most: rounding leaves many of bfloat16's elements as they are.
+    draw = torch.randint(-2 * units, 2 * units + 1, x.shape, generator=generator, dtype=torch.int8)
+    steps = torch.div(draw, 2, rounding_mode="trunc").to(x.device, bits.dtype)
+    moved = (bits + steps).view(x.dtype)
+    return torch.where((x.detach() != 0) & torch.isfinite(x.detach()) & torch.isfinite(moved), moved, x.detach())

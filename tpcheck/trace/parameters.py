@@ -1,0 +1,113 @@
+"""A model's parameters at the seams of a step: weights, gradients, clipping, optimizer state.
+
+Gradients are `main_grad` (Megatron's DDP) or `grad`, as tensors or DTensors; weights are the float32 main
+parameters where an optimizer keeps them; under the distributed optimizer each rank has flat shards of them all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from tpcheck.trace.names import canonical
+from tpcheck.trace.noise import nudge, spawn
+from tpcheck.trace.rules import Rules
+from tpcheck.trace.shards import Shards, whole
+
+__all__ = ["Parameters"]
+
+Record = Callable[[str, str, Shards], None]
+
+
+class Parameters:
+    """Records the parameters of `models`, each under its canonical name, through `record(kind, name, shards)`."""
+
+    def __init__(self, models: Sequence[torch.nn.Module], rules: Rules, record: Record, perturb: int) -> None:
+        self.rules, self.record, self.perturb = rules, record, perturb
+        self.named = {canonical(name): p for model in models for name, p in model.named_parameters()}
+        self.optimizers: dict[int, torch.optim.Optimizer] = {}
+        self.norms: dict[str, float] = {}
+
+    def start(self) -> None:
+        for name, parameter in self.named.items():
+            self.record("start", name, self.rules.parameter(name, parameter, parameter.detach()))
+
+    def gradients(self, step: int) -> None:
+        for name, parameter in self.named.items():
+            gradient = _gradient(parameter)
+            if gradient is None:
+                continue
+            if self.perturb:
+                _round(gradient, parameter.dtype, spawn(self.perturb, step, "grad", name))
+            shards = self.rules.updated(name, parameter, gradient)
+            self.norms[name] = sum(_square(part) for _, part in shards.parts)
+            self.record("grad", name, shards)
+
+    def clip(self, optimizer: torch.optim.Optimizer) -> None:
+        """What clipping multiplied the gradients by, as far as this rank can tell; every rank should find the same."""
+        before = after = 0.0
+        for name, _, updated in self._updated_by(optimizer):
+            gradient = getattr(updated, "decoupled_grad", None)
+            gradient = updated.grad if gradient is None else gradient
+            if gradient is not None and name in self.norms:
+                before, after = before + self.norms[name], after + _square(_local(gradient))
+        if before:
+            self.record("clip", "gradient clipping", whole(torch.tensor([math.sqrt(after / before)])))
+
+    def after_update(self) -> None:
+        """The weights that the next forward pass takes, and what optimizers keep of them."""
+        for name, parameter in self.named.items():
+            self.record("weight", name, self.rules.parameter(name, parameter, parameter.detach()))
+        for optimizer in self.optimizers.values():
+            for name, parameter, updated in self._updated_by(optimizer):
+                if updated is not parameter and updated.dtype != parameter.dtype:
+                    self.record("state.main", name, self.rules.updated(name, parameter, updated.detach()))
+                for key, value in optimizer.state.get(updated, {}).items():
+                    if isinstance(value, torch.Tensor) and value.dim() and value.numel() == updated.numel():
+                        self.record(f"state.{key}", name, self.rules.updated(name, parameter, value))
+
+    def owns(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether `optimizer` updates these models; it is asked for its state from then on."""
+        if id(optimizer) not in self.optimizers and any(True for _ in self._updated_by(optimizer)):
+            self.optimizers[id(optimizer)] = optimizer
+        return id(optimizer) in self.optimizers
+
+    def _updated_by(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.nn.Parameter, torch.Tensor]]:
+        """The parameters that `optimizer` updates, each with the tensor it updates for it: itself, its float32 main
+        parameter, or a view of a part of it."""
+        mine = {id(tensor): tensor for group in optimizer.param_groups for tensor in group["params"]}
+        by_address = {tensor.data_ptr(): tensor for tensor in mine.values() if not hasattr(tensor, "device_mesh")}
+        for name, parameter in self.named.items():
+            main = getattr(parameter, "main_param", None)
+            if id(parameter) in mine:
+                yield name, parameter, parameter
+            elif main is not None and id(main) in mine:
+                yield name, parameter, mine[id(main)]
+            elif parameter in self.rules.ranges:
+                start, stop = self.rules.ranges[parameter]
+                address = parameter.data_ptr() + start * parameter.element_size()
+                if stop > start and address in by_address:
+                    yield name, parameter, by_address[address]
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    main: torch.Tensor | None = getattr(parameter, "main_grad", None)
+    return main if main is not None else parameter.grad
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _square(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)) ** 2
+
+
+def _round(gradient: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Move `gradient`, in place, by a rounding of the parameter's `dtype`, in which it has been computed."""
+    values = _local(gradient)
+    coarse = values.to(dtype)
+    values.add_((nudge(coarse, generator) - coarse).to(values.dtype))

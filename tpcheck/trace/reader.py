@@ -1,0 +1,235 @@
+"""A trace on disk as logical tensors: the boxes of all ranks put together, replicas compared on the way.
+
+    rank 0  ┌───┐       rank 1  ┌───┐                ┌───┬───┐
+            │ a │               │ b │       ──►      │ a │ b │      two boxes: put side by side
+            └───┘               └───┘                └───┴───┘
+            │ c │               │ c'│       ──►      │ c │          one box twice: replicas, which have to be equal
+
+Nothing is read before it is asked for, and one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from tpcheck.boxes import Array, Index, Part, tiles
+from tpcheck.elements import FLOATS, values
+from tpcheck.errors import TpcheckError
+from tpcheck.trace.store import FORMAT, RANK, RECORDS, rank_folder
+from tpcheck.trace.tensorfile import tensors
+from tpcheck.unpickle import ITEMSIZE
+
+__all__ = ["PHASES", "Key", "Logical", "Replicas", "Trace", "encoded"]
+
+Json: TypeAlias = dict[str, Any]
+Box: TypeAlias = tuple[Index, Index]  # offset and size
+OPEN_FILES = 64
+# In the order in which a step makes them; what was wrong first is what to look at.
+PHASES = {"start": 0, "input": 1, "out": 2, "mask": 2, "again": 3, "dout": 4, "din": 4, "grad": 5, "clip": 6,
+          "state": 7, "weight": 8}  # fmt: skip
+
+
+class Key(NamedTuple):
+    """What a logical tensor is known by in every trace."""
+
+    step: int
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Ranks that hold the same box with other values than `first`, and how far from it, in norms, the worst is.
+
+    `add_up`: the sum over all ranks that hold it; where a reduction is missing, that is what it should have been.
+    """
+
+    first: int
+    others: tuple[int, ...]
+    distance: float
+    add_up: Array = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Logical:
+    """A tensor as the model has it, as bits; `ranks` says who holds which box, `batch` which dimension is the batch."""
+
+    dtype: str
+    bits: Array
+    ranks: tuple[tuple[int, tuple[slice, ...]], ...]
+    replicas: Replicas | None
+    how: tuple[str, ...]
+    batch: int | None = None
+
+    @property
+    def floats(self) -> bool:
+        return self.dtype in FLOATS
+
+    def widened(self) -> Logical:
+        """The same numbers as float64, for a comparison with another dtype."""
+        return replace(self, dtype="float64", bits=self.values().view("<u8"))
+
+    def values(self) -> Array:
+        return _numbers(self.bits, self.dtype)
+
+
+class Trace:
+    """The trace in `path`; refused unless every rank's part of it is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        first = _rank_json(path, 0)
+        self.world: int = first["world"]
+        self.ranks = [first, *(_rank_json(path, rank) for rank in range(1, self.world))]
+        for key in ("world", "tp", "dp", "dtype", "steps", "sample"):
+            if len({json.dumps(rank[key]) for rank in self.ranks}) > 1:
+                raise TpcheckError(f"{path}: its ranks do not agree on {key}: they are not of one run")
+        self.dtype, self.tp, self.dp, self.sample = first["dtype"], first["tp"], first["dp"], first["sample"]
+        self.steps: list[int] = first["steps"]
+        self.files: dict[Path, dict[str, Array]] = {}
+        self.records: dict[Key, list[tuple[int, int, Json]]] = {}
+        self.order: dict[Key, tuple[int, int, int]] = {}
+        for rank, description in enumerate(self.ranks):
+            self._index(rank, description["records"])
+
+    def keys(self) -> list[Key]:
+        """All logical tensors, as they came up in the run."""
+        return sorted(self.order, key=lambda key: self.order[key])
+
+    def logical(self, key: Key) -> Logical | str:
+        """The tensor put together, or why it cannot be."""
+        records = self.records[key]
+        shapes = {tuple(record["shape"]) for _, _, record in records}
+        dtypes = {record["dtype"] for _, _, record in records if record["dtype"]}
+        if len(shapes) != 1 or len(dtypes) != 1:
+            return f"its ranks disagree on shape or dtype: {sorted(map(str, shapes | dtypes))}"
+        dtype = dtypes.pop()
+        boxes: dict[Box, list[tuple[int, Array]]] = {}
+        for rank, number, record in records:
+            for box, offset in enumerate(record["at"]):
+                array = self._array(rank, record, f"{number}.{box}")
+                boxes.setdefault((tuple(offset), array.shape), []).append((rank, array))
+        shape = _resolved(shapes.pop(), boxes)
+        whole: dict[Box, Array] = {}
+        partial = any(record.get("partial") for _, _, record in records) and key.kind in ("din", "dout")
+        for place, held in boxes.items():
+            whole[place] = (
+                encoded(np.sum([values(a, dtype) for _, a in held], axis=0), dtype) if partial else held[0][1]
+            )
+        if not tiles([Part(offset, array) for (offset, _), array in whole.items()], shape):
+            return f"its boxes do not add up to {list(shape)}"
+        bits = np.empty(shape, next(iter(whole.values())).dtype)
+        for (offset, size), array in whole.items():
+            bits[_slices(offset, size)] = array
+        scale = records[0][2].get("scale", 1.0)
+        if scale != 1:
+            bits = encoded(values(bits, dtype) * scale, dtype)
+        ranks = tuple((rank, _slices(*place)) for place, held in boxes.items() for rank, _ in held)
+        assumed = any(record.get("assumed") for _, _, record in records)
+        unequal = any(array.tobytes() != held[0][1].tobytes() for held in boxes.values() for _, array in held[1:])
+        replicas = None if partial or not unequal else _replicas(boxes, dtype, shape)
+        if assumed and replicas:
+            return "how it is cut is not known, and its ranks hold different values"
+        sides = records[0][2]["shape"]
+        batch = sides.index(None) if None in sides else None
+        return Logical(dtype, bits, ranks, replicas, tuple(records[0][2]["how"]), batch)
+
+    def logical_or_none(self, key: Key) -> Logical | None:
+        found = self.logical(key) if key in self.records else None
+        return None if isinstance(found, str) else found
+
+    def microbatches(self, step: int) -> int:
+        """How many microbatches a rank has in `step`."""
+        found = {record["microbatch"] for key, held in self.records.items() if key.step == step
+                 for rank, _, record in held if not rank and "microbatch" in record}  # fmt: skip
+        return len(found)
+
+    def _index(self, rank: int, count: int) -> None:
+        file = rank_folder(self.path, rank) / RECORDS
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        if len(lines) != count:
+            raise TpcheckError(f"{file} has {len(lines)} records where {count} are due: copy the trace again")
+        for number, line in enumerate(lines):
+            try:
+                record = json.loads(line)
+                name = record["name"]
+                if record.get("alone"):
+                    name += f"@{record['microbatch']}"
+                key = Key(record["step"], record["kind"], name)
+                self.records.setdefault(key, []).append((rank, number, record))
+                phase = PHASES[key.kind.partition(".")[0]]
+                self.order.setdefault(key, (key.step, phase, number))
+            except (ValueError, KeyError, TypeError) as error:
+                raise TpcheckError(f"{file}:{number + 1} is not a record ({error!r}): damaged") from error
+
+    def _array(self, rank: int, record: Json, name: str) -> Array:
+        file = rank_folder(self.path, rank) / f"{record['file']:06d}.safetensors"
+        if file not in self.files:
+            if len(self.files) >= OPEN_FILES:
+                self.files.clear()
+            self.files[file] = tensors(file)
+        found = self.files[file]
+        if name not in found:
+            raise TpcheckError(f"{file} has no {name}, which {RECORDS} says it has: damaged")
+        return found[name]
+
+
+def _rank_json(path: Path, rank: int) -> Json:
+    file = rank_folder(path, rank) / RANK
+    try:
+        found = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        if rank:
+            raise TpcheckError(f"{path} lacks rank {rank} ({file.parent.name}): copy every rank's folder") from None
+        raise TpcheckError(f"{path} is not a trace: it has no {file.parent.name}/{RANK}") from None
+    except (OSError, ValueError) as error:
+        raise TpcheckError(f"{file} is not JSON ({error}): copy the trace again") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise TpcheckError(f"{file} is not of format {FORMAT}: trace the run again with this tpcheck")
+    if "records" not in found:
+        raise TpcheckError(f"{path}: rank {rank} was cut short before its trace was whole: trace the run again")
+    return found
+
+
+def _resolved(shape: tuple[int | None, ...], boxes: Iterable[Box]) -> Index:
+    """The logical shape, its batch as long as the boxes reach."""
+    ends = [max(offset[dim] + size[dim] for offset, size in boxes) for dim in range(len(shape))]
+    return tuple(ends[dim] if extent is None else extent for dim, extent in enumerate(shape))
+
+
+def _replicas(boxes: dict[Box, list[tuple[int, Array]]], dtype: str, shape: Index) -> Replicas | None:
+    """Whether the holders of some box disagree; how much they do where they do most."""
+    worst, total = None, np.zeros(shape)
+    for place, held in boxes.items():
+        (first, reference), *rest = held
+        x = _numbers(reference, dtype)
+        total[_slices(*place)] = x + np.sum([_numbers(array, dtype) for _, array in rest], axis=0)
+        others = tuple(sorted({rank for rank, array in rest if array.tobytes() != reference.tobytes()}))
+        if others:
+            norm = np.linalg.norm(x) or 1.0
+            distance = max(float(np.linalg.norm(_numbers(array, dtype) - x) / norm) for _, array in rest)
+            if worst is None or not distance <= worst.distance:
+                worst = Replicas(first, others, distance, total)
+    return worst
+
+
+def _numbers(bits: Array, dtype: str) -> Array:
+    return values(bits, dtype) if dtype in FLOATS else bits.astype(np.float64)
+
+
+def encoded(numbers: Array, dtype: str) -> Array:
+    """The bits of `numbers` rounded to `dtype`."""
+    if dtype != "bfloat16":
+        return numbers.astype(FLOATS[dtype] if dtype != "float16" else "<f2").view(f"<u{ITEMSIZE[dtype]}")
+    bits = numbers.astype("<f4").view("<u4")
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+
+
+def _slices(offset: Index, size: Index) -> tuple[slice, ...]:
+    return tuple(slice(start, start + length) for start, length in zip(offset, size, strict=True))

@@ -1,0 +1,198 @@
+"""How a module's tensors and a parameter are cut over ranks: Megatron's classes by a table, DTensors by placement.
+
+A rule has a letter per dimension:
+
+    S  the sequence, cut over tensor parallelism if the model is sequence parallel      F  the same, never cut
+    B  the batch, cut over data parallelism and microbatches                            .  whole on every rank
+    H  cut over tensor parallelism: heads, features, vocabulary                         G  gated: [gate_r │ up_r]
+    K  key/value heads: cut, or held by several ranks where there are fewer than ranks
+    t  in front: the tensor's first two dimensions are to be swapped, as they are at other TP sizes
+
+A tensor with no rule is taken for whole, which the comparison of replicas then confirms or refutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tpcheck.trace.grid import Grid, megatron_config
+from tpcheck.trace.shards import Shards, whole
+
+__all__ = ["Batch", "Rules"]
+
+HIDDEN, COLUMN = "SB.", "FBH"
+# By class name, so that subclasses and Transformer Engine's are met too: (output, input).
+BY_CLASS = {
+    "ColumnParallelLinear": (COLUMN, HIDDEN),
+    "TEColumnParallelLinear": (COLUMN, HIDDEN),
+    "TELayerNormColumnParallelLinear": (COLUMN, HIDDEN),
+    "RowParallelLinear": (HIDDEN, COLUMN),
+    "TERowParallelLinear": (HIDDEN, COLUMN),
+    "LanguageModelEmbedding": (HIDDEN, None),
+    "DotProductAttention": (COLUMN, None),
+    "TEDotProductAttention": (COLUMN, None),
+    "FusedScaleMaskSoftmax": ("BHFF", None),
+    "Attention": (HIDDEN, None),
+    "MLP": (HIDDEN, None),
+    "TransformerLayer": (HIDDEN, None),
+    "TransformerBlock": (HIDDEN, None),
+}
+BY_NAME = {
+    "q_layernorm": ("FBH.", "FBH."),
+    "k_layernorm": ("FBK.", "FBK."),
+    "attention_dropout": ("BHFF", None),
+    "position_embeddings": ("BF.", None),
+    "rotary_pos_emb": ("....", None),
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Of a microbatch: its number in the step, and the sides of the model's input on this rank."""
+
+    number: int
+    samples: int
+    length: int
+
+
+class Rules:
+    """What `tensor`, met in `module`, is a part of. The rank's `grid` and the models decide."""
+
+    def __init__(self, models: Sequence[torch.nn.Module], grid: Grid) -> None:
+        self.grid, self.config = grid, megatron_config(models)
+        self.ranges = _flat_ranges(models, grid)
+
+    def output(self, name: str, module: torch.nn.Module, tensor: torch.Tensor, batch: Batch) -> Shards:
+        return self._activation(self._rule(name, module, tensor, 0), name, module, tensor, batch)
+
+    def input(self, name: str, module: torch.nn.Module, tensor: torch.Tensor, batch: Batch) -> Shards:
+        return self._activation(self._rule(name, module, tensor, 1), name, module, tensor, batch)
+
+    def hidden(self, tensor: torch.Tensor, batch: Batch) -> Shards:
+        """What dropout is applied to in Megatron: hidden states, or attention's probabilities."""
+        rule = {3: HIDDEN, 4: "BHFF"}.get(tensor.dim()) if self.config is not None else None
+        return self._activation(rule, "", torch.nn.Module(), tensor, batch)
+
+    def parameter(self, name: str, parameter: torch.nn.Parameter, values: torch.Tensor) -> Shards:
+        """`values` are the parameter's, or like it in shape and cut."""
+        if hasattr(values, "device_mesh"):
+            return _placed(values)
+        shards, grid = whole(values), self.grid
+        if not getattr(parameter, "tensor_model_parallel", False):
+            return shards
+        dim: int = parameter.partition_dim  # type: ignore[attr-defined]
+        if dim == 0 and "linear_fc1." in name and self.config is not None and self.config.gated_linear_unit:
+            return shards.gated(dim, grid.tp_rank, grid.tp)
+        return shards.cut(dim, grid.tp_rank, grid.tp, "row" if dim else "column")
+
+    def updated(self, name: str, parameter: torch.nn.Parameter, values: torch.Tensor) -> Shards:
+        """`values` are what this rank's optimizer has for the parameter: like it, or the flat range it updates."""
+        if parameter not in self.ranges:
+            return self.parameter(name, parameter, values)
+        start, stop = self.ranges[parameter]
+        flat = values.detach().reshape(-1)
+        shards = self.parameter(name, parameter, parameter.detach())
+        return shards.flattened(flat if flat.numel() == stop - start else flat[start:stop], start)
+
+    def _rule(self, name: str, module: torch.nn.Module, tensor: torch.Tensor, which: int) -> str | None:
+        if self.config is None:
+            return None
+        leaf = name.rpartition(".")[2]
+        classes = {base.__name__ for base in type(module).__mro__}
+        if leaf in BY_NAME:
+            return BY_NAME[leaf][which]
+        if "VocabParallelEmbedding" in classes:
+            return HIDDEN if getattr(module, "reduce_scatter_embeddings", False) else "tFB."
+        if "GPTModel" in classes:
+            return "BF" if tensor.dim() == 2 else "BFH"
+        if leaf.endswith(("layernorm", "embedding_dropout")):
+            return HIDDEN
+        rule = next((BY_CLASS[key][which] for key in BY_CLASS if key in classes), None)
+        if rule == COLUMN and which == 0 and getattr(module, "gather_output", False):
+            return "FB."
+        if rule == COLUMN and leaf == "linear_fc1" and self.config.gated_linear_unit:
+            return "FBG"
+        return rule
+
+    def _activation(
+        self, rule: str | None, name: str, module: torch.nn.Module, tensor: torch.Tensor, batch: Batch
+    ) -> Shards:
+        if hasattr(tensor, "device_mesh"):
+            placed = _placed(tensor)
+            return _batched(placed, tensor.to_local(), batch, self.grid)  # type: ignore[attr-defined]
+        if rule and rule[0] == "t":
+            rule, tensor = rule[1:], tensor.transpose(0, 1)
+        shards, grid = whole(tensor), self.grid
+        if rule is None or len(rule) != tensor.dim():
+            shards = replace(_column_of_dtensor(shards, module, grid), assumed=grid.tp > 1)
+            return _batched(shards, tensor, batch, grid)
+        for dim, letter in enumerate(rule):
+            if letter == "B":
+                shards = shards.batch(dim, batch.number * grid.dp + grid.dp_rank)
+            elif letter == "S" and grid.sequence_parallel:
+                shards = shards.cut(dim, grid.tp_rank, grid.tp, "sequence")
+            elif letter == "H":
+                shards = shards.cut(dim, grid.tp_rank, grid.tp, "column")
+            elif letter == "G":
+                shards = shards.gated(dim, grid.tp_rank, grid.tp)
+            elif letter == "K":
+                groups = min(self.config.num_query_groups or self.config.num_attention_heads, grid.tp)
+                shards = shards.cut(dim, grid.tp_rank * groups // grid.tp, groups, "key/value heads")
+                # The heads of every rank that holds a copy add to its gradient.
+                shards = replace(shards, partial=groups < grid.tp)
+        return shards
+
+
+def _placed(tensor: Any) -> Shards:
+    """A DTensor's boxes, as its placements say."""
+    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    local = tensor.to_local()
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    words = tuple(str(placement) for placement in tensor.placements if not placement.is_replicate())
+    parts = ((tuple(offset), local.reshape(shape)),) if local.numel() else ()
+    partial = any(isinstance(placement, Partial) for placement in tensor.placements)
+    return Shards(tuple(tensor.shape), parts, words, partial)
+
+
+def _column_of_dtensor(shards: Shards, module: torch.nn.Module, grid: Grid) -> Shards:
+    """A linear layer whose DTensor weight is cut by rows (out-features) gives a plain tensor cut in features."""
+    weight: Any = getattr(module, "weight", None)
+    if grid.tp == 1 or not hasattr(weight, "placements") or weight.dim() != 2 or not len(shards.shape):
+        return shards
+    if shards.shape[-1] != weight.shape[0] and shards.shape[-1] == weight.shape[0] // grid.tp:
+        return shards.cut(-1, grid.tp_rank, grid.tp, "column")
+    return shards
+
+
+def _batched(shards: Shards, local: torch.Tensor, batch: Batch, grid: Grid) -> Shards:
+    """With the batch where the sides of the model's input say it is; first if both orders fit."""
+    sides = tuple(local.shape[:2])
+    index = batch.number * grid.dp + grid.dp_rank
+    if sides[:1] == (batch.samples,) and (len(sides) == 1 or sides[1] == batch.length or sides[0] != batch.length):
+        return shards.batch(0, index)
+    if len(sides) == 2 and sides[1] == batch.samples and sides[0] in (batch.length, batch.length // grid.tp):
+        return shards.batch(1, index)
+    return replace(shards, alone=True)
+
+
+def _flat_ranges(models: Sequence[torch.nn.Module], grid: Grid) -> dict[torch.nn.Parameter, tuple[int, int]]:
+    """Under Megatron's distributed optimizer, which flat range of each parameter this rank reduces and updates."""
+    ranges = {}
+    model: Any  # Megatron's DDP keeps its buckets where Module has a method
+    for model in models:
+        if not getattr(getattr(model, "ddp_config", None), "use_distributed_optimizer", False):
+            continue
+        for buffer in model.buffers:
+            for parameter, (start, stop, number) in buffer.param_index_map.items():
+                bucket = buffer.buckets[number]
+                size = bucket.grad_data.numel() // grid.dp
+                first = bucket.offset + grid.dp_rank * size
+                low, high = max(start, first), min(stop, first + size)
+                ranges[parameter] = (low - start, max(low, high) - start)
+    return ranges

@@ -1,0 +1,80 @@
+"""A rank's trace on disk: safetensors files of bounded size, and a line of JSON for every record.
+
+    rank-00000/rank.json           where the rank stands, what was asked for; `records` once the trace is whole
+               records.jsonl       name, kind, step, shape, offsets of its boxes … one line a record
+               000000.safetensors  the boxes of the records that say `file: 0`, as "<record>.<box>"
+
+Records wait in memory until they fill a file; nothing else is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from tpcheck import result
+from tpcheck.errors import TpcheckError
+from tpcheck.trace.shards import Shards
+
+__all__ = ["FORMAT", "RANK", "RECORDS", "Writer", "rank_folder"]
+
+FORMAT = 1
+RANK, RECORDS = "rank.json", "records.jsonl"
+FILE_BYTES = 32 << 20
+
+
+def rank_folder(trace: Path, rank: int) -> Path:
+    return trace / f"rank-{rank:05d}"
+
+
+class Writer:
+    """Writes one rank's records into `folder`, which must not hold a trace yet."""
+
+    def __init__(self, folder: Path, description: dict[str, Any]) -> None:
+        if (folder / RANK).exists():
+            raise TpcheckError(f"{folder} holds a trace already: name another folder, or remove it")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.description = folder, {"format": FORMAT, **description}
+        self.records = self.files = self.bytes = 0
+        self.waiting: dict[str, torch.Tensor] = {}
+        self.lines: list[str] = []
+        result.write_json(folder / RANK, self.description)
+
+    def add(self, record: dict[str, Any], shards: Shards) -> None:
+        """Keep a copy of `shards`, written at the latest when the trace is closed."""
+        for box, (_, part) in enumerate(shards.parts):
+            copy = part.detach().to("cpu", copy=True).contiguous()
+            self.waiting[f"{self.records}.{box}"] = copy
+            self.bytes += copy.nbytes
+        dtype = str(shards.parts[0][1].dtype).removeprefix("torch.") if shards.parts else None
+        line = {
+            **record,
+            "shape": shards.shape,
+            "dtype": dtype,
+            "at": [offset for offset, _ in shards.parts],
+            "how": shards.how,
+            "file": self.files,
+        }
+        flags = {name: True for name in ("partial", "assumed", "alone") if getattr(shards, name)}
+        scale = {"scale": shards.scale} if shards.scale != 1 else {}
+        self.lines.append(json.dumps({**line, **flags, **scale}))
+        self.records += 1
+        if self.bytes >= FILE_BYTES:
+            self._flush()
+
+    def close(self, summary: dict[str, Any]) -> None:
+        """Write what is waiting, and that the trace is whole."""
+        self._flush()
+        result.write_json(self.folder / RANK, {**self.description, **summary, "records": self.records})
+
+    def _flush(self) -> None:
+        if self.waiting:
+            save_file(self.waiting, self.folder / f"{self.files:06d}.safetensors")
+        with open(self.folder / RECORDS, "a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in self.lines)
+        self.files += bool(self.waiting)
+        self.waiting, self.lines, self.bytes = {}, [], 0

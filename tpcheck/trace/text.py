@@ -1,0 +1,98 @@
+"""`tpcheck compare` on the terminal: the verdict, the first suspect, and a table in execution order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from tpcheck.trace.judge import Comparison, Row
+
+__all__ = ["lines", "sentence", "what"]
+
+KINDS = {
+    "start": "initial weight",
+    "input": "input",
+    "out": "output",
+    "mask": "what is dropped",
+    "again": "recomputed output",
+    "dout": "gradient of output",
+    "din": "gradient of input",
+    "grad": "parameter gradient",
+    "clip": "clip coefficient",
+    "weight": "updated weight",
+}
+SHOWN = 24
+
+
+def lines(comparison: Comparison, *, show_all: bool = False) -> Iterator[str]:
+    """The comparison; without `show_all`, the rows that say most."""
+    a, b = comparison.a, comparison.b
+    yield f"A  {a.path}  TP={a.tp} DP={a.dp} {a.dtype}"
+    yield f"B  {b.path}  TP={b.tp} DP={b.dp} {b.dtype}"
+    rows = comparison.rows if show_all else _telling(comparison)
+    if rows:
+        yield ""
+        yield from _table(rows)
+        if hidden := len(comparison.rows) - len(rows):
+            yield f"… {hidden} more tensors, with --all"
+        yield ""
+    for note in comparison.unmapped[: None if show_all else 5]:
+        yield f"not compared  {note}"
+    if not show_all and len(comparison.unmapped) > 5:
+        yield f"not compared  … and {len(comparison.unmapped) - 5} more"
+    counts = Counter(row.verdict for row in comparison.rows)
+    yield "tensors  " + ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    if comparison.first_difference:
+        yield f"first that differs  {what(comparison.first_difference)}"
+    yield sentence(comparison)
+
+
+def sentence(comparison: Comparison) -> str:
+    """The verdict in a sentence or two."""
+    first = comparison.first
+    if first is not None:
+        text = f"suspect: {what(first)}"
+        if first.estimate is not None and first.excess > 1:
+            text += f" is off by {first.numbers.relative:.2g}, where rounding explains {first.estimate.overall:.1g}"
+        return text + (f"; {first.why}" if first.why else "")
+    if comparison.verdict == "unknown":
+        return (
+            "can't tell: the runs differ, and A has no nudged runs to say by how much rounding may: "
+            "trace A again into its folders noise-1, noise-2, noise-3 with perturb=1, 2, 3"
+        )
+    if comparison.verdict == "rounding":
+        worst = max((row for row in comparison.rows if row.verdict == "rounding"), key=lambda row: row.excess)
+        limit = f"the nearest, {what(worst)}, is at {worst.excess:.0%} of the limit"
+        return f"rounding: no tensor is beyond what rounding explains; {limit}"
+    return "identical: every tensor that both traces have, bit for bit"
+
+
+def what(row: Row) -> str:
+    kind = KINDS.get(row.key.kind, f"optimizer {row.key.kind.partition('.')[2]}")
+    return f"{row.key.name} ({kind}, step {row.key.step})"
+
+
+def _telling(comparison: Comparison) -> list[Row]:
+    """Of the tensors that differ: those about the first suspect, or else the ones nearest to the limit."""
+    differing = [row for row in comparison.rows if row.verdict != "identical"]
+    if comparison.first is not None:
+        place = differing.index(comparison.first)
+        start = max(0, place - SHOWN // 3)
+        return differing[start : start + SHOWN]
+    chosen = sorted(differing, key=lambda row: -row.excess)[:SHOWN]
+    return [row for row in differing if row in chosen]
+
+
+def _table(rows: list[Row]) -> Iterator[str]:
+    names = [f"{row.key.step} {row.key.kind:5} {row.key.name}" for row in rows]
+    width = max(map(len, names))
+    headings = ("relative", "rounding", "max abs", "mean abs", "median", ">1e-3", ">1e-2", "ulp", "cosine")
+    yield f"{'step, kind, tensor':{width}}  " + " ".join(f"{heading:>9}" for heading in headings)
+    for name, row in zip(names, rows, strict=True):
+        n = row.numbers
+        estimate = f"{row.estimate.overall:.2e}" if row.estimate else "-"
+        cells = (
+            f"{n.relative:.2e}", estimate, f"{n.max_abs:.2e}", f"{n.mean_abs:.2e}", f"{n.median_abs:.2e}",
+            f"{n.over[1]:.1%}", f"{n.over[3]:.1%}", "-" if n.ulp is None else f"{n.ulp:.2g}", f"{n.cosine:.6f}",
+        )  # fmt: skip
+        yield f"{name:{width}}  " + " ".join(f"{cell:>9}" for cell in cells) + f"  {row.verdict}"

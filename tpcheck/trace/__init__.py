@@ -51,7 +51,8 @@ def trace(path: str | Path, model: torch.nn.Module | Sequence[torch.nn.Module], 
 
     Args:
         path: the trace's folder, without an earlier trace.
-        model: as it is trained: bare, or in Megatron's DDP, torch's DDP or FSDP; or Megatron's list of one.
+        model: as it is trained: bare, or in Megatron's DDP, torch's DDP or FSDP; or Megatron's list of one;
+            or the engine that `deepspeed.initialize` made.
         options: the fields of `Options`.
 
     An exception leaves the trace unfinished, which `tpcheck compare` refuses.
@@ -83,7 +84,7 @@ def _dtype(models: Sequence[torch.nn.Module]) -> str:
     for model in models:
         for parameter in model.parameters():
             name = str(parameter.dtype).removeprefix("torch.")
-            counts[name] = counts.get(name, 0) + parameter.numel()
+            counts[name] = counts.get(name, 0) + getattr(parameter, "ds_numel", parameter.numel())
     return max(counts, key=lambda name: counts[name], default="float32")
 
 

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from tpcheck.trace.deepspeed import engine_of
 from tpcheck.trace.names import canonical, norm_of
-from tpcheck.trace.noise import nudge, spawn
+from tpcheck.trace.noise import Nudge, nudge, spawn
 from tpcheck.trace.parameters import Parameters
 from tpcheck.trace.rules import Batch, Rules
 from tpcheck.trace.shards import Shards, whole
@@ -72,6 +73,7 @@ class Capture:
         self._keep(register_optimizer_step_pre_hook(self._before_update))
         self._keep(register_optimizer_step_post_hook(self._after_update))
         self._wrap_finalize()
+        self._wrap_engine()
         self._watch_dropout()
 
     def _keep(self, handle: Handle) -> None:
@@ -91,6 +93,23 @@ class Capture:
 
         config.finalize_model_grads_func = finalize
         self.undo.append(lambda: setattr(config, "finalize_model_grads_func", original))
+
+    def _wrap_engine(self) -> None:
+        """DeepSpeed's gradients are whole when its engine steps; its optimizers only know flat pieces of them."""
+        engine = engine_of(self.models)
+        if engine is None:
+            return
+        original = engine._take_model_step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if self.microbatch >= 0:
+                self._gradients()
+            answer = original(*args, **kwargs)
+            self.updated |= self.microbatch >= 0
+            return answer
+
+        engine._take_model_step = step
+        self.undo.append(lambda: delattr(engine, "_take_model_step"))
 
     def _begin(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.evaluating = not torch.is_grad_enabled()
@@ -160,7 +179,7 @@ class Capture:
         seed = (self.step, self.microbatch, name, call)
         if self.options.perturb:
             # Recomputation makes the same nudge, as it would make the same rounding.
-            x = _Nudge.apply(x, spawn(self.options.perturb, *seed))
+            x = Nudge.apply(x, spawn(self.options.perturb, *seed))
         batch = self.batch
         shards = self.rules.output(name, module, x, batch)
         self._record(kind, name, shards, batch, call)
@@ -235,7 +254,9 @@ class Capture:
 
 def _labelled(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Modules by canonical name; of several that share one, as wrappers do with what they wrap, the innermost."""
-    return {canonical(name) or "model": module for name, module in model.named_modules()}
+    found = {canonical(name): module for name, module in model.named_modules()}
+    whole_model = "whole model" if "model" in found else "model"  # Hugging Face's have a part of that name
+    return {name or whole_model: module for name, module in found.items()}
 
 
 def _replaced(output: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:
@@ -269,15 +290,3 @@ class _Watch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.record(gradient), None
-
-
-class _Nudge(torch.autograd.Function):
-    """A rounding in the forward direction; the gradient passes as it is."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return nudge(x, generator)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient, None

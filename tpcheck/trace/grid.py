@@ -1,6 +1,6 @@
 """Where this rank stands: its place in tensor and data parallelism, asked of whoever set them up.
 
-Megatron's parallel_state    DTensor parameters' device mesh    torch.distributed alone: data parallel
+Megatron's parallel_state    DTensor parameters' device mesh    AutoTP's layers    torch.distributed alone: DP
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tpcheck.errors import TpcheckError
+from tpcheck.trace.deepspeed import autotp_of
 
 __all__ = ["Grid", "grid_of", "megatron_config"]
 
@@ -45,6 +46,9 @@ def grid_of(models: Sequence[torch.nn.Module]) -> Grid:
     if megatron and config is not None and megatron.model_parallel_is_initialized():
         return _megatron(megatron, config)
     rank, world = dist.get_rank(), dist.get_world_size()
+    if (autotp := autotp_of(models)) is not None:
+        tp_rank, tp_size = autotp
+        return Grid(rank, world, tp_rank, tp_size, rank // tp_size, world // tp_size, gradients=tp_size / world)
     mesh = _mesh(models)
     if mesh is None:
         return Grid(rank, world, dp_rank=rank, dp=world, gradients=1 / world)

@@ -8,10 +8,11 @@ nudge them alike.
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import torch
 
-__all__ = ["nudge", "spawn"]
+__all__ = ["Nudge", "nudge", "spawn"]
 
 # A sum of products is rounded once to bfloat16 or float16, but at every addition to float32 and float64: there, an
 # order of a few hundred summands is worth several units in the last place.
@@ -33,3 +34,15 @@ def nudge(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     steps = torch.div(draw, 2, rounding_mode="trunc").to(x.device, bits.dtype)
     moved = (bits + steps).view(x.dtype)
     return torch.where((x.detach() != 0) & torch.isfinite(x.detach()) & torch.isfinite(moved), moved, x.detach())
+
+
+class Nudge(torch.autograd.Function):
+    """A rounding in the forward direction; the gradient passes as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return nudge(x, generator)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None

@@ -2,6 +2,7 @@
 
 Gradients are `main_grad` (Megatron's DDP) or `grad`, as tensors or DTensors; weights are the float32 main
 parameters where an optimizer keeps them; under the distributed optimizer each rank has flat shards of them all.
+What DeepSpeed's ZeRO has cut is put together by DeepSpeed first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tpcheck.trace.deepspeed import engine_of, full_gradient, full_states, full_weight, is_cut, set_full_gradient
 from tpcheck.trace.names import canonical
 from tpcheck.trace.noise import nudge, spawn
 from tpcheck.trace.rules import Rules
@@ -27,13 +29,14 @@ class Parameters:
 
     def __init__(self, models: Sequence[torch.nn.Module], rules: Rules, record: Record, perturb: int) -> None:
         self.rules, self.record, self.perturb = rules, record, perturb
+        self.engine = engine_of(models)
         self.named = {canonical(name): p for model in models for name, p in model.named_parameters()}
         self.optimizers: dict[int, torch.optim.Optimizer] = {}
         self.norms: dict[str, float] = {}
 
     def start(self) -> None:
         for name, parameter in self.named.items():
-            self.record("start", name, self.rules.parameter(name, parameter, parameter.detach()))
+            self.record("start", name, self.rules.parameter(name, parameter, full_weight(parameter)))
 
     def gradients(self, step: int) -> None:
         for name, parameter in self.named.items():
@@ -42,6 +45,8 @@ class Parameters:
                 continue
             if self.perturb:
                 _round(gradient, parameter.dtype, spawn(self.perturb, step, "grad", name))
+                if is_cut(parameter):
+                    set_full_gradient(parameter, gradient)
             shards = self.rules.updated(name, parameter, gradient)
             self.norms[name] = sum(_square(part) for _, part in shards.parts)
             self.record("grad", name, shards)
@@ -60,7 +65,10 @@ class Parameters:
     def after_update(self) -> None:
         """The weights that the next forward pass takes, and what optimizers keep of them."""
         for name, parameter in self.named.items():
-            self.record("weight", name, self.rules.parameter(name, parameter, parameter.detach()))
+            self.record("weight", name, self.rules.parameter(name, parameter, full_weight(parameter)))
+            if is_cut(parameter):
+                for key, value in full_states(self.engine, parameter):
+                    self.record(f"state.{key}", name, self.rules.parameter(name, parameter, value))
         for optimizer in self.optimizers.values():
             for name, parameter, updated in self._updated_by(optimizer):
                 if updated is not parameter and updated.dtype != parameter.dtype:
@@ -94,6 +102,8 @@ class Parameters:
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    if is_cut(parameter):
+        return full_gradient(parameter)
     main: torch.Tensor | None = getattr(parameter, "main_grad", None)
     return main if main is not None else parameter.grad
 

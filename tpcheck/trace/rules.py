@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from tpcheck.trace.deepspeed import autotp_activation, autotp_parameter
 from tpcheck.trace.grid import Grid, megatron_config
 from tpcheck.trace.shards import Shards, whole
 
@@ -67,21 +68,23 @@ class Rules:
         self.ranges = _flat_ranges(models, grid)
 
     def output(self, name: str, module: torch.nn.Module, tensor: torch.Tensor, batch: Batch) -> Shards:
-        return self._activation(self._rule(name, module, tensor, 0), name, module, tensor, batch)
+        return self._activation(self._rule(name, module, tensor, 0), 0, module, tensor, batch)
 
     def input(self, name: str, module: torch.nn.Module, tensor: torch.Tensor, batch: Batch) -> Shards:
-        return self._activation(self._rule(name, module, tensor, 1), name, module, tensor, batch)
+        return self._activation(self._rule(name, module, tensor, 1), 1, module, tensor, batch)
 
     def hidden(self, tensor: torch.Tensor, batch: Batch) -> Shards:
         """What dropout is applied to in Megatron: hidden states, or attention's probabilities."""
         rule = {3: HIDDEN, 4: "BHFF"}.get(tensor.dim()) if self.config is not None else None
-        return self._activation(rule, "", torch.nn.Module(), tensor, batch)
+        return self._activation(rule, 0, torch.nn.Module(), tensor, batch)
 
     def parameter(self, name: str, parameter: torch.nn.Parameter, values: torch.Tensor) -> Shards:
         """`values` are the parameter's, or like it in shape and cut."""
         if hasattr(values, "device_mesh"):
             return _placed(values)
         shards, grid = whole(values), self.grid
+        if hasattr(parameter, "ds_is_replaced_module"):
+            return autotp_parameter(parameter, shards, grid.tp_rank)
         if not getattr(parameter, "tensor_model_parallel", False):
             return shards
         dim: int = parameter.partition_dim  # type: ignore[attr-defined]
@@ -119,7 +122,7 @@ class Rules:
         return rule
 
     def _activation(
-        self, rule: str | None, name: str, module: torch.nn.Module, tensor: torch.Tensor, batch: Batch
+        self, rule: str | None, which: int, module: torch.nn.Module, tensor: torch.Tensor, batch: Batch
     ) -> Shards:
         if hasattr(tensor, "device_mesh"):
             placed = _placed(tensor)
@@ -128,7 +131,12 @@ class Rules:
             rule, tensor = rule[1:], tensor.transpose(0, 1)
         shards, grid = whole(tensor), self.grid
         if rule is None or len(rule) != tensor.dim():
-            shards = replace(_column_of_dtensor(shards, module, grid), assumed=grid.tp > 1)
+            if not tensor.dim():  # a loss; each microbatch has its own
+                return whole(tensor.reshape(1)).batch(0, batch.number * grid.dp + grid.dp_rank)
+            if hasattr(module, "tp_world_size"):
+                shards = autotp_activation(module, shards, which, grid.tp_rank)
+            else:
+                shards = replace(_column_of_dtensor(shards, module, grid), assumed=grid.tp > 1)
             return _batched(shards, tensor, batch, grid)
         for dim, letter in enumerate(rule):
             if letter == "B":

@@ -52,8 +52,12 @@ class Shards:
             return self
         extent = self.shape[dim]
         assert extent is not None
-        parts = tuple((_moved(offset, dim, rank * extent), part) for offset, part in self.parts)
-        return replace(self, shape=_with(self.shape, dim, extent * size), parts=parts, how=(*self.how, word))
+        return self.placed(dim, rank * extent, size * extent, word)
+
+    def placed(self, dim: int, start: int, extent: int, word: str) -> Shards:
+        """The same boxes from index `start` of `extent` along `dim`."""
+        parts = tuple((_moved(offset, dim, start), part) for offset, part in self.parts)
+        return replace(self, shape=_with(self.shape, dim, extent), parts=parts, how=(*self.how, word))
 
     def gated(self, dim: int, rank: int, size: int) -> Shards:
         """Like `cut`, where every rank holds its shards of two logical halves, one after the other."""

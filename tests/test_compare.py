@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.tensor_parallel import layers
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from traces import GPT2, TINY, Runs, replaced
 
 from patches import cpu
@@ -104,6 +106,19 @@ def _gradients_doubled_by_dp() -> contextlib.AbstractContextManager[None]:
     return replaced(Group, "finish_grad_sync", finish)
 
 
+def _larger_norm_epsilon() -> contextlib.AbstractContextManager[None]:
+    new = WrappedTorchNorm.__new__
+
+    def with_epsilon(cls: Any, config: Any, hidden_size: int, eps: float = 0.0, **options: Any) -> Any:
+        return new(cls, config, hidden_size, eps=1e-5, **options)
+
+    return replaced(WrappedTorchNorm, "__new__", staticmethod(with_epsilon))
+
+
+def _weights_not_copied() -> contextlib.AbstractContextManager[None]:
+    return replaced(Float16OptimizerWithFloat16Params, "_copy_main_params_to_model_params", lambda self: None)
+
+
 BUGS = [
     ("bf16", _without_dgrad_reduction, {"tp": 2}, "self_attention.linear_qkv", "din", "a reduction is missing"),
     (
@@ -118,6 +133,8 @@ BUGS = [
     ("fp32", _forward_reduction_doubled, {"tp": 2}, "embedding.word_embeddings", "out", "scaled by 2 = TP"),
     ("bf16", _local_gradient_norm, {"tp": 2}, "gradient clipping", "clip", "unequal replicas"),
     ("fp32", _gradients_doubled_by_dp, {"dp": 2}, "embedding.word_embeddings.weight", "grad", "scaled by 2 = DP"),
+    ("bf16", _larger_norm_epsilon, {}, "input_layernorm", "out", "coherent scale 0.989"),
+    ("bf16", _weights_not_copied, {}, "word_embeddings.weight", "weight", "are not their main parameters, rounded"),
 ]
 
 

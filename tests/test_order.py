@@ -20,7 +20,6 @@ from tpcheck.order import LARGE, MOST, Node, Tree, formula, from_lists, meetings
 from tpcheck.ordertargets import TARGETS, Setting, trees
 
 F32 = np.float32
-TP_SIZES = (1, 2, 4, 8)
 
 
 def sequential(x: Sequence[float]) -> float:
@@ -144,7 +143,7 @@ def test_an_exact_sum_answers_as_no_roundings_can() -> None:
     assert set(meetings(Node("exact", (0, 1, 2, 3, 4))).values()) == {2}
 
 
-def orders(target: str, strategy: Any, sizes: Sequence[int] = TP_SIZES, **options: Any) -> list[list[Tree]]:
+def orders(target: str, strategy: Any, sizes: Sequence[int], **options: Any) -> list[list[Tree]]:
     return [trees(Setting(target, strategy, tp, **options)) for tp in sizes]
 
 
@@ -153,15 +152,17 @@ WITH_PIECES = "(0 + 8)", "(1 + 9)", "(2 + 10)", "(3 + 11)"
 
 
 @pytest.mark.parametrize(
-    ("target", "size", "leaves", "options"),
+    ("target", "sizes", "size", "leaves", "options"),
     [
-        ("row-parallel", 24, LEAVES, {"dtype": "bf16"}),
-        ("gated", 16, WITH_PIECES, {"sp": True}),
-        ("norm", 24, LEAVES, {}),
+        ("row-parallel", (1, 2, 8), 24, LEAVES, {"dtype": "bf16"}),
+        ("gated", (1, 2, 4), 16, WITH_PIECES, {"sp": True}),
+        ("norm", (1, 2, 4), 24, LEAVES, {}),
     ],
 )  # fmt: skip
-def test_tree_strategy_adds_in_one_order_at_every_tp(target: str, size: int, leaves: Any, options: Any) -> None:
-    (one, *others), *elsewhere = orders(target, "tree", size=size, **options)
+def test_tree_strategy_adds_in_one_order_at_every_tp(
+    target: str, sizes: Sequence[int], size: int, leaves: Any, options: Any
+) -> None:
+    (one, *others), *elsewhere = orders(target, "tree", sizes, size=size, **options)
     a, b, c, d = leaves
     assert formula(one).startswith(f"(({a} + {b}) + ({c} + {d})) + ((")
     assert all(tree == one for found in (others, *elsewhere) for tree in found)

@@ -82,7 +82,18 @@ def test_numbers_are_what_float64_says(dtype: torch.dtype) -> None:
     assert found.relative == pytest.approx(((x - y).norm() / x.norm()).item())
     assert found.cosine == pytest.approx(torch.nn.functional.cosine_similarity(x.flatten(), y.flatten(), dim=0).item())
     assert found.scale == pytest.approx(((x * y).sum() / (x * x).sum()).item())
+    assert found.coherent_scale == pytest.approx(abs(found.scale - 1))
     assert distance(_logical(a), _logical(b)).peak >= found.relative
+
+
+def test_coherent_distance_is_large_where_a_factor_hides_below_rounding() -> None:
+    a = torch.randn(200, 200, generator=torch.Generator().manual_seed(2)).bfloat16()
+    rounding = distance(_logical(a), _logical(nudge(a, spawn(1, "here"))))
+    factor = distance(_logical(a), _logical((a.double() * 0.995).bfloat16()))
+    assert factor.overall < 2 * rounding.overall
+    assert rounding.coherent < 3 * rounding.overall / a.numel() ** 0.5
+    assert factor.coherent == pytest.approx(0.005, rel=0.2)
+    assert factor.coherent > 50 * rounding.coherent
 
 
 def test_numbers_of_equal_zero_and_nan_tensors() -> None:

@@ -2,8 +2,9 @@
 
     A/noise-1, A/noise-2, A/noise-3      traces of the same run with perturb=1, 2, 3, in A's own folder
 
-A tensor's estimate is the largest distance of these from A. Where A is a run of `tpcheck train`, missing ones are
-made here.
+A tensor's estimate is the largest distance of these from A; of the coherent distance, which all three may happen to
+have little of, at least what independent roundings leave. Where A is a run of `tpcheck train`, missing ones are made
+here.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ class Estimate:
             found = [*self._nudged(key, a), self._least(key, a)]
             if key.kind in ("weight", "state.main"):
                 found.append(self._turned(key, a))
-            self.known[key] = Distance(max(one.overall for one in found), max(one.peak for one in found))
+            overall = max(one.overall for one in found)
+            # Roundings of A itself, which are in <a,a> and not in <a,b>, bring s below 1 by up to their square.
+            coherent = max(overall / max(a.bits.size, 1) ** 0.5, overall**2, *(one.coherent for one in found))
+            self.known[key] = Distance(overall, max(one.peak for one in found), coherent)
         return self.known[key]
 
     def _nudged(self, key: Key, a: Logical) -> Iterator[Distance]:
@@ -66,7 +70,7 @@ class Estimate:
             # The gradient norm, by which all are scaled, is a float32 sum over everything, in an order of its own.
             scaled = GRADIENT_NORM * (2 if key.kind.endswith("_sq") else 1)
             all_of_it = distance(a, replace(a, bits=np.zeros_like(a.bits)))
-            return Distance(max(least, scaled), max(least, scaled * all_of_it.peak))
+            return Distance(max(least, scaled), max(least, scaled * all_of_it.peak), scaled)
         return Distance(least, least)
 
     def _turned(self, key: Key, a: Logical) -> Distance:

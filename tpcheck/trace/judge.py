@@ -1,7 +1,11 @@
 """Identical, rounding or suspect: every tensor of B against the same one of A and what rounding may do to it.
 
     A ──► distance of B from A ──► above SAFETY × the estimate?  ──► suspect
-    nudged runs of A ──► estimate ──────┘          or replicas unequal, or recomputed otherwise
+    nudged runs of A ──► estimate ──────┘          or replicas unequal, or recomputed otherwise,
+                                                   or a weight that is not its main parameter, rounded
+
+Distance is overall, in the worst row, and coherent: all elements too large, or too small, by one factor. The latter
+finds what hides below the rounding of each single element, as an epsilon of 1e-5 for 1e-6 does in bfloat16.
 
 The first suspect is the first in the order in which a step computes: forward, backward, gradients, optimizer.
 """
@@ -16,7 +20,7 @@ from tpcheck.trace.estimate import GRADIENT_NORM, ROUNDING, Estimate
 from tpcheck.trace.metrics import Distance, Numbers, numbers
 from tpcheck.trace.mistakes import adds_up, explain
 from tpcheck.trace.names import layer_of
-from tpcheck.trace.reader import Key, Logical, Trace
+from tpcheck.trace.reader import Key, Logical, Trace, encoded
 
 __all__ = ["Comparison", "Row", "Verdict", "judge"]
 
@@ -26,6 +30,7 @@ Verdict = Literal["identical", "rounding", "suspect", "unknown"]
 SAFETY = 3.0
 FEW = 4.0  # an estimate from few numbers is itself uncertain: SAFETY grows by FEW / sqrt(how many numbers it is from)
 PEAK_SAFETY = 2.0  # a worst row varies more than a mean
+COHERENT_SAFETY = 4.0  # a factor is one number: where no mistake is, it is up to 2.3 estimates from 1
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Row:
 
     Attributes:
         estimate: how far rounding may take it; None where nothing has been estimated.
-        excess: the distance over what is allowed; above 1 it is suspect.
+        excess: the distance over what is allowed, of the three the most; above 1 it is suspect.
         why: what makes it suspect, for the first and for those that are suspect for another reason than distance.
     """
 
@@ -108,7 +113,7 @@ class _Judge:
         other_dtype = f"{y.dtype} where A has {x.dtype}" if x.dtype != y.dtype else ""
         if other_dtype:
             x, y = x.widened(), y.widened()
-        wrong = "; ".join(filter(None, (self._unequal(key, x, y), other_dtype)))
+        wrong = "; ".join(filter(None, (self._unequal(key, x, y), self._not_copied(key), other_dtype)))
         found = numbers(x, y)
 
         def row(verdict: Verdict, why: str = "", expected: Distance | None = None, excess: float = 0.0) -> Row:
@@ -125,13 +130,13 @@ class _Judge:
         if self.redrawn:
             return row("suspect" if wrong else "unknown", wrong)
         expected = self.estimate.of(key, x) if self.estimate else None
-        excess = _excess(found, expected, len(self.estimate.noise))
+        excess, coherent = _excess(found, expected, len(self.estimate.noise))
         if excess <= 1 and not wrong:
             return row("rounding" if expected else "unknown", "", expected, excess)
         if excess > 1 and self.result.first is None:
             near = _allowed(found, len(self.estimate.noise)) * expected.overall if expected else 0.0
-            wrong = "; ".join(filter(None, (wrong, explain(key, x, y, self.a, self.b, found, near))))
-        return row("suspect", wrong, expected, excess)
+            coherent = coherent or explain(key, x, y, self.a, self.b, found, near)
+        return row("suspect", "; ".join(filter(None, (wrong, coherent))), expected, excess)
 
     def _pair(self, key: Key) -> tuple[Logical, Logical] | None:
         """Both sides of `key`; notes why it cannot be compared, if so."""
@@ -159,6 +164,18 @@ class _Judge:
                 text = f"unequal replicas in {side}: ranks {ranks} hold other values than rank {replicas.first}"
                 sums = adds_up(x, y) if side == "B" else ""
                 return f"{text} (by {replicas.distance:.2g}){'; ' if sums else ''}{sums}"
+        return ""
+
+    def _not_copied(self, key: Key) -> str:
+        """What is said of a trace whose weight is not its optimizer's main parameter, rounded."""
+        if key.kind != "weight":
+            return ""
+        for side, trace in (("A", self.a), ("B", self.b)):
+            weight, main = trace.logical_or_none(key), trace.logical_or_none(key._replace(kind="state.main"))
+            if weight is None or main is None or not weight.floats or weight.bits.shape != main.bits.shape:
+                continue
+            if wrong := int((encoded(main.values(), weight.dtype) != weight.bits).sum()):
+                return f"{wrong} elements in {side} are not their main parameters, rounded: not copied to the model"
         return ""
 
     def _drift(self, key: Key, x: Logical) -> float:
@@ -204,13 +221,17 @@ def _allowed(found: Numbers, seeds: int) -> float:
     return SAFETY * (1 + FEW / math.sqrt(found.size * seeds))
 
 
-def _excess(found: Numbers, expected: Distance | None, seeds: int) -> float:
+def _excess(found: Numbers, expected: Distance | None, seeds: int) -> tuple[float, str]:
+    """The distance over what is allowed, and what is said if it is the coherent one alone that is above."""
     if found.nan:
-        return math.inf
+        return math.inf, ""
     if expected is None:
-        return 0.0
+        return 0.0, ""
     allowed = _allowed(found, seeds)
-    return max(found.relative / (allowed * expected.overall), found.peak / (PEAK_SAFETY * allowed * expected.peak))
+    apart = max(found.relative / (allowed * expected.overall), found.peak / (PEAK_SAFETY * allowed * expected.peak))
+    coherent = found.coherent_scale / (COHERENT_SAFETY * allowed * expected.coherent)
+    said = f"coherent scale {found.scale:.6g}, where rounding explains 1 ± {expected.coherent:.1g}"
+    return max(apart, coherent), said if apart <= 1 < coherent else ""
 
 
 def _name(key: Key) -> str:

@@ -25,7 +25,7 @@ from tpcheck.trace.store import FORMAT, RANK, RECORDS, rank_folder
 from tpcheck.trace.tensorfile import tensors
 from tpcheck.unpickle import ITEMSIZE
 
-__all__ = ["PHASES", "Key", "Logical", "Replicas", "Trace"]
+__all__ = ["PHASES", "Key", "Logical", "Replicas", "Trace", "encoded"]
 
 Json: TypeAlias = dict[str, Any]
 Box: TypeAlias = tuple[Index, Index]  # offset and size
@@ -120,7 +120,7 @@ class Trace:
         partial = any(record.get("partial") for _, _, record in records) and key.kind in ("din", "dout")
         for place, held in boxes.items():
             whole[place] = (
-                _encoded(np.sum([values(a, dtype) for _, a in held], axis=0), dtype) if partial else held[0][1]
+                encoded(np.sum([values(a, dtype) for _, a in held], axis=0), dtype) if partial else held[0][1]
             )
         if not tiles([Part(offset, array) for (offset, _), array in whole.items()], shape):
             return f"its boxes do not add up to {list(shape)}"
@@ -129,7 +129,7 @@ class Trace:
             bits[_slices(offset, size)] = array
         scale = records[0][2].get("scale", 1.0)
         if scale != 1:
-            bits = _encoded(values(bits, dtype) * scale, dtype)
+            bits = encoded(values(bits, dtype) * scale, dtype)
         ranks = tuple((rank, _slices(*place)) for place, held in boxes.items() for rank, _ in held)
         assumed = any(record.get("assumed") for _, _, record in records)
         unequal = any(array.tobytes() != held[0][1].tobytes() for held in boxes.values() for _, array in held[1:])
@@ -223,7 +223,7 @@ def _numbers(bits: Array, dtype: str) -> Array:
     return values(bits, dtype) if dtype in FLOATS else bits.astype(np.float64)
 
 
-def _encoded(numbers: Array, dtype: str) -> Array:
+def encoded(numbers: Array, dtype: str) -> Array:
     """The bits of `numbers` rounded to `dtype`."""
     if dtype != "bfloat16":
         return numbers.astype(FLOATS[dtype] if dtype != "float16" else "<f2").view(f"<u{ITEMSIZE[dtype]}")

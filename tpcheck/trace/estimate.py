@@ -53,7 +53,8 @@ class Estimate:
             if key.kind in ("weight", "state.main"):
                 found.append(self._turned(key, a))
             overall = max(one.overall for one in found)
-            coherent = max(overall / max(a.bits.size, 1) ** 0.5, *(one.coherent for one in found))
+            # Roundings of A itself, which are in <a,a> and not in <a,b>, bring s below 1 by up to their square.
+            coherent = max(overall / max(a.bits.size, 1) ** 0.5, overall**2, *(one.coherent for one in found))
             self.known[key] = Distance(overall, max(one.peak for one in found), coherent)
         return self.known[key]
 

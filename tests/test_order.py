@@ -154,9 +154,9 @@ WITH_PIECES = "(0 + 8)", "(1 + 9)", "(2 + 10)", "(3 + 11)"
 @pytest.mark.parametrize(
     ("target", "sizes", "size", "leaves", "options"),
     [
-        ("row-parallel", (1, 2, 8), 24, LEAVES, {"dtype": "bf16"}),
-        ("gated", (1, 2, 4), 16, WITH_PIECES, {"sp": True}),
-        ("norm", (1, 2, 4), 24, LEAVES, {}),
+        ("row-parallel", (1, 2, 4, 8), 24, LEAVES, {"dtype": "bf16"}),
+        ("gated", (1, 2, 4, 8), 16, WITH_PIECES, {"sp": True}),
+        ("norm", (1, 2, 4, 8), 24, LEAVES, {}),
     ],
 )  # fmt: skip
 def test_tree_strategy_adds_in_one_order_at_every_tp(

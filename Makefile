@@ -22,7 +22,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help venv demo test test-megatron test-te test-slurm te-coverage gpu lint bench silent-bugs clean distclean
+.PHONY: help venv demo test test-megatron test-te test-slurm test-frameworks te-coverage gpu lint bench silent-bugs clean distclean
 
 help:
 	@echo "make demo    train Qwen3 at TP=1/2/4/8, stock and patched; compare every bit; draw the picture"
@@ -31,6 +31,7 @@ help:
 	@echo "make te-coverage  which lines of Transformer Engine's layers those tests run"
 	@echo "make gpu     the tests that need a GPU, in the environment that PYTHON belongs to"
 	@echo "make test-slurm  the tests that start a real Slurm on this machine: two architectures, faults, accounting"
+	@echo "make test-frameworks  traces of Hugging Face models and DeepSpeed, installed for it"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   what the patches cost, as ratios to stock"
 	@echo "make silent-bugs  dozens of silent bugs put into real runs, and whether tpcheck compare finds them"
@@ -109,6 +110,17 @@ $(VENV)/te-%: $(READY)
 test-slurm: $(READY)
 	@echo "==> sweeps on a real Slurm, and what can happen to them"
 	@$(BIN)/python -m pytest -m slurm --durations=15 tests/on_slurm
+
+test-frameworks: $(VENV)/frameworks
+	@echo "==> traces of Hugging Face models and DeepSpeed"
+	@DS_ACCELERATOR=cpu PYTHONPATH=$< $(PYTEST) -q -W ignore tests/test_trace_hugging_face.py tests/test_trace_deepspeed.py
+
+$(VENV)/frameworks: $(READY) tests/frameworks.txt
+	@echo "==> installing transformers and DeepSpeed beside the rest"
+	@rm -rf $@
+	@$(PIP) install --no-deps --target $@ -r tests/frameworks.txt
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu PYTHONPATH=$@ \
+	    $(PIP) install --no-deps --no-build-isolation --target $@ deepspeed==0.19.8
 
 lint: $(READY)
 	@echo "==> ruff check"

@@ -22,7 +22,7 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 .held { border-color: #009e73 } .broken { border-color: #d55e00 }
 table { border-collapse: collapse }
 th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid #ddd }
-code { font-size: .8em; overflow-wrap: anywhere } td:first-child { white-space: nowrap }
+p, li, code { overflow-wrap: anywhere } code { font-size: .8em } td:first-child { white-space: nowrap }
 img { max-width: 100% } .scroll { overflow-x: auto }
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -52,7 +53,7 @@ def sentence(comparison: Comparison) -> str:
     first = comparison.first
     if first is not None:
         text = f"suspect: {what(first)}"
-        if first.estimate is not None and first.excess > 1:
+        if first.estimate is not None and first.excess > 1 and math.isfinite(first.numbers.max_abs):
             text += f" is off by {first.numbers.relative:.2g}, where rounding explains {first.estimate.overall:.1g}"
         return text + (f"; {first.why}" if first.why else "")
     if comparison.verdict == "unknown":

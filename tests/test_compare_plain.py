@@ -53,3 +53,12 @@ def test_infinities_of_opposite_signs_are_suspect(tmp_path: Path, capsys: pytest
     b = recorded(tmp_path / "b", float("-inf"))
     assert main(["compare", str(a), str(b)]) == 1
     assert "suspect: constant (output, step 0); infinite on one side" in capsys.readouterr().out
+
+
+def test_what_could_not_be_compared_is_not_called_identical(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = recorded(tmp_path / "a", kinds=["out"]), recorded(tmp_path / "b", samples=6, kinds=["out"])
+    assert main(["compare", str(a), str(b)]) == 2
+    assert "can't tell: no tensor of one trace could be compared" in capsys.readouterr().out
+    a, b = recorded(tmp_path / "c"), recorded(tmp_path / "d", kinds=["start"])
+    assert main(["compare", str(a), str(b)]) == 0
+    assert "identical: every tensor that has been compared, bit for bit; " in capsys.readouterr().out

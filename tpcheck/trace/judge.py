@@ -78,8 +78,8 @@ class Comparison:
     @property
     def verdict(self) -> Verdict:
         found = {row.verdict for row in self.rows}
-        order: tuple[Verdict, ...] = ("suspect", "unknown", "rounding")
-        return next((verdict for verdict in order if verdict in found), "identical")
+        order: tuple[Verdict, ...] = ("suspect", "unknown", "rounding", "identical")
+        return next((verdict for verdict in order if verdict in found), "unknown")
 
 
 def judge(a: Trace, b: Trace, estimate: Estimate) -> Comparison:

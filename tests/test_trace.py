@@ -87,6 +87,33 @@ def test_the_same_folder_twice_and_a_resumed_run_are_refused(tmp_path: Path) -> 
         launch(parse_run({**settings, "stop_after": None}), resume=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 3}, r"steps=3: name them by numbers from 0, as in steps=\[0, 1\]"),
+        ({"steps": [-1]}, "numbers from 0"),
+        ({"kinds": ["output"]}, r"kinds=\['output'\]: use some of start, input, out,"),
+        ({"modules": "decoder.*"}, r"use a list, \['decoder.\*'\]"),
+        ({"sample": 0}, "sample=0: use a number from 1"),
+        ({"perturb": -1}, "perturb=-1: use 0, or a seed"),
+        ({"step": [0]}, "no option step: it has steps, modules, kinds, sample, perturb"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_anything_is_written(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TpcheckError, match=message), tpcheck.trace(tmp_path / "trace", nn.Linear(3, 2), **options):
+        pass
+    with pytest.raises(TpcheckError, match="2 models cannot be traced"), tpcheck.trace(tmp_path / "t", [Net(), Net()]):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_negative_step_in_a_run_file_is_refused() -> None:
+    with pytest.raises(TpcheckError, match="trace.steps"):
+        parse_run({"trace": {"steps": [-1]}})
+
+
 class Net(nn.Module):
     """Knows nothing of Megatron; its second layer runs twice."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -100,7 +100,7 @@ class OptimizerConfig(Section):
 class TraceConfig(Section):
     """What `tpcheck.trace` records of the run, into `trace` in its output; steps are counted from 0."""
 
-    steps: list[int] = Field(min_length=1)
+    steps: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     modules: list[str] = Field(default=["*"], min_length=1)
     kinds: list[
         Literal["start", "input", "out", "mask", "again", "dout", "din", "grad", "clip", "weight", "state"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 import tpcheck
 from tpcheck.cli import main
+from tpcheck.trace.store import RECORDS
 
 
 class Model(nn.Module):
@@ -62,3 +64,51 @@ def test_what_could_not_be_compared_is_not_called_identical(tmp_path: Path, caps
     a, b = recorded(tmp_path / "c"), recorded(tmp_path / "d", kinds=["start"])
     assert main(["compare", str(a), str(b)]) == 0
     assert "identical: every tensor that has been compared, bit for bit; " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("rank.json", {"world": None}, "does not describe a trace (KeyError('world'))"),
+        ("rank.json", {"world": 0}, "world is 0"),
+        ("rank.json", {"steps": 3}, "steps is 3"),
+        (RECORDS, {"shape": None}, "records.jsonl:1 is not a record"),
+        (RECORDS, {"step": "0"}, "records.jsonl:1 is not a record"),
+        (RECORDS, {"file": "../x"}, "records.jsonl:1 is not a record"),
+    ],
+)
+def test_damaged_descriptions_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, change: dict[str, Any], words: str
+) -> None:
+    a = recorded(tmp_path / "a")
+    path = a / "rank-00000" / file
+    text = path.read_text()
+    first, rest = text.split("\n", 1) if file == RECORDS else (text, "")
+    fields = {key: value for key, value in {**json.loads(first), **change}.items() if value is not None}
+    path.write_text(json.dumps(fields) + "\n" + rest)
+    assert main(["compare", str(a), str(a)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe\n", b"[" * 100_000])
+def test_descriptions_that_are_not_text_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes
+) -> None:
+    a = recorded(tmp_path / "a", kinds=["clip"])
+    for file in (RECORDS, "rank.json"):
+        (a / "rank-00000" / file).write_bytes(text * (2 if file == RECORDS and text.endswith(b"\n") else 1))
+        assert main(["compare", str(a), str(a)]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_boxes_that_do_not_fit_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = recorded(tmp_path / "a"), recorded(tmp_path / "b")
+    path = b / "rank-00000" / RECORDS
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[5]["at"], lines[6]["at"] = [[0]], []
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["compare", str(a), str(b)]) == 0
+    printed = capsys.readouterr().out
+    assert "its boxes have other dimensions than it" in printed
+    assert "no rank holds any of it" in printed

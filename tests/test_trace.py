@@ -114,6 +114,23 @@ def test_a_negative_step_in_a_run_file_is_refused() -> None:
         parse_run({"trace": {"steps": [-1]}})
 
 
+@pytest.mark.parametrize("perturb", [0, 1])
+def test_a_backward_pass_after_the_end_is_neither_recorded_nor_nudged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, perturb: int
+) -> None:
+    monkeypatch.setattr(store, "FILE_BYTES", 1)
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    with tpcheck.trace(tmp_path / "trace", model, perturb=perturb):
+        y = model(x)
+    files = sorted((tmp_path / "trace/rank-00000").iterdir())
+    gradient = torch.randn(4, 2)
+    y.backward(gradient)
+    assert sorted((tmp_path / "trace/rank-00000").iterdir()) == files
+    assert open_trace(tmp_path / "trace").order
+    assert torch.equal(model.bias.grad, gradient.sum(0))
+
+
 class Net(nn.Module):
     """Knows nothing of Megatron; its second layer runs twice."""
 

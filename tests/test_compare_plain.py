@@ -112,3 +112,14 @@ def test_boxes_that_do_not_fit_are_not_compared(tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     assert "its boxes have other dimensions than it" in printed
     assert "no rank holds any of it" in printed
+
+
+@pytest.mark.parametrize(("seed", "words"), [(0, "perturb=0, which nudges nothing"), (1, "perturb=1, as another is")])
+def test_nudged_runs_that_are_not_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int, words: str
+) -> None:
+    a = recorded(tmp_path / "a")
+    recorded(a / "noise-1", perturb=1)
+    recorded(a / "noise-2", perturb=seed)
+    assert main(["compare", str(a), str(a)]) == 2
+    assert words in capsys.readouterr().err

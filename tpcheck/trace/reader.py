@@ -31,7 +31,8 @@ Json: TypeAlias = dict[str, Any]
 Box: TypeAlias = tuple[Index, Index]  # offset and size
 OPEN_FILES = 64
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-DESCRIPTION: Json = {"world": int, "tp": int, "dp": int, "dtype": str, "sample": int, "records": int}
+DESCRIPTION: Json = {"world": int, "tp": int, "dp": int, "dtype": str, "sample": int, "perturb": int,
+                     "records": int}  # fmt: skip
 RECORD: Json = {"name": str, "kind": str, "step": int, "file": int, "dtype": (str, type(None))}
 # In the order in which a step makes them; what was wrong first is what to look at.
 PHASES = {"start": 0, "input": 1, "out": 2, "mask": 2, "again": 3, "dout": 4, "din": 4, "grad": 5, "clip": 6,
@@ -90,10 +91,11 @@ class Trace:
         first = _rank_json(path, 0)
         self.world: int = first["world"]
         self.ranks = [first, *(_rank_json(path, rank) for rank in range(1, self.world))]
-        for key in ("world", "tp", "dp", "dtype", "steps", "sample"):
+        for key in ("world", "tp", "dp", "dtype", "steps", "sample", "perturb"):
             if len({json.dumps(rank[key]) for rank in self.ranks}) > 1:
                 raise TpcheckError(f"{path}: its ranks do not agree on {key}: they are not of one run")
         self.dtype, self.tp, self.dp, self.sample = first["dtype"], first["tp"], first["dp"], first["sample"]
+        self.perturb: int = first["perturb"]
         self.steps: list[int] = first["steps"]
         self.files: dict[Path, dict[str, Array]] = {}
         self.records: dict[Key, list[tuple[int, int, Json]]] = {}

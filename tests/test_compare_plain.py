@@ -11,7 +11,10 @@ import torch
 from torch import nn
 
 import tpcheck
+from tpcheck import result
 from tpcheck.cli import main
+from tpcheck.errors import TpcheckError
+from tpcheck.trace.estimate import open_noise, open_trace
 from tpcheck.trace.store import RECORDS
 
 
@@ -123,3 +126,11 @@ def test_nudged_runs_that_are_not_are_refused(
     recorded(a / "noise-2", perturb=seed)
     assert main(["compare", str(a), str(a)]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_nudged_run_that_was_interrupted_is_to_be_removed(tmp_path: Path) -> None:
+    trace = recorded(tmp_path / "run" / "trace")
+    (tmp_path / "run" / result.MANIFEST).write_text("{}")
+    (tmp_path / "run" / "noise-1").mkdir()
+    with pytest.raises(TpcheckError, match="noise-1, a nudged run, is not whole: remove it, and it is made again"):
+        open_noise(tmp_path / "run", open_trace(trace), seeds=1)

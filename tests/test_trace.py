@@ -109,9 +109,18 @@ def test_options_that_make_no_sense_are_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_negative_step_in_a_run_file_is_refused() -> None:
-    with pytest.raises(TpcheckError, match="trace.steps"):
-        parse_run({"trace": {"steps": [-1]}})
+@pytest.mark.parametrize(
+    ("trace", "message"),
+    [
+        ({"steps": [-1]}, "trace.steps.0: "),
+        ({"steps": [2, 3]}, r"^run: trace.steps=\[2, 3\]: the last of steps=2 is 1"),
+        ({"steps": [0], "sampel": 2}, "unknown key trace.sampel: did you mean sample"),
+        ({"sample": 2}, "trace.steps is missing: give it$"),
+    ],
+)
+def test_trace_settings_of_a_run_file_that_make_no_sense_are_refused(trace: dict[str, Any], message: str) -> None:
+    with pytest.raises(TpcheckError, match=message):
+        parse_run({"steps": 2, "trace": trace})
 
 
 @pytest.mark.parametrize("perturb", [0, 1])

@@ -140,6 +140,18 @@ def test_a_backward_pass_after_the_end_is_neither_recorded_nor_nudged(
     assert torch.equal(model.bias.grad, gradient.sum(0))
 
 
+def test_a_list_that_a_module_returns_is_handed_on_itself(tmp_path: Path) -> None:
+    class Kept(nn.Module):
+        kept = [torch.ones(2), None]  # noqa: RUF012
+
+        def forward(self, x: torch.Tensor) -> list[Any]:
+            return self.kept
+
+    model = Kept()
+    with tpcheck.trace(tmp_path / "trace", model):
+        assert model(torch.ones(2, 2)) is model.kept
+
+
 class Net(nn.Module):
     """Knows nothing of Megatron; its second layer runs twice."""
 

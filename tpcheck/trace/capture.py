@@ -273,7 +273,9 @@ def _replaced(output: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) 
             number = next(numbers)
             return change(f"[{number}]" if number else "", value)
         if type(value) in (tuple, list):
-            return type(value)([inner(item) for item in value])
+            changed = [inner(item) for item in value]
+            same = all(new is old for new, old in zip(changed, value, strict=True))
+            return value if same else type(value)(changed)
         if isinstance(value, dict):  # Hugging Face's outputs are dictionaries that also have attributes
             for key in list(value):
                 value[key] = inner(value[key])

@@ -94,6 +94,22 @@ def test_damaged_descriptions_are_one_line(
     assert words in line
 
 
+@pytest.mark.filterwarnings("error")
+def test_json_has_no_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = recorded(tmp_path / "a")
+    b = recorded(tmp_path / "b", constant=float("inf"))
+    torch.manual_seed(0)
+    model = Model(1.0)
+    with torch.no_grad():
+        model.head.bias.fill_(float("nan"))
+    with tpcheck.trace(tmp_path / "c", model, steps=[0]):
+        model(torch.randn(4, 8)).sum().backward()
+        torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    for other in (b, tmp_path / "c"):
+        assert main(["compare", str(a), str(other), "--json"]) == 1
+        assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["verdict"] == "suspect"
+
+
 @pytest.mark.parametrize("text", [b"\xff\xfe\n", b"[" * 100_000])
 def test_descriptions_that_are_not_text_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes

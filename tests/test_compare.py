@@ -209,6 +209,7 @@ class TestDropout:
 
 class TestBadInput:
     def refused(self, a: Path, b: Path, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+        capsys.readouterr()  # what making a reference has said
         assert main(["compare", str(a), str(b)]) == 2
         message = capsys.readouterr().err.splitlines()
         assert len(message) == 1

@@ -214,6 +214,8 @@ def test_command_prints_draws_and_answers(tmp_path: Path, capsys: Any) -> None:
         (["gated", "--size", "20"], "tp=4 does not cut size=20 into equal parts: use a multiple of 8"),
         (["norm", "--tp", "16", "--strategy", "tree"], "tp=16 does not divide leaves=8"),
         (["gemm", "--size", "1000"], "--size 1000: use 1 to 256"),
+        (["gemm", "--size", "0"], "--size 0: use 1 to 256"),
+        (["gemm", "--tp", ""], "use sizes separated by commas"),
         (["gemm", "--rows", "0"], "--rows 0: use 1 to 256"),
         (["all-reduce", "--tp", "2"], "all-reduce has no --tp"),
         (["all-reduce", "--sp"], "all-reduce has no sequence parallelism"),
@@ -225,6 +227,11 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: st
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_size_named_twice_is_one(capsys: Any) -> None:
+    assert main(["order", "gemm", "--size", "4", "--tp", "1,1"]) == 0
+    assert "TP=1:" in capsys.readouterr().out.splitlines()
 
 
 def test_command_line_names_the_targets() -> None:

@@ -87,6 +87,71 @@ def test_the_same_folder_twice_and_a_resumed_run_are_refused(tmp_path: Path) -> 
         launch(parse_run({**settings, "stop_after": None}), resume=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 3}, r"steps=3: name them by numbers from 0, as in steps=\[0, 1\]"),
+        ({"steps": [-1]}, "numbers from 0"),
+        ({"kinds": ["output"]}, r"kinds=\['output'\]: use some of start, input, out,"),
+        ({"modules": "decoder.*"}, r"use a list, \['decoder.\*'\]"),
+        ({"sample": 0}, "sample=0: use a number from 1"),
+        ({"perturb": -1}, "perturb=-1: use 0, or a seed"),
+        ({"step": [0]}, "no option step: it has steps, modules, kinds, sample, perturb"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_anything_is_written(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TpcheckError, match=message), tpcheck.trace(tmp_path / "trace", nn.Linear(3, 2), **options):
+        pass
+    with pytest.raises(TpcheckError, match="2 models cannot be traced"), tpcheck.trace(tmp_path / "t", [Net(), Net()]):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("trace", "message"),
+    [
+        ({"steps": [-1]}, "trace.steps.0: "),
+        ({"steps": [2, 3]}, r"^run: trace.steps=\[2, 3\]: the last of steps=2 is 1"),
+        ({"steps": [0], "sampel": 2}, "unknown key trace.sampel: did you mean sample"),
+        ({"sample": 2}, "trace.steps is missing: give it$"),
+    ],
+)
+def test_trace_settings_of_a_run_file_that_make_no_sense_are_refused(trace: dict[str, Any], message: str) -> None:
+    with pytest.raises(TpcheckError, match=message):
+        parse_run({"steps": 2, "trace": trace})
+
+
+@pytest.mark.parametrize("perturb", [0, 1])
+def test_a_backward_pass_after_the_end_is_neither_recorded_nor_nudged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, perturb: int
+) -> None:
+    monkeypatch.setattr(store, "FILE_BYTES", 1)
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    with tpcheck.trace(tmp_path / "trace", model, perturb=perturb):
+        y = model(x)
+    files = sorted((tmp_path / "trace/rank-00000").iterdir())
+    gradient = torch.randn(4, 2)
+    y.backward(gradient)
+    assert sorted((tmp_path / "trace/rank-00000").iterdir()) == files
+    assert open_trace(tmp_path / "trace").order
+    assert torch.equal(model.bias.grad, gradient.sum(0))
+
+
+def test_a_list_that_a_module_returns_is_handed_on_itself(tmp_path: Path) -> None:
+    class Kept(nn.Module):
+        kept = [torch.ones(2), None]  # noqa: RUF012
+
+        def forward(self, x: torch.Tensor) -> list[Any]:
+            return self.kept
+
+    model = Kept()
+    with tpcheck.trace(tmp_path / "trace", model):
+        assert model(torch.ones(2, 2)) is model.kept
+
+
 class Net(nn.Module):
     """Knows nothing of Megatron; its second layer runs twice."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -100,7 +100,7 @@ class OptimizerConfig(Section):
 class TraceConfig(Section):
     """What `tpcheck.trace` records of the run, into `trace` in its output; steps are counted from 0."""
 
-    steps: list[int] = Field(min_length=1)
+    steps: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     modules: list[str] = Field(default=["*"], min_length=1)
     kinds: list[
         Literal["start", "input", "out", "mask", "again", "dout", "din", "grad", "clip", "weight", "state"]
@@ -140,6 +140,12 @@ class RunConfig(Section):
     def _decide_decay_steps(self) -> RunConfig:
         if self.optimizer.decay_steps is None:
             self.optimizer = self.optimizer.model_copy(update={"decay_steps": self.steps})
+        return self
+
+    @model_validator(mode="after")
+    def _require_a_step_to_trace(self) -> RunConfig:
+        if self.trace is not None and min(self.trace.steps) >= self.steps:
+            raise ValueError(f"trace.steps={self.trace.steps}: the last of steps={self.steps} is {self.steps - 1}")
         return self
 
     @property
@@ -248,13 +254,16 @@ def _explain(error: ValidationError) -> str:
         hint = f"did you mean {close[0]}? " if close else ""
         return f"unknown key {where}: {hint}allowed are {', '.join(allowed)}"
     if first["type"] == "missing":
-        return f"{where} is missing: give it, or name a preset ({', '.join(PRESETS)})"
+        preset = f", or name a preset ({', '.join(PRESETS)})" if first["loc"][0] == "model" else ""
+        return f"{where} is missing: give it{preset}"
     found = "" if first["type"] == "value_error" or isinstance(first["input"], dict) else f", not {first['input']!r}"
-    return f"{where}: {first['msg'].removeprefix('Value error, ')}{found}"
+    prefix = f"{where}: " if where else ""
+    return f"{prefix}{first['msg'].removeprefix('Value error, ')}{found}"
 
 
 def _keys(location: Sequence[str | int]) -> list[str]:
     section: Any = RunConfig
     for part in location:
         section = section.model_fields[str(part)].annotation
+        section = next((one for one in get_args(section) if one is not type(None)), section)  # Section | None
     return list(section.model_fields)

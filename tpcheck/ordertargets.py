@@ -13,7 +13,7 @@ libraries treat edges otherwise, and a ring adds every chunk in another order.
 from __future__ import annotations
 
 import importlib
-import pickle
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,7 +95,7 @@ def trees(setting: Setting) -> list[Tree]:
     check(setting)
     with tempfile.TemporaryDirectory(prefix="tpcheck-") as scratch:
         start_processes(_rank, (setting, Path(scratch)), nprocs=setting.ranks, start_method="fork")
-        found, error = pickle.loads((Path(scratch) / "answer").read_bytes())
+        found, error = json.loads((Path(scratch) / "answer").read_bytes())
     if error is not None:
         raise TpcheckError(error)
     return list(map(from_lists, found))
@@ -116,7 +116,7 @@ def _rank(rank: int, setting: Setting, scratch: Path) -> None:
     except (TpcheckError, patches.UnsupportedError) as error:
         answer = None, str(error)
     if rank == 0:
-        (scratch / "answer").write_bytes(pickle.dumps(answer))
+        (scratch / "answer").write_text(json.dumps(answer))
     dist.destroy_process_group()
 
 

@@ -39,8 +39,10 @@ def command(target: str, tp: str | None, size: int | None, *, draw: Path | None,
         raise TpcheckError(f"{draw}: pictures end in {', '.join(FORMATS)}")
     if target == "all-reduce" and tp is not None:
         raise TpcheckError("all-reduce has no --tp: its ranks are its summands, --size")
-    tp = tp or ("1" if target == "all-reduce" else LAYER_SIZES)
-    size = size or (RANKS if target == "all-reduce" else LAYER_SUMMANDS)
+    if tp is None:
+        tp = "1" if target == "all-reduce" else LAYER_SIZES
+    if size is None:
+        size = RANKS if target == "all-reduce" else LAYER_SUMMANDS
     for name, number in {"size": size, **options}.items():
         if isinstance(number, int) and not isinstance(number, bool) and not 1 <= number <= MOST:
             raise TpcheckError(f"--{name} {number}: use 1 to {MOST}")
@@ -69,7 +71,7 @@ def _sizes(text: str) -> list[int]:
         sizes = [0]
     if min(sizes) < 1:
         raise TpcheckError(f"--tp {text}: use sizes separated by commas, as in {LAYER_SIZES}")
-    return sizes
+    return list(dict.fromkeys(sizes))
 
 
 def orders(settings: Sequence[Setting]) -> list[Order]:

@@ -13,9 +13,11 @@ import contextlib
 import sys
 import types
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tpcheck.errors import TpcheckError
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +46,19 @@ class Options:
     sample: int = 1
     perturb: int = 0
 
+    def __post_init__(self) -> None:
+        if self.steps is not None and not (isinstance(self.steps, Collection) and all(map(_number, self.steps))):
+            raise TpcheckError(f"steps={self.steps!r}: name them by numbers from 0, as in steps=[0, 1]")
+        for name in ("modules", "kinds"):
+            if isinstance(getattr(self, name), str):
+                raise TpcheckError(f"{name}={getattr(self, name)!r}: use a list, [{getattr(self, name)!r}]")
+        if unknown := [kind for kind in self.kinds if kind not in KINDS]:
+            raise TpcheckError(f"kinds={unknown}: use some of {', '.join(KINDS)}")
+        if not _number(self.sample) or not self.sample:
+            raise TpcheckError(f"sample={self.sample!r}: use a number from 1, which records everything")
+        if not _number(self.perturb):
+            raise TpcheckError(f"perturb={self.perturb!r}: use 0, or a seed above it")
+
 
 @contextlib.contextmanager
 def trace(path: str | Path, model: torch.nn.Module | Sequence[torch.nn.Module], **options: Any) -> Iterator[None]:
@@ -62,7 +77,12 @@ def trace(path: str | Path, model: torch.nn.Module | Sequence[torch.nn.Module], 
     from tpcheck.trace.rules import Rules
     from tpcheck.trace.store import Writer, rank_folder
 
+    if unknown := options.keys() - {field.name for field in fields(Options)}:
+        allowed = ", ".join(field.name for field in fields(Options))
+        raise TpcheckError(f"trace has no option {min(unknown)}: it has {allowed}")
     models = list(model) if isinstance(model, Sequence) else [model]
+    if len(models) != 1:
+        raise TpcheckError(f"{len(models)} models cannot be traced into one folder: trace each into its own")
     asked = Options(**options)
     grid = grid_of(models)
     rules = Rules(models, grid)
@@ -76,6 +96,10 @@ def trace(path: str | Path, model: torch.nn.Module | Sequence[torch.nn.Module], 
         raise
     capture.close()
     writer.close({"steps": capture.recorded})
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _dtype(models: Sequence[torch.nn.Module]) -> str:

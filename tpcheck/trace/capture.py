@@ -37,7 +37,7 @@ class Capture:
     def __init__(self, models: list[torch.nn.Module], rules: Rules, writer: Writer, options: Any) -> None:
         self.models, self.rules, self.writer, self.options = models, rules, writer, options
         self.step, self.microbatch, self.updated, self.graded = 0, -1, False, False
-        self.running = self.evaluating = False
+        self.running = self.evaluating = self.closed = False
         self.batch = Batch(0, 0, 0)
         self.recorded: list[int] = []
         self.inside: list[str] = []  # modules that are running, the innermost last
@@ -56,6 +56,7 @@ class Capture:
             self._end_step()
 
     def unhook(self) -> None:
+        self.closed = True  # graphs that are still there keep the hooks on their tensors
         while self.undo:
             self.undo.pop()()
 
@@ -205,6 +206,8 @@ class Capture:
         cut = self.rules.output if kind == "dout" else self.rules.input
 
         def record(gradient: torch.Tensor) -> torch.Tensor:
+            if self.closed:
+                return gradient
             if self.options.perturb:
                 seed = (self.step, batch.number, kind, name, call)
                 gradient = nudge(gradient, spawn(self.options.perturb, *seed))
@@ -270,7 +273,9 @@ def _replaced(output: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) 
             number = next(numbers)
             return change(f"[{number}]" if number else "", value)
         if type(value) in (tuple, list):
-            return type(value)([inner(item) for item in value])
+            changed = [inner(item) for item in value]
+            same = all(new is old for new, old in zip(changed, value, strict=True))
+            return value if same else type(value)(changed)
         if isinstance(value, dict):  # Hugging Face's outputs are dictionaries that also have attributes
             for key in list(value):
                 value[key] = inner(value[key])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def command(a: Path, b: Path, *, seeds: int, show_all: bool, as_json: bool, repo
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """Everything found; infinities, which JSON does not have, as null."""
+    """Everything found; infinities and NaN, which JSON does not have, as null."""
     return {
         "verdict": comparison.verdict,
         "first_suspect": _row(comparison.first) if comparison.first else None,
@@ -74,7 +75,7 @@ def _row(row: Row) -> dict[str, Any]:
         "estimate": row.estimate.overall if row.estimate else None,
         "excess": row.excess,
     }
-    return {key: None if value in (float("inf"), float("-inf")) else value for key, value in flat.items()}
+    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in flat.items()}
 
 
 def _require_comparable(a: Trace, b: Trace) -> None:

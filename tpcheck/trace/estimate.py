@@ -105,11 +105,29 @@ def open_noise(path: Path, reference: Trace, seeds: int = SEEDS) -> list[Trace]:
         for folder in sorted(made):
             _run_again(path, folder, max(reference.steps))
         found = sorted({*found, *made})
-    traces = [open_trace(folder) for folder in found]
+    traces = [_open_nudged(folder, path) for folder in found]
+    seen: set[int] = set()
     for trace in traces:
         if trace.steps != reference.steps or trace.dtype != reference.dtype or trace.sample != reference.sample:
             raise TpcheckError(f"{trace.path} is not the reference run again: its steps, dtype or sampling are others")
+        if not trace.perturb or trace.perturb in seen:
+            raise TpcheckError(
+                f"{trace.path} says nothing of rounding: it is traced with perturb={trace.perturb}, "
+                f"{'as another is' if trace.perturb else 'which nudges nothing'}: use perturb=1, 2, 3"
+            )
+        seen.add(trace.perturb)
     return traces
+
+
+def _open_nudged(folder: Path, path: Path) -> Trace:
+    try:
+        return open_trace(folder)
+    except TpcheckError as error:
+        if not result.is_result(path):
+            raise
+        raise TpcheckError(
+            f"{folder}, a nudged run, is not whole: remove it, and it is made again ({error})"
+        ) from error
 
 
 def _folder(path: Path, seed: int) -> Path:

@@ -78,8 +78,8 @@ class Comparison:
     @property
     def verdict(self) -> Verdict:
         found = {row.verdict for row in self.rows}
-        order: tuple[Verdict, ...] = ("suspect", "unknown", "rounding")
-        return next((verdict for verdict in order if verdict in found), "identical")
+        order: tuple[Verdict, ...] = ("suspect", "unknown", "rounding", "identical")
+        return next((verdict for verdict in order if verdict in found), "unknown")
 
 
 def judge(a: Trace, b: Trace, estimate: Estimate) -> Comparison:
@@ -223,7 +223,7 @@ def _allowed(found: Numbers, seeds: int) -> float:
 
 def _excess(found: Numbers, expected: Distance | None, seeds: int) -> tuple[float, str]:
     """The distance over what is allowed, and what is said if it is the coherent one alone that is above."""
-    if found.nan:
+    if found.nan or math.isinf(found.max_abs):  # infinities are left out of the distances
         return math.inf, ""
     if expected is None:
         return 0.0, ""

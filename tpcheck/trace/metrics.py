@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -81,13 +82,16 @@ def numbers(a: Logical, b: Logical) -> Numbers:
     apart, size = distance(a, b), max(a.bits.size, 1)
     stride = -(-size // MEDIAN_OF)
     x, y = (_wide(t.bits.reshape(-1)[::stride], t) for t in (a, b))
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():  # infinities apart; NaN alone
+        warnings.simplefilter("ignore", RuntimeWarning)
+        median = float(np.nanmedian(np.abs(x - y))) if len(x) else 0.0
     return Numbers(
         size=a.bits.size,
         differing=found.differing,
         nan=found.nan,
         max_abs=found.max_abs or 0.0,
         mean_abs=total / size,
-        median_abs=float(np.nanmedian(np.abs(x - y))) if len(x) else 0.0,
+        median_abs=median,
         over=tuple(float(count) / size for count in over),
         relative=apart.overall,
         peak=apart.peak,

@@ -28,6 +28,8 @@ def explain(key: Key, a: Logical, b: Logical, trace_a: Trace, trace_b: Trace, fo
     """The likeliest mistake in a few words, and what it is inferred from; `near` is as far as rounding may go."""
     if found.nan:
         return f"{found.nan} elements are not numbers on one side"
+    if math.isinf(found.max_abs):
+        return "infinite on one side, or on both with opposite signs"
     x, y = a.values(), b.values()
     sizes = _sizes(key, a, trace_a, trace_b)
     return (

@@ -30,6 +30,10 @@ __all__ = ["PHASES", "Key", "Logical", "Replicas", "Trace", "encoded"]
 Json: TypeAlias = dict[str, Any]
 Box: TypeAlias = tuple[Index, Index]  # offset and size
 OPEN_FILES = 64
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+DESCRIPTION: Json = {"world": int, "tp": int, "dp": int, "dtype": str, "sample": int, "perturb": int,
+                     "records": int}  # fmt: skip
+RECORD: Json = {"name": str, "kind": str, "step": int, "file": int, "dtype": (str, type(None))}
 # In the order in which a step makes them; what was wrong first is what to look at.
 PHASES = {"start": 0, "input": 1, "out": 2, "mask": 2, "again": 3, "dout": 4, "din": 4, "grad": 5, "clip": 6,
           "state": 7, "weight": 8}  # fmt: skip
@@ -87,10 +91,11 @@ class Trace:
         first = _rank_json(path, 0)
         self.world: int = first["world"]
         self.ranks = [first, *(_rank_json(path, rank) for rank in range(1, self.world))]
-        for key in ("world", "tp", "dp", "dtype", "steps", "sample"):
+        for key in ("world", "tp", "dp", "dtype", "steps", "sample", "perturb"):
             if len({json.dumps(rank[key]) for rank in self.ranks}) > 1:
                 raise TpcheckError(f"{path}: its ranks do not agree on {key}: they are not of one run")
         self.dtype, self.tp, self.dp, self.sample = first["dtype"], first["tp"], first["dp"], first["sample"]
+        self.perturb: int = first["perturb"]
         self.steps: list[int] = first["steps"]
         self.files: dict[Path, dict[str, Array]] = {}
         self.records: dict[Key, list[tuple[int, int, Json]]] = {}
@@ -114,7 +119,11 @@ class Trace:
         for rank, number, record in records:
             for box, offset in enumerate(record["at"]):
                 array = self._array(rank, record, f"{number}.{box}")
+                if not len(offset) == array.ndim == len(record["shape"]):
+                    return "its boxes have other dimensions than it"
                 boxes.setdefault((tuple(offset), array.shape), []).append((rank, array))
+        if not boxes:
+            return "no rank holds any of it"
         shape = _resolved(shapes.pop(), boxes)
         whole: dict[Box, Array] = {}
         partial = any(record.get("partial") for _, _, record in records) and key.kind in ("din", "dout")
@@ -152,12 +161,13 @@ class Trace:
 
     def _index(self, rank: int, count: int) -> None:
         file = rank_folder(self.path, rank) / RECORDS
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        lines = file.read_bytes().splitlines() if file.exists() else []
         if len(lines) != count:
             raise TpcheckError(f"{file} has {len(lines)} records where {count} are due: copy the trace again")
         for number, line in enumerate(lines):
             try:
                 record = json.loads(line)
+                _require(record, RECORD, "shape", "at", "how")
                 name = record["name"]
                 if record.get("alone"):
                     name += f"@{record['microbatch']}"
@@ -165,7 +175,7 @@ class Trace:
                 self.records.setdefault(key, []).append((rank, number, record))
                 phase = PHASES[key.kind.partition(".")[0]]
                 self.order.setdefault(key, (key.step, phase, number))
-            except (ValueError, KeyError, TypeError) as error:
+            except DAMAGE as error:
                 raise TpcheckError(f"{file}:{number + 1} is not a record ({error!r}): damaged") from error
 
     def _array(self, rank: int, record: Json, name: str) -> Array:
@@ -188,13 +198,30 @@ def _rank_json(path: Path, rank: int) -> Json:
         if rank:
             raise TpcheckError(f"{path} lacks rank {rank} ({file.parent.name}): copy every rank's folder") from None
         raise TpcheckError(f"{path} is not a trace: it has no {file.parent.name}/{RANK}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TpcheckError(f"{file} is not JSON ({error}): copy the trace again") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise TpcheckError(f"{file} is not of format {FORMAT}: trace the run again with this tpcheck")
     if "records" not in found:
         raise TpcheckError(f"{path}: rank {rank} was cut short before its trace was whole: trace the run again")
+    try:
+        _require(found, DESCRIPTION, "steps")
+    except DAMAGE as error:
+        raise TpcheckError(f"{file} does not describe a trace ({error!r}): copy the trace again") from error
     return found
+
+
+def _require(found: Json, types: Json, *lists: str) -> None:
+    """Raise one of `DAMAGE` where a field is missing or of another type than the writer gives it."""
+    for name, wanted in {**types, **dict.fromkeys(lists, list)}.items():
+        if not isinstance(found[name], wanted):
+            raise TypeError(f"{name} is {found[name]!r}")
+    if not all(isinstance(extent, (int, type(None))) for extent in found.get("shape", [])):
+        raise TypeError(f"shape is {found['shape']!r}")
+    if not all(isinstance(step, int) for step in found.get("steps", [])):
+        raise TypeError(f"steps is {found['steps']!r}")
+    if found.get("world", 1) < 1:
+        raise ValueError(f"world is {found['world']}")
 
 
 def _resolved(shape: tuple[int | None, ...], boxes: Iterable[Box]) -> Index:

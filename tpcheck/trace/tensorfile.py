@@ -36,7 +36,7 @@ def tensors(path: Path) -> dict[str, Array]:
         end = 8 + int.from_bytes(data[:8], "little")
         header = json.loads(bytes(data[8:end]))
         return {name: _array(data[end:], entry) for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TpcheckError(f"{path} is cut short or damaged ({error}): copy the trace again") from error
 
 

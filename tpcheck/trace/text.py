@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -50,11 +51,14 @@ def lines(comparison: Comparison, *, show_all: bool = False) -> Iterator[str]:
 def sentence(comparison: Comparison) -> str:
     """The verdict in a sentence or two."""
     first = comparison.first
+    left_out = f"; {len(comparison.unmapped)} were not compared" if comparison.unmapped else ""
     if first is not None:
         text = f"suspect: {what(first)}"
-        if first.estimate is not None and first.excess > 1:
+        if first.estimate is not None and first.excess > 1 and math.isfinite(first.numbers.max_abs):
             text += f" is off by {first.numbers.relative:.2g}, where rounding explains {first.estimate.overall:.1g}"
         return text + (f"; {first.why}" if first.why else "")
+    if not comparison.rows:
+        return "can't tell: no tensor of one trace could be compared with the other's"
     if comparison.verdict == "unknown":
         return (
             "can't tell: the runs differ, and A has no nudged runs to say by how much rounding may: "
@@ -63,8 +67,8 @@ def sentence(comparison: Comparison) -> str:
     if comparison.verdict == "rounding":
         worst = max((row for row in comparison.rows if row.verdict == "rounding"), key=lambda row: row.excess)
         limit = f"the nearest, {what(worst)}, is at {worst.excess:.0%} of the limit"
-        return f"rounding: no tensor is beyond what rounding explains; {limit}"
-    return "identical: every tensor that both traces have, bit for bit"
+        return f"rounding: no tensor is beyond what rounding explains; {limit}{left_out}"
+    return f"identical: every tensor that has been compared, bit for bit{left_out}"
 
 
 def what(row: Row) -> str:

@@ -9,14 +9,12 @@ quotes the rest. Only `setup` is shell code, by purpose: it is the user's own.
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -28,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from tpcheck.config import read_yaml, unknown_key
 from tpcheck.errors import TpcheckError
 
 __all__ = ["Arch", "Container", "Profile", "load_profile", "plain"]
@@ -223,12 +222,7 @@ class Profile(Section):
 def load_profile(name: str) -> Profile:
     """The profile called `name` in slurm/clusters (here, then in the package), or the one in the file `name`."""
     path = _find(name)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise TpcheckError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    except (yaml.YAMLError, ValueError) as error:  # the second for dates that no calendar has
-        raise TpcheckError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if not isinstance(content, Mapping):
         raise TpcheckError(f"{path} holds a {type(content).__name__}, not a cluster profile: copy example.yaml")
     try:
@@ -255,10 +249,7 @@ def _explain(error: ValidationError) -> str:
     # pydantic names the branches of unions and validators in between; a user knows only keys.
     where = ".".join(str(part) for part in first["loc"] if not re.search(r"[\[\]()]", str(part)))
     if first["type"] == "extra_forbidden":
-        allowed = _keys(first["loc"][:-1])
-        close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        return f"unknown key {where}: {hint}allowed are {', '.join(allowed)}"
+        return unknown_key(first["loc"], where, _keys(first["loc"][:-1]))
     if first["type"] == "missing":
         return f"{where} is missing"
     message = first["msg"].removeprefix("Value error, ")

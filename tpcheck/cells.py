@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tpcheck.config import RunConfig, parse_run
+from tpcheck.config import RunConfig, parse_run, read_yaml
 from tpcheck.config import _override as override
 from tpcheck.errors import TpcheckError
 
@@ -106,7 +105,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), anywhere: bool = False
 
     `anywhere` drops the axis `arch`: where there is no choice of machines, its cells are one and the same.
     """
-    file = _parse(_read(path), path)
+    file = _parse(read_yaml(path), path)
     archs = _forget_arch(file) if anywhere else ()
     base = _base(file, path)
     output = Path(file.output or f"results/{file.name}")
@@ -136,15 +135,6 @@ def _forget_arch(file: SweepFile) -> tuple[str, ...]:
     """Take the axis out of the matrix; its values."""
     file.exclude = [excluded for excluded in file.exclude if ARCH not in excluded]
     return tuple(str(value) for value in file.matrix.pop(ARCH, ()))
-
-
-def _read(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise TpcheckError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    except (yaml.YAMLError, ValueError) as error:  # the second for dates that no calendar has
-        raise TpcheckError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def _parse(content: Any, path: Path) -> SweepFile:
@@ -185,7 +175,7 @@ def _explain(error: ValidationError) -> str:
 def _base(file: SweepFile, path: Path) -> dict[str, Any]:
     if isinstance(file.base, dict):
         return copy.deepcopy(file.base)
-    settings = _read(path.parent / file.base)
+    settings = read_yaml(path.parent / file.base)
     if not isinstance(settings, dict):
         raise TpcheckError(f"{path.parent / file.base} holds a {type(settings).__name__}, not a mapping of settings")
     return settings

@@ -26,6 +26,8 @@ __all__ = [
     "check",
     "load_run",
     "parse_run",
+    "read_yaml",
+    "unknown_key",
 ]
 
 VOCAB_MULTIPLE = 128  # never a function of the tensor-parallel size
@@ -159,12 +161,7 @@ class RunConfig(Section):
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read the run file at `path`, apply `key=value` and `nested.key=value` overrides, check everything."""
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise TpcheckError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    except (yaml.YAMLError, ValueError) as error:  # the second for dates that no calendar has
-        raise TpcheckError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    settings = read_yaml(Path(path))
     if settings is None:
         settings = {}
     if not isinstance(settings, dict):
@@ -172,6 +169,23 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _override(settings, override)
     return parse_run(settings, str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """What the YAML file at `path` holds."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise TpcheckError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    except (yaml.YAMLError, ValueError) as error:  # the second for dates that no calendar has
+        raise TpcheckError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def unknown_key(location: Sequence[str | int], where: str, allowed: Sequence[str]) -> str:
+    """What to say of pydantic's `location`, shown as `where`, whose last key is none of `allowed`."""
+    close = difflib.get_close_matches(str(location[-1]), allowed, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"unknown key {where}: {hint}allowed are {', '.join(allowed)}"
 
 
 def parse_run(settings: Mapping[str, Any], origin: str = "run") -> RunConfig:
@@ -249,10 +263,7 @@ def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        allowed = _keys(first["loc"][:-1])
-        close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        return f"unknown key {where}: {hint}allowed are {', '.join(allowed)}"
+        return unknown_key(first["loc"], where, _keys(first["loc"][:-1]))
     if first["type"] == "missing":
         preset = f", or name a preset ({', '.join(PRESETS)})" if first["loc"][0] == "model" else ""
         return f"{where} is missing: give it{preset}"

@@ -46,13 +46,13 @@ class Tile:
     register_levels: int
 
 
-def tile_of(family: int, dtype: torch.dtype, leaves: int) -> Tile:
-    """The tile for a compute capability's family, operands of `dtype`, and one or several leaves."""
+def tile_of(dtype: torch.dtype, leaves: int, tma: bool) -> Tile:
+    """The tile for operands of `dtype`, one or several leaves, loads by TMA or by pointers (which take registers)."""
     if dtype == torch.float32:
-        return Tile(64, 64, 32, 4, 2, 2)
-    if leaves == 1:
-        return Tile(128, 256, 64, 8, 3, 0)
-    return Tile(128, 128, 64, 8, 3, 2)
+        return Tile(64, 64, 32, 4, 2, 1)
+    if not tma:
+        return Tile(128, 128, 64, 8, 3, 1)
+    return Tile(128, 256, 64, 8, 3, 0) if leaves == 1 else Tile(128, 128, 64, 8, 3, 2)
 
 
 def product(
@@ -99,56 +99,46 @@ def contract() -> dict[str, object]:
         "family": f"sm_{family}" + (" interpreted" if INTERPRETED else ""),
         "accumulator": "float32",
         "fp32": "ieee fma",
-        "tiles": {
-            f"{name}, {'one leaf' if leaves == 1 else 'tree'}": [tile.m, tile.n, tile.k]
-            for dtype, name in NAMES.items()
-            for leaves in (1, 2)
-            for tile in (tile_of(family, dtype, leaves),)
-        },
+        "k_step": {name: tile_of(dtype, 1, False).k for dtype, name in NAMES.items()},
     }
 
 
 def variants() -> Iterator[Variant]:
-    """Every layout, dtype, number of leaves and pieces, way to load and to store, on every family of architectures."""
-    along_k = ((True, True), (True, False), (False, False), (False, True))  # forward, dgrad, wgrad, both transposed
-    for family, (dtype, name) in combinations(FAMILIES.values(), NAMES.items()):
-        for leaves, tma, (a_along_k, b_along_k) in combinations((1, 2, 4, 8), (True, False), along_k):
-            for pieces, out in ((1, dtype), (2, dtype), (1, torch.float32), (1, None)):
-                if (pieces == 2 and (a_along_k, b_along_k) != (True, False)) or (out is None and leaves > 1):
-                    continue  # only dgrad of a gated layer has two pieces; only wgrad, one leaf, is added
-                layout = ("a" if a_along_k else "aᵀ") + ("bᵀ" if b_along_k else "b")
-                how = "tma" if tma else "pointers"
-                end = "into fp32" if out is None else f"to {NAMES[out]}"
-                yield _variant(
-                    f"sm_{family} {name} {layout} leaves={leaves} pieces={pieces} {how} {end}",
-                    family, dtype, out, leaves, pieces, tma, a_along_k, b_along_k,
-                )  # fmt: skip
+    """What the layers launch: by TMA or by pointers, every layout, number of leaves and pieces, result."""
+    one, tree = (1,), (1, 2, 4, 8)
+    for family, (dtype, name), tma in combinations(FAMILIES.values(), NAMES.items(), (True, False)):
+        if tma and dtype == torch.float32:
+            continue
+        results = (name, "fp32") if dtype == torch.bfloat16 else (name,)
+        some = tree if dtype == torch.bfloat16 else (1, 8)
+        for layout, leaves, pieces, result in (
+            *combinations(("abᵀ",), some, one, results),  # forward
+            *combinations(("ab",), some, (1, 2), results),  # dgrad; 2 pieces where the layer is gated
+            *combinations(("aᵀb",), one, one, (*results, "added")),  # wgrad
+            ("aᵀbᵀ", 1, 1, name),
+        ):
+            loads = "tma" if tma else "pointers"
+            title = f"sm_{family} {name} {layout} leaves={leaves} pieces={pieces} {loads} {result}"
+            yield _variant(title, family, dtype, layout, leaves, pieces, tma, result)
 
 
 def _variant(
-    name: str,
-    family: int,
-    dtype: torch.dtype,
-    out: torch.dtype | None,
-    leaves: int,
-    pieces: int,
-    tma: bool,
-    a_along_k: bool,
-    b_along_k: bool,
+    title: str, family: int, dtype: torch.dtype, layout: str, leaves: int, pieces: int, tma: bool, result: str
 ) -> Variant:
-    tile = tile_of(family, dtype, leaves)
-    constexprs = _constexprs(tile, leaves, pieces, tma, a_along_k, b_along_k, out is None, dtype)
+    a_along_k, b_along_k = "aᵀ" not in layout, "bᵀ" in layout
+    tile = tile_of(dtype, leaves, tma)
+    constexprs = _constexprs(tile, leaves, pieces, tma, a_along_k, b_along_k, result == "added", dtype)
     constexprs |= {"a_K" if a_along_k else "a_M": 1, "b_K" if b_along_k else "b_N": 1, "out_N": 1}
-    pointers = {"a": NAMES[dtype], "b": NAMES[dtype], "out": NAMES[out or torch.float32], "scratch": "fp32"}
+    pointers = {"a": NAMES[dtype], "b": NAMES[dtype], "out": result, "scratch": "fp32"}
     signature = dict.fromkeys(_product.arg_names, "i32")
-    signature |= {argument: f"*{element}" for argument, element in pointers.items()}
+    signature |= {argument: "*" + element.replace("added", "fp32") for argument, element in pointers.items()}
     signature |= dict.fromkeys(constexprs, "constexpr")
     if tma:
         for argument, rows, along_k in (("a", tile.m, a_along_k), ("b", tile.n, b_along_k)):
             block = f"1,{rows},{tile.k}" if along_k else f"1,{tile.k},{rows}"
             signature[argument] = f"tensordesc<{NAMES[dtype]}[{block}]>"
     return Variant(
-        name=name,
+        name=title,
         kernel=_product,
         signature=signature,
         constexprs=constexprs,
@@ -234,11 +224,24 @@ def _product(
                     level += 1
                 if subtree != SUBTREES - 1:
                     tl.store(pending + level * TILE, root)
+        _store(root, out + tl.cast(batch, tl.int64) * out_B, m, n, M, N, out_M, out_N, ADD, TILE_M, TILE_N)
+
+
+@triton.jit
+def _store(
+    root, out, m, n, M, N, out_M, out_N, ADD: tl.constexpr, TILE_M: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Round and store, or add, at most 64 columns at a time: what addresses and old values take is registers."""
+    if COLUMNS > 64:
+        HALF: tl.constexpr = COLUMNS // 2
+        left, right = root.reshape(TILE_M, 2, HALF).permute(0, 2, 1).split()
+        _store(left, out, m, n, M, N, out_M, out_N, ADD, TILE_M, HALF)
+        _store(right, out, m, n + HALF, M, N, out_M, out_N, ADD, TILE_M, HALF)
+    else:
         rows = m + tl.arange(0, TILE_M)
-        columns = n + tl.arange(0, TILE_N)
+        columns = n + tl.arange(0, COLUMNS)
         inside = (rows < M)[:, None] & (columns < N)[None, :]
-        at = out + tl.cast(batch, tl.int64) * out_B
-        at += rows.to(tl.int64)[:, None] * out_M + columns.to(tl.int64)[None, :] * out_N
+        at = out + rows.to(tl.int64)[:, None] * out_M + columns.to(tl.int64)[None, :] * out_N
         if ADD:
             tl.store(at, tl.load(at, mask=inside) + root, mask=inside)
         else:
@@ -346,11 +349,10 @@ def _launch(a_BMK: Tensor, b_BKN: Tensor, out_BMN: Tensor, leaves: int, pieces: 
     B, M, N = out_BMN.shape
     K = a_BMK.shape[2] // pieces
     device = a_BMK.device
-    tile = tile_of(_family(device), a_BMK.dtype, leaves)
     b_BNK = b_BKN.transpose(1, 2)
     a_along_k, b_along_k = (_along_k(x) for x in (a_BMK, b_BNK))
-    whole = K % (leaves * tile.k) == 0 or (leaves == 1 and pieces == 1)
-    tma = whole and all(_suits_tma(x, along_k) for x, along_k in ((a_BMK, a_along_k), (b_BNK, b_along_k)))
+    tma = _suits_tma(a_BMK, a_along_k, leaves, pieces) and _suits_tma(b_BNK, b_along_k, leaves, pieces)
+    tile = tile_of(a_BMK.dtype, leaves, tma)
     tiles_m, tiles_n = ceil_div(M, tile.m), ceil_div(N, tile.n)
     programs = min(_programs(device), B * tiles_m * tiles_n)
     levels = max(0, leaves.bit_length() - 1 - tile.register_levels)
@@ -404,8 +406,11 @@ def _along_k(x_BRK: Tensor) -> bool:
     return x_BRK.stride(2) == 1 or x_BRK.stride(1) != 1
 
 
-def _suits_tma(x_BRK: Tensor, along_k: bool) -> bool:
-    """TMA wants one unit stride, the others in multiples of 16 bytes."""
+def _suits_tma(x_BRK: Tensor, along_k: bool, leaves: int, pieces: int) -> bool:
+    """TMA wants tensor cores' dtypes, whole k steps in every leaf, one unit stride, others of multiples of 16 bytes."""
+    ragged = x_BRK.shape[2] % (leaves * pieces * tile_of(x_BRK.dtype, leaves, True).k)
+    if x_BRK.dtype == torch.float32 or (ragged and leaves * pieces > 1):
+        return False
     inner, outer = (2, 1) if along_k else (1, 2)
     apart = [x_BRK.stride(d) * x_BRK.element_size() for d in (0, outer) if x_BRK.shape[d] > 1]
     return (

@@ -106,10 +106,10 @@ def contract() -> dict[str, object]:
 def variants() -> Iterator[Variant]:
     """What the layers launch: by TMA or by pointers, every layout, number of leaves and pieces, result."""
     one, tree = (1,), (1, 2, 4, 8)
-    for family, (dtype, name), tma in combinations(FAMILIES.values(), NAMES.items(), (True, False)):
-        if tma and dtype == torch.float32:
-            continue
-        results = (name, "fp32") if dtype == torch.bfloat16 else (name,)
+    loads = ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True), (torch.float32, False))
+    for dtype, tma in loads:
+        name = NAMES[dtype]
+        results = (name, "fp32") if dtype == torch.bfloat16 and tma else (name,)
         some = tree if dtype == torch.bfloat16 else (1, 8)
         for layout, leaves, pieces, result in (
             *combinations(("abᵀ",), some, one, results),  # forward
@@ -117,14 +117,12 @@ def variants() -> Iterator[Variant]:
             *combinations(("aᵀb",), one, one, (*results, "added")),  # wgrad
             ("aᵀbᵀ", 1, 1, name),
         ):
-            loads = "tma" if tma else "pointers"
-            title = f"sm_{family} {name} {layout} leaves={leaves} pieces={pieces} {loads} {result}"
-            yield _variant(title, family, dtype, layout, leaves, pieces, tma, result)
+            how = "tma" if tma else "pointers"
+            title = f"gemm {name} {layout} leaves={leaves} pieces={pieces} {how} {result}"
+            yield _variant(title, dtype, layout, leaves, pieces, tma, result)
 
 
-def _variant(
-    title: str, family: int, dtype: torch.dtype, layout: str, leaves: int, pieces: int, tma: bool, result: str
-) -> Variant:
+def _variant(title: str, dtype: torch.dtype, layout: str, leaves: int, pieces: int, tma: bool, result: str) -> Variant:
     a_along_k, b_along_k = "aᵀ" not in layout, "bᵀ" in layout
     tile = tile_of(dtype, leaves, tma)
     constexprs = _constexprs(tile, leaves, pieces, tma, a_along_k, b_along_k, result == "added", dtype)
@@ -151,7 +149,6 @@ def _variant(
         num_warps=tile.warps,
         num_stages=tile.stages,
         expects="" if dtype == torch.float32 else "mma",
-        families=(family,),
     )
 
 

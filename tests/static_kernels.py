@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,7 @@ def main() -> int:
         found = dict(zip(map(row, cases), pool.imap(measured, range(len(cases))), strict=True))
     wrong = [problem for case in cases for problem in broken_rules(row(case), case, found[row(case)])]
     if write:
-        rows = {name: {k: v for k, v in asdict(facts).items() if k in TOLERANCE} for name, facts in found.items()}
-        TABLE.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")
+        TABLE.write_text(as_json(triton.__version__, found))
     else:
         table = json.loads(TABLE.read_text())
         if table["triton"] != triton.__version__:
@@ -68,6 +67,15 @@ def main() -> int:
         wrong += differences(table["kernels"], found)
     print("\n".join([*wrong, f"{len(found)} kernel variants, {len(wrong)} problems"]))
     return 1 if wrong else 0
+
+
+def as_json(version: str, found: dict[str, Facts]) -> str:
+    """One line per kernel, so that a diff reads well."""
+    facts = ({fact: getattr(row, fact) for fact in TOLERANCE} for row in found.values())
+    lines = [
+        f"  {json.dumps(name, ensure_ascii=False)}: {json.dumps(row)}" for name, row in zip(found, facts, strict=True)
+    ]
+    return f'{{"triton": "{version}", "kernels": {{\n' + ",\n".join(lines) + "\n}}\n"
 
 
 def all_variants() -> list[Variant]:

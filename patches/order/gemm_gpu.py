@@ -31,6 +31,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 INTERPRETED_PROGRAMS = 3
 GROUP_M = 8
 FAMILIES = {9: 90, 10: 100}
+COUNTS = ("steps", "tiles_m", "tiles_n", "tiles")  # arguments whose value no kernel is compiled for
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -46,6 +47,7 @@ class Tile:
     register_levels: int
 
 
+@lru_cache
 def tile_of(dtype: torch.dtype, leaves: int, tma: bool) -> Tile:
     """The tile for operands of `dtype`, one or several leaves, loads by TMA or by pointers (which take registers)."""
     if dtype == torch.float32:
@@ -146,7 +148,7 @@ def _variant(title: str, dtype: torch.dtype, layout: str, leaves: int, pieces: i
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, (argument, kind) in enumerate(signature.items())
-            if kind[0] == "*" or (kind == "i32" and argument[0] not in "st")
+            if kind[0] == "*" or (kind == "i32" and argument not in COUNTS)
         },
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -154,7 +156,7 @@ def _variant(title: str, dtype: torch.dtype, layout: str, leaves: int, pieces: i
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _product(
     a,
     b,

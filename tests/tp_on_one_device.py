@@ -31,6 +31,8 @@ def main() -> None:
 
     if options.device == "cuda":
         stage()
+    else:
+        import plain_megatron  # noqa: F401 - once, for all ranks; on a GPU it might touch CUDA
     from ranks import on_ranks
 
     records = {}

@@ -187,8 +187,14 @@ class Clock:
         return elapsed
 
 
+CHANGES: tuple[dict[str, int], ...] = (
+    {}, {"stages": 2}, {"stages": 4}, {"m": 128, "n": 256, "stages": 3}, {"m": 256, "n": 128, "stages": 3},
+    {"m": 128, "n": 128, "stages": 4}, {"warps": 4}, {"register_levels": 1}, {"register_levels": 3},
+)  # fmt: skip
+
+
 def tiles(scale: Scale, clock: Clock) -> Iterator[dict[str, Any]]:
-    """One large product of either kind with other tiles in place of the contract's."""
+    """Large products of every kind with other tiles in place of the contract's, which must give the same bits."""
     tile_of = getattr(_gemm(clock.device), "tile_of", None)
     if tile_of is None:
         return
@@ -196,24 +202,17 @@ def tiles(scale: Scale, clock: Clock) -> Iterator[dict[str, Any]]:
     for shape in shapes(dataclasses.replace(scale, tokens=scale.tokens[:1])):
         if (shape.tp, shape.layer, shape.kind) not in wanted:
             continue
-        for change in (
-            {}, {"stages": 3}, {"stages": 4}, {"m": 128, "n": 256, "stages": 3}, {"m": 256, "n": 128, "stages": 3},
-            {"m": 128, "n": 128, "stages": 4}, {"warps": 4}, {"register_levels": 1}, {"register_levels": 3},
-        ):  # fmt: skip
+        a, b = operands(shape, clock.device)
+        whole = products.tree_product(a, b, shape.leaves, shape.pieces)
+        for change in CHANGES:
             if clock.is_over:
                 return
             with _tile(tile_of, change):
                 try:
                     row = measure(shape, clock)
+                    row["same_bits"] = whole.equal(products.tree_product(a, b, shape.leaves, shape.pieces))
                 except Exception as error:  # more registers or shared memory than there are
-                    yield {
-                        "layer": shape.layer,
-                        "kind": shape.kind,
-                        "tp": shape.tp,
-                        "change": change,
-                        "failed": f"{error}"[:120],
-                    }
-                    continue
+                    row = {**dataclasses.asdict(shape), "failed": f"{type(error).__name__}: {error}"[:120]}
             yield {**row, "change": change}
 
 

@@ -35,6 +35,7 @@ TILES: dict[str, Cell] = {
     "tile": lambda r: ", ".join(f"{k}={v}" for k, v in r["change"].items()) or "the contract's",
     "TFLOP/s": lambda r: f"{r['tflops']:.0f}" if "tflops" in r else r["failed"],
     "speed / cuBLAS": lambda r: f"{r['over_mm']:.2f}" if "over_mm" in r else "",
+    "same bits": lambda r: str(r.get("same_bits", "")),
 }
 SUMS: dict[str, Cell] = {
     "sum": lambda r: r["sum"],

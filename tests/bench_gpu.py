@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from tpcheck.presets import PRESETS
 
 LEAVES = 8
 ERROR_ROWS = 64
+TILES_SHARE = 0.3
 BUDGET_MS = 60.0  # of a row's calls of one kind
 FLUSHED = 1 << 28  # bytes, more than any L2 cache holds
 
@@ -110,8 +111,8 @@ def operands(shape: Product, device: str) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def measure(shape: Product, clock: Clock) -> dict[str, Any]:
-    """Times of one GEMM: ours, ours with one leaf, torch's; and both errors."""
+def measure(shape: Product, clock: Clock, alone: bool = False) -> dict[str, Any]:
+    """Times of one GEMM: ours, unless `alone` ours with one leaf, torch's; and both errors."""
     a, b = operands(shape, clock.device)
     # A rank's root stays float32 for the sum over ranks; wgrad is added into main_grad.
     dtype = torch.float32 if shape.sharded else torch.bfloat16
@@ -121,7 +122,7 @@ def measure(shape: Product, clock: Clock) -> dict[str, Any]:
         calls["ours"] = lambda: products.add_product(main_grad, a, b)
     else:
         calls["ours"] = lambda: products.tree_product(a, b, shape.leaves, shape.pieces, dtype)
-        if shape.leaves > 1:
+        if shape.leaves > 1 and not alone:
             calls["one leaf"] = lambda: products.tree_product(a, b, 1, shape.pieces, dtype)
     ms = clock.times(calls)
     row = {**dataclasses.asdict(shape), "ms": ms["ours"], "mm_ms": ms["mm"], "tflops": shape.flops / ms["ours"] / 1e9,
@@ -146,13 +147,14 @@ def _relative(x: Tensor, want: Tensor) -> float:
 class Clock:
     """Median milliseconds of calls that take turns, each after the L2 cache was overwritten."""
 
-    def __init__(self, device: str, repeat: tuple[int, int], deadline: float) -> None:
-        self.device, self.repeat, self.deadline = device, repeat, deadline
+    def __init__(self, device: str, repeat: tuple[int, int], seconds: float) -> None:
+        self.device, self.repeat, self.seconds = device, repeat, seconds
+        self._deadline = time.monotonic() + seconds
         self._flushed = torch.empty(FLUSHED if device == "cuda" else 8, dtype=torch.uint8, device=device)
 
     @property
     def is_over(self) -> bool:
-        return time.monotonic() > self.deadline
+        return time.monotonic() > self._deadline
 
     def times(self, calls: dict[str, Callable[[], object]]) -> dict[str, float]:
         first = {}
@@ -198,18 +200,19 @@ def tiles(scale: Scale, clock: Clock) -> Iterator[dict[str, Any]]:
     tile_of = getattr(_gemm(clock.device), "tile_of", None)
     if tile_of is None:
         return
-    wanted = [(1, "fc1", "forward"), (1, "fc2", "forward"), (1, "fc1", "wgrad"), (8, "fc1", "forward")]
+    until = time.monotonic() + TILES_SHARE * clock.seconds  # every change is compiled anew
+    wanted = [(1, "fc1", "forward"), (1, "fc2", "forward")]
     for shape in shapes(dataclasses.replace(scale, tokens=scale.tokens[:1])):
         if (shape.tp, shape.layer, shape.kind) not in wanted:
             continue
         a, b = operands(shape, clock.device)
         whole = products.tree_product(a, b, shape.leaves, shape.pieces)
         for change in CHANGES:
-            if clock.is_over:
+            if clock.is_over or time.monotonic() > until:
                 return
             with _tile(tile_of, change):
                 try:
-                    row = measure(shape, clock)
+                    row = measure(shape, clock, alone=True)
                     row["same_bits"] = whole.equal(products.tree_product(a, b, shape.leaves, shape.pieces))
                 except Exception as error:  # more registers or shared memory than there are
                     row = {**dataclasses.asdict(shape), "failed": f"{type(error).__name__}: {error}"[:120]}
@@ -253,29 +256,29 @@ def measure_sum(one: Sum, clock: Clock) -> dict[str, Any]:
 def run(device: str, seconds: float, folder: Path) -> int:
     """Measure everything, writing after every row; the number of rows that failed."""
     scale = SCALES[device]
-    clock = Clock(device, scale.repeat, time.monotonic() + seconds)
+    clock = Clock(device, scale.repeat, seconds)
     report = gpu_report.Report(folder, device)
     report.contract = products.describe(device)
-    todo: list[tuple[str, str, Callable[[], dict[str, Any]]]] = []
     every = list(shapes(scale))
     first = [shape for shape in every if shape.tokens == scale.tokens[0]]
-    for shape in first:
-        todo.append(("products", f"{shape}", lambda shape=shape: measure(shape, clock)))
-    for one in sums(device):
-        todo.append(("sums", one.name, lambda one=one: measure_sum(one, clock)))
-    for shape in every[len(first) :]:
-        todo.append(("products", f"{shape}", lambda shape=shape: measure(shape, clock)))
-    for section, name, call in todo:
-        if clock.is_over:
-            report.skipped.append(name)
-            continue
-        try:
-            report.add(section, call())
-        except Exception as error:
-            report.failed.append(f"{name}: {type(error).__name__}: {' '.join(f'{error}'.split())[:200]}")
-        if section == "sums" and name == "tree sum of ranks' roots" and not clock.is_over:
-            for row in tiles(scale, clock):
-                report.add("tiles", row)
+
+    def each(
+        section: str, items: Iterable[Any], name: Callable[[Any], str], call: Callable[..., dict[str, Any]]
+    ) -> None:
+        for item in items:
+            if clock.is_over:
+                report.skipped.append(name(item))
+                continue
+            try:
+                report.add(section, call(item, clock))
+            except Exception as error:
+                report.failed.append(f"{name(item)}: {type(error).__name__}: {' '.join(f'{error}'.split())[:200]}")
+
+    each("products", first, str, measure)
+    each("sums", sums(device), lambda one: one.name, measure_sum)
+    for row in tiles(scale, clock):
+        report.add("tiles", row)
+    each("products", every[len(first) :], str, measure)
     report.write()
     print(report.text())
     return len(report.failed)

@@ -69,8 +69,17 @@ def sums(device: str) -> Iterator[Sum]:
     yield Sum(
         "tree sum of ranks' roots", f"{ranks} x {tokens // ranks} x {hidden}",
         roots.nbytes + roots[0].numel() * 2,
-        lambda: rounded(tree_sum(roots), torch.bfloat16), lambda: roots.sum(0).bfloat16(),
+        lambda: _tree_sum(roots), lambda: roots.sum(0).bfloat16(),
     )  # fmt: skip
+
+
+def _tree_sum(roots: Tensor) -> Tensor:
+    """What a rank does with the roots that it received."""
+    if roots.is_cuda:
+        from patches.order.collectives_gpu import rounded_tree_sum
+
+        return rounded_tree_sum(roots.flatten(1), torch.bfloat16)
+    return rounded(tree_sum(roots), torch.bfloat16)
 
 
 def _norms(device: str, tokens: int, hidden: int) -> Iterator[Sum]:

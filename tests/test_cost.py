@@ -113,7 +113,9 @@ def count_patches(counts: Counts) -> None:
         return call
 
     exact.exact_product_of = tree.exact_product_of = product_of(exact.exact_product_of)
-    Shards.product, Shards.total = with_buffers(Shards.product), with_buffers(Shards.total)  # type: ignore[method-assign]
+    product = "begin_product" if hasattr(Shards, "begin_product") else "product"
+    for name in (product, "total"):
+        setattr(Shards, name, with_buffers(getattr(Shards, name)))
 
 
 def run(strategy: str, tp: int, sp: bool = False, **settings: Any) -> RunConfig:

@@ -31,6 +31,7 @@ import slurm_keeper
 __all__ = ["Cluster", "missing_programs", "wait_for"]
 
 NODES = list(slurm_conf.NODES)
+START = 120  # seconds for a daemon to answer, on a machine that starts several clusters at once
 MUNGE = {"key-file": "key", "socket": "sock", "pid-file": "munged.pid", "log-file": "munged.log", "seed-file": "seed"}
 GRANT = "grant all on slurm_acct.* to 'slurm'@'{host}' identified by 'slurm';"
 
@@ -116,7 +117,7 @@ class Cluster:
     def start_controller(self) -> None:
         """Start the controller and wait until it answers; it goes on from the state that it had saved."""
         self._spawn("slurmctld", "slurmctld", "-D")
-        wait_for(lambda: self.succeeds("scontrol", "ping"), 30, "slurmctld to answer")
+        wait_for(lambda: self.succeeds("scontrol", "ping"), START, "slurmctld to answer")
 
     def stop(self) -> None:
         """End every job and daemon and remove all files."""
@@ -131,13 +132,13 @@ class Cluster:
         munge = self.folder / "munge"
         files = [f"--{name}={munge / file}" for name, file in MUNGE.items()]
         self._spawn("munged", "munged", "-F", "--num-threads=4", *files)
-        wait_for(lambda: self.succeeds("munge", "-S", f"{munge}/sock", "-n"), 10, "munged to answer")
+        wait_for(lambda: self.succeeds("munge", "-S", f"{munge}/sock", "-n"), START, "munged to answer")
         if self.accounting:
             self._start_accounting()
         self.start_controller()
         for node in NODES:
             self.start_slurmd(node)
-        wait_for(lambda: self._idle() == len(NODES), 30, "all nodes to be idle")
+        wait_for(lambda: self._idle() == len(NODES), START, "all nodes to be idle")
 
     def _start_accounting(self) -> None:
         data, sock = self.folder / "sql", self.folder / "sql.sock"
@@ -150,11 +151,11 @@ class Cluster:
         small = ["--innodb-buffer-pool-size=64M", "--performance-schema=0", "--innodb-lock-wait-timeout=900"]
         self._spawn("mariadbd", "mariadbd", "--no-defaults", *options, *where, *small)
         client = ["mariadb", "--no-defaults", "-S", str(sock), "-u", "root", "-e"]
-        wait_for(lambda: self.succeeds(*client, "select 1"), 60, "mariadbd to answer")
+        wait_for(lambda: self.succeeds(*client, "select 1"), START, "mariadbd to answer")
         grants = " ".join(GRANT.format(host=host) for host in ("localhost", "127.0.0.1"))
         self.run(*client, f"create database slurm_acct; {grants}")
         self._spawn("slurmdbd", "slurmdbd", "-D")
-        wait_for(lambda: self.succeeds("sacctmgr", "-n", "list", "cluster"), 60, "slurmdbd to answer")
+        wait_for(lambda: self.succeeds("sacctmgr", "-n", "list", "cluster"), START, "slurmdbd to answer")
 
     def _idle(self) -> int:
         return len(set(self.run("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N").split()))

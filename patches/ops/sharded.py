@@ -16,8 +16,9 @@ from torch import Tensor
 
 from patches.contract import Contract
 from patches.order.collectives import all_gather, tree_all_reduce, tree_reduce_scatter
-from patches.order.exact import exact_product, exact_sum, rounded
-from patches.order.tree import tree_of_products, tree_of_sums
+from patches.order.exact import exact_sum, rounded
+from patches.order.products import product, tree_product
+from patches.order.tree import tree_of_sums
 
 __all__ = ["Shards"]
 
@@ -52,10 +53,12 @@ class Shards:
         """
         if self.contract.strategy == "gather":
             a_TK, b_KN = (self._gather_pieces(x, dim, pieces) for x, dim in ((a_TtK, 1), (b_tKN, 0)))
-            out = rounded(exact_product(a_TK, b_KN), dtype)
+            out = product(a_TK, b_KN, dtype)
             return out.chunk(self.size)[self.rank].contiguous() if scatter and self.size > 1 else out
-        root = tree_of_products(a_TtK, b_tKN, self.contract.leaves_of_rank(self.size), pieces)
-        return self._meet(root, dtype, scatter)
+        leaves = self.contract.leaves_of_rank(self.size)
+        if self.size == 1:
+            return tree_product(a_TtK, b_tKN, leaves, pieces, dtype)
+        return self._meet(tree_product(a_TtK, b_tKN, leaves, pieces), dtype, scatter)
 
     def total(self, x: Tensor, dim: int, dtype: torch.dtype, exact_dims: tuple[int, ...] = ()) -> Tensor:
         """Σx over the sharded `dim` of all ranks (and `exact_dims`, which are whole), rounded once to `dtype`."""

@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name == "on_slurm":
             item.add_marker(pytest.mark.slurm)
-            item.add_marker(pytest.mark.timeout(600))  # the first one waits for others, too
+            item.add_marker(pytest.mark.timeout(1200))  # the first one waits for others, too
             if missing:
                 item.add_marker(pytest.mark.skip(reason=f"no Slurm on this machine: {missing[0]} is not installed"))
 
@@ -34,7 +34,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[],
     run = train_here(folder)
 
     def get() -> Digests:
-        assert run.wait(200) == 0
+        assert run.wait(400) == 0
         return digests(folder / "run")
 
     yield get

@@ -17,7 +17,7 @@ def test_sacct_tells_how_jobs_ended_that_the_controller_has_forgotten(case: Case
             case.wait_for_step(bad, 1)
             accounting.run("scancel", case.jobs(bad)[0])
         case.wait_until_complete(good)
-        wait_for(lambda: not accounting.run("squeue", "-h", "-t", "all"), 90, "the controller to forget its jobs")
+        wait_for(lambda: not accounting.run("squeue", "-h", "-t", "all"), 240, "the controller to forget its jobs")
         status = case.tpcheck("status", str(case.out)).stdout
         (row,) = (line for line in status.splitlines() if bad in line)
         assert "cancelled" in row

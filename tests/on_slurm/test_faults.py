@@ -16,7 +16,7 @@ from slurm import ledger
 from tpcheck import result
 
 CHECKPOINTS = {6, 12, 18}  # of a cell that is not asked to save
-SOON = 40.0  # seconds for Slurm to do what it does at once
+SOON = 120.0  # seconds for what Slurm or a cell does at once, on a machine that is busy
 
 
 @together
@@ -37,9 +37,9 @@ def test_a_node_that_loses_its_power_costs_the_steps_since_the_last_checkpoint(c
     case.wait_for_step(CELL, 7)
     with case.slowed(CELL):
         case.cluster.fail("h2")
-    wait_for(lambda: not case.ranks(CELL), 10, "the ranks on h2 to be gone")
+    wait_for(lambda: not case.ranks(CELL), SOON, "the ranks on h2 to be gone")
     # Slurm misses it after SlurmdTimeout, and gives the cell to the node again once it is back.
-    wait_for(lambda: "down" in case.cluster.run("sinfo", "-h", "-n", "h2", "-o", "%T"), 60, "h2 to be missed")
+    wait_for(lambda: "down" in case.cluster.run("sinfo", "-h", "-n", "h2", "-o", "%T"), SOON, "h2 to be missed")
     case.cluster.start_slurmd("h2")
     case.wait_until_complete(CELL)
     # Slurm may still be delivering the end of the first start, and so end the second one.
@@ -129,16 +129,16 @@ def test_a_controller_that_is_down_when_a_cell_wants_to_queue_again_is_waited_fo
     with case.slowed(CELL):
         case.wait_for_step(CELL, 2)
         case.cluster.kill_controller()
-        try:
-            for rank in case.ranks(CELL):
-                rank.send_signal(signal.SIGUSR2)
-            wait_for(lambda: not case.ranks(CELL), SOON, "the cell to save and leave")
-            out = case.tpcheck("status", str(case.out)).stdout
-            assert "unknown" in out
-            assert "nothing is known of the jobs" in out
-            assert "does not answer" in case.try_to_submit().stderr
-        finally:
-            case.cluster.start_controller()
+        for rank in case.ranks(CELL):
+            rank.send_signal(signal.SIGUSR2)
+    try:
+        wait_for(lambda: not case.ranks(CELL), SOON, "the cell to save and leave")
+        out = case.tpcheck("status", str(case.out)).stdout
+        assert "unknown" in out
+        assert "nothing is known of the jobs" in out
+        assert "does not answer" in case.try_to_submit().stderr
+    finally:
+        case.cluster.start_controller()
     case.wait_until_complete(CELL)
     assert len(case.jobs(CELL)) == 1
     return [CELL]
@@ -180,7 +180,7 @@ def test_a_full_disk_fails_the_cell_and_with_room_again_it_goes_on_from_its_last
         case.wait_for_step(CELL, 7)
         with case.slowed(CELL):
             _fill(case.out / "filler")
-            wait_for(lambda: not case.ranks(CELL), 60, "the cell to fail")
+        wait_for(lambda: not case.ranks(CELL), SOON, "the cell to fail")
         wait_for(lambda: "failed" in case.tpcheck("status", str(case.out)).stdout, SOON, "status to say so")
         assert "No space left on device" in case.tpcheck("status", str(case.out)).stdout
         assert case.attempts(CELL) == 1

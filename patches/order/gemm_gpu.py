@@ -33,6 +33,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 INTERPRETED_PROGRAMS = 3
 GROUP_M = 8
 FAMILIES = {9: 90, 10: 100}
+COUNTS = ("steps", "tiles_m", "tiles_n", "tiles")  # arguments whose value no kernel is compiled for
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -48,13 +49,14 @@ class Tile:
     register_levels: int
 
 
+@lru_cache
 def tile_of(dtype: torch.dtype, leaves: int, tma: bool) -> Tile:
     """The tile for operands of `dtype`, one or several leaves, loads by TMA or by pointers (which take registers)."""
     if dtype == torch.float32:
         return Tile(64, 64, 32, 4, 2, 1)
     if not tma:
         return Tile(128, 128, 64, 8, 3, 1)
-    return Tile(128, 256, 64, 8, 3, 0) if leaves == 1 else Tile(128, 128, 64, 8, 3, 2)
+    return Tile(128, 256, 64, 8, 4, 0) if leaves == 1 else Tile(128, 128, 64, 8, 3, 2)
 
 
 def product(
@@ -93,14 +95,14 @@ def product(
 
 def contract() -> dict[str, object]:
     """What the bits depend on besides the operands, for the manifest."""
-    family = _family(torch.device("cuda")) if torch.cuda.is_available() else 90
+    here = torch.cuda.is_available() and not INTERPRETED
     return {
         "kernel": "patches.order.gemm_gpu",
         "revision": 1,
         "triton": triton.__version__,
-        "family": f"sm_{family}" + (" interpreted" if INTERPRETED else ""),
+        "family": f"sm_{_family(torch.device('cuda'))}" if here else None,
         "accumulator": "float32",
-        "fp32": "ieee fma",
+        "float32": "ieee",
         "k_step": {name: tile_of(dtype, 1, False).k for dtype, name in NAMES.items()},
     }
 
@@ -155,6 +157,8 @@ def _variant(title: str, dtype: torch.dtype, layout: str, leaves: int, pieces: i
     tile = tile_of(dtype, leaves, tma)
     constexprs = _constexprs(tile, leaves, pieces, tma, a_along_k, b_along_k, result == "added", dtype)
     constexprs |= {"a_K" if a_along_k else "a_M": 1, "b_K" if b_along_k else "b_N": 1, "out_N": 1}
+    if leaves >> tile.register_levels <= 1:
+        constexprs["scratch"] = None
     pointers = {"a": NAMES[dtype], "b": NAMES[dtype], "out": result, "scratch": "fp32"}
     signature = dict.fromkeys(_product.arg_names, "i32")
     signature |= {argument: "*" + element.replace("added", "fp32") for argument, element in pointers.items()}
@@ -172,7 +176,7 @@ def _variant(title: str, dtype: torch.dtype, layout: str, leaves: int, pieces: i
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, (argument, kind) in enumerate(signature.items())
-            if kind[0] == "*" or (kind == "i32" and argument[0] not in "st")
+            if kind[0] == "*" or (kind == "i32" and argument not in COUNTS)
         },
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -180,7 +184,7 @@ def _variant(title: str, dtype: torch.dtype, layout: str, leaves: int, pieces: i
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _product(
     a,
     b,
@@ -223,8 +227,9 @@ def _product(
     SUBTREES: tl.constexpr = LEAVES // SUBTREE
     LEVELS: tl.constexpr = SUBTREES.bit_length() - 1
     TILE: tl.constexpr = TILE_M * TILE_N
-    pending = scratch + tl.cast(tl.program_id(0), tl.int64) * (LEVELS * TILE)
-    pending += tl.arange(0, TILE_M)[:, None] * TILE_N + tl.arange(0, TILE_N)[None, :]
+    if LEVELS > 0:
+        pending = scratch + tl.cast(tl.program_id(0), tl.int64) * (LEVELS * TILE)
+        pending += tl.arange(0, TILE_M)[:, None] * TILE_N + tl.arange(0, TILE_N)[None, :]
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         # Tiles that run at the same time share rows and columns: GROUP rows of tiles at a time, column by column.
         batch = tile // (tiles_m * tiles_n)
@@ -241,7 +246,7 @@ def _product(
                 operands, subtree * SUBTREE, SUBTREE, LEAVES, PIECES,
                 TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K,
             )  # fmt: skip
-            if SUBTREES > 1:
+            if LEVELS > 0:
                 # A binary counter: the trailing ones of `subtree` are the levels that this subtree completes.
                 level = 0
                 while (subtree >> level) & 1 != 0:
@@ -380,13 +385,16 @@ def _launch(a_BMK: Tensor, b_BKN: Tensor, out_BMN: Tensor, leaves: int, pieces: 
     tile = tile_of(a_BMK.dtype, leaves, tma)
     tiles_m, tiles_n = ceil_div(M, tile.m), ceil_div(N, tile.n)
     programs = min(_programs(device), B * tiles_m * tiles_n)
-    levels = max(0, leaves.bit_length() - 1 - tile.register_levels)
+    levels = leaves.bit_length() - 1 - tile.register_levels
+    scratch = None
+    if levels > 0:
+        scratch = torch.empty(programs * levels * tile.m * tile.n, dtype=torch.float32, device=device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         _product[(programs,)](
             _descriptor(a_BMK, a_along_k, tile.m, tile.k) if tma else a_BMK,
             _descriptor(b_BNK, b_along_k, tile.n, tile.k) if tma else b_BKN,
             out_BMN,
-            torch.empty(programs * levels * tile.m * tile.n, dtype=torch.float32, device=device),
+            scratch,
             M,
             N,
             K,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -27,18 +28,22 @@ def sweep(folder: Path, **changes: object) -> Sweep:
 
 
 def finish(
-    cell: Cell, losses: Sequence[float] = (3.0, 2.0, 1.0), model: str = "aa" * 32, optimizer: str = "bb" * 32
+    cell: Cell,
+    losses: Sequence[float] = (3.0, 2.0, 1.0),
+    model: str = "aa" * 32,
+    optimizer: str = "bb" * 32,
+    **manifest: Any,
 ) -> None:
     """Make `cell` look as if it had been trained to its end with these losses and digests."""
-    begin(cell, losses)
+    begin(cell, losses, **manifest)
     digests = {"algorithm": "blake3", "step": cell.config.steps, "model": model, "optimizer": optimizer}
     result.write_digests(cell.path, {**digests, "tensors": {"model": {}, "optimizer": {}}})
 
 
-def begin(cell: Cell, losses: Sequence[float] = ()) -> None:
+def begin(cell: Cell, losses: Sequence[float] = (), **manifest: Any) -> None:
     """Make `cell` look as if it had been interrupted after these losses."""
     cell.path.mkdir(parents=True)
-    result.write_manifest(cell.path, {"config": cell.config.model_dump(mode="json")})
+    result.write_manifest(cell.path, {"config": cell.config.model_dump(mode="json"), **manifest})
     for step, loss in enumerate(losses, 1):
         record = {"step": step, "loss": loss, "loss_hex": loss.hex(), "tokens": 256, "seconds": 0.5}
         result.append_step(cell.path, {**record, "grad_norm": 1.0, "grad_norm_hex": (1.0).hex(), "lr": 1e-3})

@@ -52,6 +52,20 @@ def test_one_other_optimizer_digest_breaks_the_promise(cells: Sweep) -> None:
     assert judge(cells).exit_code == 1
 
 
+def test_cells_whose_products_are_of_another_kind_were_not_promised_to_be_equal(tmp_path: Path) -> None:
+    of = sweep(tmp_path, matrix={"arch": ["h100", "b300"], "strategy": ["tree"], "tp": [1, 2, 4]})
+    for cell in of.cells:
+        if cell.name != "b300-tree-tp4":
+            products = {"leaf": "tensor cores", "architecture": "sm_90" if cell.arch == "h100" else "sm_100"}
+            finish(cell, model="aa" if cell.arch == "h100" else "cc", products=products)
+    found = judge(of)
+    assert found.exit_code == 2
+    assert [(group.name, len(group.cells), group.status) for group in found.groups] == [
+        ("tree (sm_90 products)", 3, "identical"),
+        ("tree (sm_100 products)", 3, "incomplete"),
+    ]
+
+
 def test_missing_cells_are_named_and_give_exit_code_2(cells: Sweep) -> None:
     finish(cells.cells[0])
     begin(cells.cells[1], [3.0])

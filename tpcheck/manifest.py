@@ -54,6 +54,7 @@ def describe(config: RunConfig, data: Any, patches: list[dict[str, Any]]) -> dic
             "tokens": data.tokens,
         },
         "patches": patches,
+        "products": None if config.strategy == "stock" else _products(),
         "attention": None,  # known after the first step
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
@@ -65,6 +66,11 @@ def continued(before: dict[str, Any], now: dict[str, Any], step: int) -> dict[st
         raise TpcheckError(
             f"the data have changed since this run began (digest {before['data']['digest'][:12]}, now "
             f"{now['data']['digest'][:12]}): restore them, or start a new run in another output"
+        )
+    if before.get("products", now["products"]) != now["products"]:
+        raise TpcheckError(
+            f"this run's products were of another kind, {_short(before['products'], now['products'])}, here they are "
+            f"{_short(now['products'], before['products'])}: resume on what it began on, or start a new run"
         )
     past = {key: value for key, value in before.items() if key not in ("format", "history", "data")}
     return {**now, "history": [*before.get("history", []), {**past, "until_step": step}]}
@@ -137,6 +143,15 @@ def git(folder: Path) -> dict[str, Any] | None:
         return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _products() -> dict[str, Any]:
+    """What the bits of this run's products depend on; runs where it differs were never promised to be equal."""
+    import torch
+
+    from patches.order import products
+
+    return products.describe("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _hardware() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 What the patches promise (every strategy but stock) must hold; stock is reported, not judged. Read from the
 result directories alone, so it can be given on an unfinished sweep too: it then says what is missing.
+Products of another kind (manifest.json: exact on a CPU, another GPU architecture's tensor cores) part a group.
 
     exit code 0   every cell is complete, everything promised held
               1   cells of a promised group differ: the first step and the tensors are named
@@ -10,6 +11,7 @@ result directories alone, so it can be given on an unfinished sweep too: it then
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +150,8 @@ class Verdict:
 
 def judge(sweep: Sweep, difference: Difference | None = None) -> Verdict:
     """Compare what the cells left; `difference(a, b)` tells in a few lines where two result directories part."""
-    return Verdict(sweep.name, tuple(_judge(name, cells, difference or _diff) for name, cells in sweep.groups()))
+    groups = [part for name, cells in sweep.groups() for part in _by_products(name, cells)]
+    return Verdict(sweep.name, tuple(_judge(name, cells, difference or _diff) for name, cells in groups))
 
 
 def write(verdict: Verdict, output: Path) -> Path:
@@ -163,6 +166,27 @@ def digests_of(cell: Cell) -> Digests | None:
     if found is None or found["step"] != cell.config.steps:
         return None
     return Digests(found["model"], found.get("optimizer"))
+
+
+def _by_products(name: str, cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
+    """A group's cells by the products that they ran with; one that is missing joins those of its arch."""
+    kinds: dict[str, list[Cell]] = {}
+    names: dict[str, str] = {}
+    waiting = []
+    for cell in cells:
+        found = result.read_manifest(cell.path).get("products") if digests_of(cell) else None
+        if not isinstance(found, dict):
+            waiting.append(cell)
+            continue
+        key = json.dumps(found, sort_keys=True)
+        names[key] = str(found.get("architecture", "exact"))
+        kinds.setdefault(key, []).append(cell)
+    for cell in waiting:
+        alike = [members for members in kinds.values() if any(member.arch == cell.arch for member in members)]
+        (alike or list(kinds.values()) or [kinds.setdefault("", [])])[0].append(cell)
+    if len(kinds) < 2:
+        return [(name, list(cells))]
+    return [(f"{name} ({names[key]} products)", members) for key, members in kinds.items()]
 
 
 def _judge(name: str, cells: Sequence[Cell], difference: Difference) -> Group:

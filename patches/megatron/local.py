@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from patches.contract import Contract, UnsupportedError
+from patches.order import products
 from patches.order.local import LocalInvariance
 from patches.registry import Patch, Undo
 
@@ -16,7 +17,16 @@ def _refuse(message: str) -> None:
 
 
 def _install(contract: Contract) -> Undo:
-    return LocalInvariance("CUDA" if torch.cuda.is_available() else "CPU", _refuse).remove
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    products.describe(device)  # refuses a GPU that has no kernel
+    local = LocalInvariance(device.upper(), _refuse)
+    products.keep_to(device)
+
+    def undo() -> None:
+        products.keep_to(None)
+        local.remove()
+
+    return undo
 
 
 PATCHES = [

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patches.ops.sharded import Shards
 from patches.order.collectives import all_gather, begin_all_gather
-from patches.order.exact import exact_product
+from patches.order.products import add_product, product
 
 __all__ = ["column_parallel", "row_parallel"]
 
@@ -77,7 +77,7 @@ class _RowParallel(torch.autograd.Function):
         dy_TN = dy.flatten(0, -2)
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = exact_product(dy_TN, weight).to(x.dtype).view(x.shape)
+            dx = product(dy_TN, weight, x.dtype).view(x.shape)
         if ctx.needs_input_grad[1]:
             dw = _weight_gradient(ctx.weight, dy_TN, x.flatten(0, -2), ctx.main_grad, ctx.overwrite)
         return dx, dw, None, None, None, None
@@ -93,7 +93,7 @@ class _ColumnParallel(torch.autograd.Function):
         ctx.main_grad, ctx.overwrite = main_grad, overwrite
         if sp:
             x = all_gather(x, shards.group)
-        y_TN = exact_product(x.flatten(0, -2), weight.t()).to(x.dtype)
+        y_TN = product(x.flatten(0, -2), weight.t(), x.dtype)
         return _unflattened(y_TN, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
@@ -120,10 +120,11 @@ def _unflattened(y_TN: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _weight_gradient(weight: Any, dy_TN: Tensor, x_TK: Tensor, main_grad: bool, overwrite: bool) -> Tensor | None:
     """dyᵀ·x in the weight's dtype, or put into `weight.main_grad`, with the placeholder Megatron's hooks expect."""
-    dw_NK = exact_product(dy_TN.t(), x_TK)
     if not main_grad:
-        return dw_NK.to(weight.dtype)
-    weight.main_grad.copy_(dw_NK) if overwrite else weight.main_grad.add_(dw_NK)
+        return product(dy_TN.t(), x_TK, weight.dtype)
+    if overwrite:
+        weight.main_grad.zero_()
+    add_product(weight.main_grad, dy_TN.t(), x_TK)
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from patches.contract import Contract
 from patches.order.collectives import Pending, all_gather, begin_all_reduce, begin_reduce_scatter
-from patches.order.exact import exact_product, exact_sum, rounded
-from patches.order.tree import tree_of_products, tree_of_sums
+from patches.order.exact import exact_sum, rounded
+from patches.order.products import product, tree_product
+from patches.order.tree import tree_of_sums
 
 __all__ = ["Shards"]
 
@@ -58,11 +59,12 @@ class Shards:
         """`product`, whose part across ranks is under way while the caller computes something else."""
         if self.contract.strategy == "gather":
             a_TK, b_KN = (self._gather_pieces(x, dim, pieces) for x, dim in ((a_TtK, 1), (b_tKN, 0)))
-            out = rounded(exact_product(a_TK, b_KN), dtype)
-            out = out.chunk(self.size)[self.rank].contiguous() if scatter and self.size > 1 else out
-            return lambda: out
-        root = tree_of_products(a_TtK, b_tKN, self.contract.leaves_of_rank(self.size), pieces)
-        return self._meet(root, dtype, scatter)
+            out = product(a_TK, b_KN, dtype)
+            return _done(out.chunk(self.size)[self.rank].contiguous() if scatter and self.size > 1 else out)
+        leaves = self.contract.leaves_of_rank(self.size)
+        if self.size == 1:
+            return _done(tree_product(a_TtK, b_tKN, leaves, pieces, dtype))
+        return self._meet(tree_product(a_TtK, b_tKN, leaves, pieces), dtype, scatter)
 
     def total(self, x: Tensor, dim: int, dtype: torch.dtype, exact_dims: tuple[int, ...] = ()) -> Tensor:
         """Σx over the sharded `dim` of all ranks (and `exact_dims`, which are whole), rounded once to `dtype`."""
@@ -74,10 +76,14 @@ class Shards:
 
     def _meet(self, root: Tensor, dtype: torch.dtype, scatter: bool) -> Pending:
         if self.group is None:
-            return lambda: rounded(root, dtype)
+            return _done(rounded(root, dtype))
         begin = begin_reduce_scatter if scatter else begin_all_reduce
         return begin(root, self.group, dtype, symmetric=self.contract.symmetric_memory)
 
     def _gather_pieces(self, x: Tensor, dim: int, pieces: int) -> Tensor:
         parts = [all_gather(piece, self.group, dim) for piece in x.chunk(pieces, dim)]
         return parts[0] if pieces == 1 else torch.cat(parts, dim)
+
+
+def _done(x: Tensor) -> Pending:
+    return lambda: x

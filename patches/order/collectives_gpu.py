@@ -1,4 +1,4 @@
-"""The receiving side of `order.collectives` on a GPU: t ranks' float32 parts in, their rounded tree sum out, in one pass.
+"""The receiving side of `order.collectives` on a GPU: ranks' float32 parts in, their rounded tree sum out, in one pass.
 
     parts   0   1   2   3   4   5          each element is read once from every rank's part, added in the tree's
              \\ /     \\ /     \\ /            order, divided where asked for, rounded once and written once
@@ -9,6 +9,7 @@ A part lies where all-to-all put it, or in a peer's symmetric memory, where it i
 the two changes no bit: the additions are those of `order.tree.tree_sum`.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import functools
@@ -50,9 +51,7 @@ def sum_of_peers(addresses_t: Tensor, start: int, size: int, dtype: torch.dtype,
     return _launch(addresses_t, size, dtype, divide_by, start)
 
 
-def _launch(
-    parts: Tensor, size: int, dtype: torch.dtype = torch.float32, divide_by: int = 1, start: int = 0
-) -> Tensor:
+def _launch(parts: Tensor, size: int, dtype: torch.dtype = torch.float32, divide_by: int = 1, start: int = 0) -> Tensor:
     """`parts`: float32 [t, size], or addresses, int64 [t]."""
     if parts.dtype not in (torch.float32, torch.int64) or dtype not in DTYPES:
         raise TypeError(f"float32 is summed and rounded to one of {', '.join(map(str, DTYPES))}, not {dtype}")

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from patches.order.elementwise import without_tail
-from patches.order.exact import OPERANDS, exact_product, exact_sum, rounded
+from patches.order.exact import OPERANDS, exact_sum, rounded
+from patches.order.products import product
 
 __all__ = ["LocalInvariance"]
 
@@ -157,11 +158,11 @@ def _refusal(name: str, refuse: Callable[[str], None]) -> Kernel:
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    return exact_product(a, b).to(a.dtype)
+    return product(a, b, a.dtype)
 
 
 def _addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    total = exact_product(a, b)
+    total = product(a, b)
     if alpha != 1:
         total = total * alpha
     if beta != 0:
@@ -174,7 +175,7 @@ def _addmv(c: Tensor, a: Tensor, x: Tensor, *, beta: float = 1, alpha: float = 1
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return exact_product(x.unsqueeze(0), y.unsqueeze(1)).reshape(()).to(x.dtype)
+    return product(x.unsqueeze(0), y.unsqueeze(1), x.dtype).reshape(())
 
 
 def _sum_dim(

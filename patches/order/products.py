@@ -1,0 +1,97 @@
+"""Products in the contract's order, by the device that the operands lie on.
+
+CPU    exact leaves (`order.exact`): the bits are those of any CPU, BLAS and thread count
+CUDA   leaves of one fixed tile and k order on tensor cores (`order.gemm_gpu`): those of one architecture family
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patches.contract import UnsupportedError
+from patches.order.exact import exact_product, rounded
+from patches.order.tree import tree_of_products
+
+__all__ = ["add_product", "describe", "keep_to", "product", "tree_product"]
+
+_kept: str | None = None
+
+
+def keep_to(device: str | None) -> None:
+    """Refuse products on any other kind of device from now on: "cpu", "cuda", or None for no such promise."""
+    global _kept
+    _kept = device
+
+
+def describe(device: str) -> dict[str, Any]:
+    """What the bits of a product on `device` depend on besides its operands.
+
+    Raises:
+        UnsupportedError: no Triton, or no kernel for this GPU.
+    """
+    if device == "cpu":
+        return {"leaf": "exact"}
+    try:
+        from patches.order import gemm_gpu
+    except ImportError as error:
+        raise UnsupportedError(
+            f"products on a GPU need Triton ({error}): install the version that torch {torch.__version__} asks for"
+        ) from error
+    return gemm_gpu.contract()
+
+
+def product(a_MK: Tensor, b_KN: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """One leaf, a·b, rounded once to `dtype`: [..., M, N].
+
+    Args:
+        a_MK: [..., M, K], float32, bfloat16 or float16, any strides.
+        b_KN: [..., K, N], same dtype and leading dimensions.
+
+    Raises:
+        UnsupportedError: on another kind of device than training was patched for.
+    """
+    return tree_product(a_MK, b_KN, 1, dtype=dtype)
+
+
+def tree_product(
+    a_TK: Tensor, b_KN: Tensor, leaves: int, pieces: int = 1, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The tree over `leaves` products, rounded once to `dtype`; leaf j takes its share of each of K's `pieces`.
+
+    Args:
+        a_TK: [T, K]; with pieces=2, K holds [gate | up] and leaf j is gate[j] ∪ up[j].
+        b_KN: [K, N], cut likewise.
+    """
+    if _on_gpu(a_TK, b_KN):
+        from patches.order import gemm_gpu
+
+        return gemm_gpu.product(a_TK, b_KN, leaves, pieces, dtype)
+    if leaves == pieces == 1:
+        return exact_product(a_TK, b_KN).to(dtype)
+    return rounded(tree_of_products(a_TK, b_KN, leaves, pieces), dtype)
+
+
+def add_product(into: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+    """into += a·b, one addition in float32 per element."""
+    if into.dtype == torch.float32 and _on_gpu(into, a_MK, b_KN):
+        from patches.order import gemm_gpu
+
+        gemm_gpu.product(a_MK, b_KN, into=into)
+    else:
+        into.add_(product(a_MK, b_KN))
+
+
+def _on_gpu(*operands: Tensor) -> bool:
+    kinds = {x.device.type for x in operands}
+    if len(kinds) > 1:
+        raise ValueError(f"operands of one product lie on different devices: {', '.join(sorted(kinds))}")
+    (kind,) = kinds
+    if _kept not in (None, kind):
+        way_out = ', or set CUDA_VISIBLE_DEVICES="" to train on CPU' if kind == "cpu" else ""
+        raise UnsupportedError(
+            f"a product on {kind} in a run that was patched for {_kept}: move its operands to {_kept}{way_out}"
+        )
+    return kind == "cuda"

@@ -1,0 +1,55 @@
+"""Which product is taken: by the device of the operands, and never by another one than the run was patched for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from patches.contract import UnsupportedError
+from patches.order import products
+from tpcheck import manifest
+from tpcheck.errors import TpcheckError
+
+A = torch.arange(6.0).view(2, 3)
+
+
+@pytest.fixture(autouse=True)
+def back_to_any_device() -> Iterator[None]:
+    yield
+    products.keep_to(None)
+
+
+def test_product_on_another_device_than_the_run_was_patched_for_is_refused() -> None:
+    products.keep_to("cuda")
+    with pytest.raises(UnsupportedError, match=r"on cpu in a run that was patched for cuda.*CUDA_VISIBLE_DEVICES"):
+        products.product(A, A.t())
+    with pytest.raises(UnsupportedError):
+        products.tree_product(A, A.t(), 2)
+    with pytest.raises(UnsupportedError):
+        products.add_product(torch.zeros(2, 2), A, A.t())
+    products.keep_to("cpu")
+    assert products.product(A, A.t()).equal(A @ A.t())
+
+
+def test_operands_on_two_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="different devices: cpu, meta"):
+        products.product(A, A.t().to("meta"))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_product_is_added_in_one_float32_addition(dtype: torch.dtype) -> None:
+    into = torch.full((2, 2), 0.1, dtype=dtype)
+    want = into + products.product(A, A.t())
+    products.add_product(into, A, A.t())
+    assert into.equal(want.to(dtype))
+
+
+def test_run_does_not_go_on_with_products_of_another_kind() -> None:
+    data = {"digest": "d"}
+    exact, tensor_cores = {"leaf": "exact"}, {"leaf": "tensor cores", "architecture": "sm_90"}
+    before = {"data": data, "products": exact}
+    assert manifest.continued(before, {"data": data, "products": exact}, 3)["history"][0]["until_step"] == 3
+    with pytest.raises(TpcheckError, match="of another kind, .*exact.*sm_90"):
+        manifest.continued(before, {"data": data, "products": tensor_cores}, 3)

@@ -31,7 +31,7 @@ from patches.order.variant import Variant
 __all__ = ["begin_reading_peers", "rounded_tree_sum", "sum_of_peers", "variants"]
 
 BLOCK, WARPS = 1024, 4
-MOST = 64  # parts in one launch, a power of two: more are summed as the tree's subtrees of so many first
+MOST = 16  # parts that one launch holds in registers, a power of two; of more, subtrees of so many are summed first
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -63,7 +63,7 @@ def _launch(parts: Tensor, size: int, dtype: torch.dtype = torch.float32, divide
                 parts, out, size, start, divide_by,
                 RANKS=len(parts), PEERS=parts.dtype == torch.int64, DIVIDE=divide_by > 1, BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip
-    return rounded(out, dtype) if INTERPRETED else out
+    return out if out.dtype == dtype else rounded(out, dtype)
 
 
 def begin_reading_peers(root: Tensor, group: dist.ProcessGroup, dtype: torch.dtype, divide_by: int = 1) -> Pending:
@@ -160,11 +160,11 @@ def _left(ranks: int) -> int:
 
 
 def variants() -> Iterator[Variant]:
-    """Sums over 2, 4 and 8 ranks, of either kind of parts, as a training step launches them."""
+    """Sums over 2 to 16 ranks, of either kind of parts, as a training step launches them."""
     aligned = [["tt.divisibility", 16]]
     for peers in (False, True):
         for dtype in ("bf16", "fp32"):
-            for ranks in (2, 4, 8):
+            for ranks in (2, 4, 8, MOST):
                 constexprs = {"RANKS": ranks, "PEERS": peers, "DIVIDE": False, "BLOCK": BLOCK}
                 yield Variant(
                     name=f"tree_sum-{ranks}-{'peers' if peers else 'parts'}-{dtype}",

@@ -15,6 +15,8 @@ from test_heads import Spoilt, attention
 from test_megatron import differences
 
 import patches
+from tpcheck import doctorattention
+from tpcheck.config import parse_run
 
 CALLS: list[int] = []
 
@@ -122,3 +124,19 @@ def local_layers() -> str:
 
 def test_local_layers_have_no_fused_attention():
     assert "this layer is Megatron's local one" in on_ranks(1, local_layers)[0]
+
+
+def doctor() -> dict[str, tuple[str, str]]:
+    config = parse_run(
+        {"model": "qwen3-tiny", "layers": "te", "attention": "flash", "seq_length": 16, "micro_batch_size": 1}
+    )
+    return {one.name: (one.found, one.verdict) for one in doctorattention.attention(config)}
+
+
+def test_the_doctor_runs_te_backends_that_are_here():
+    """On the stand-in only the unfused one is."""
+    found = on_ranks(1, doctor)[0]
+    assert found["te unfused, patched"] == ("each head by itself", "ok")
+    assert found["te flash, patched"] == ("refused", "no")
+    assert found["te fused, patched"] == ("refused", "note")
+    assert found["te flash, stock"] == ("does not run", "note")

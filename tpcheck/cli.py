@@ -137,6 +137,19 @@ def order(target: str, draw: Path | None, as_json: bool, **options: Any) -> int:
 
 
 @tpcheck.command()
+@click.argument("target", required=False, metavar="[RUN.yaml|PRESET]")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def doctor(target: str | None, as_json: bool) -> int:
+    """Say what this machine has, and whether the promise of RUN.yaml or PRESET can be kept on it: 0 it can, 1 not.
+
+    Attention kernels are really run, with all heads and with those that other TP sizes see.
+    """
+    from tpcheck.doctor import command
+
+    return command(target, as_json)
+
+
+@tpcheck.command()
 @click.argument("sweep", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--cluster", metavar="NAME", help="Submit to Slurm as slurm/clusters/NAME.yaml, or that file, says.")

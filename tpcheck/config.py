@@ -118,6 +118,8 @@ class RunConfig(Section):
     strategy: Literal["stock", "tree", "gather"] = "tree"
     leaves: int = Field(8, gt=0)
     layers: Literal["te", "local"] | None = None  # Transformer Engine's or Megatron's; null: te on a GPU that has it
+    attention: Literal["unfused", "flash", "fused"] | None = None  # null: unfused; in a stock run what TE chooses
+    symmetric_memory: bool = False  # ranks read each other's sums instead of sending them; the same bits
     tp: int = Field(1, gt=0)
     dp: int = Field(1, gt=0)
     sequence_parallel: bool = False
@@ -232,6 +234,11 @@ def check(config: RunConfig) -> None:
         problems.append("data.kind=megatron needs data.path, the prefix of a .bin/.idx pair")
     if config.strategy != "stock" and model.dropout:
         problems.append(f"model.dropout={model.dropout} depends on tp: use 0, or strategy=stock")
+    if config.attention in ("flash", "fused"):
+        if config.layers == "local":
+            problems.append(f"attention={config.attention} is Transformer Engine's: use layers=te")
+        if config.dtype != "bf16":
+            problems.append(f"attention={config.attention} has no {config.dtype}: use dtype=bf16")
     if problems:
         raise TpcheckError("; ".join(problem.rstrip(": ") for problem in problems))
 

@@ -9,7 +9,6 @@ A part lies where all-to-all put it, or in a peer's symmetric memory, where it i
 the two changes no bit: the additions are those of `order.tree.tree_sum`.
 """
 
-# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import functools
@@ -167,7 +166,7 @@ def variants() -> Iterator[Variant]:
             for ranks in (2, 4, 8, MOST):
                 constexprs = {"RANKS": ranks, "PEERS": peers, "DIVIDE": False, "BLOCK": BLOCK}
                 yield Variant(
-                    name=f"tree_sum-{ranks}-{'peers' if peers else 'parts'}-{dtype}",
+                    name=f"tree_sum of {ranks} {'peers' if peers else 'parts'} {dtype}",
                     kernel=tree_sum_kernel,
                     signature={
                         "parts": "*i64" if peers else "*fp32",

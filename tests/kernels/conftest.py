@@ -1,3 +1,5 @@
+"""Kernels: compiled, on a GPU, where there is one; else in Triton's interpreter, on the CPU (make test-kernels)."""
+
 from __future__ import annotations
 
 import os
@@ -6,7 +8,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a module with kernels is imported
 
 
 @pytest.fixture

@@ -46,8 +46,8 @@ def test_on_a_cpu_local_layers_keep_the_promise(tmp_path: Path):
 
 def test_what_is_asked_for_and_not_here_is_a_no(tmp_path: Path):
     path = tmp_path / "run.yaml"
-    path.write_text(json.dumps({**TINY, "symmetric_memory": True}))
-    done = run(str(path), CUDA_VISIBLE_DEVICES="")
+    path.write_text(json.dumps(TINY))
+    done = run(str(path), "symmetric_memory=true", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
     assert "NO  patches" in done.stdout and "symmetric_memory=True needs GPUs" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("cannot be kept here: tree, 8 leaves, layers=local")
@@ -69,8 +69,8 @@ def test_attention_that_depends_on_tp_is_a_no_unless_the_run_is_stock(strategy, 
     assert (found.found, found.verdict) == ("depends on TP", verdict)
     assert found.why == "the output of a head differs when 4 heads are computed instead of 8"
     monkeypatch.setattr(doctor, "examine", lambda config: [found])
-    monkeypatch.setattr(doctor, "_config", lambda target: config)
-    assert doctor.command(None, as_json=False) == code
+    monkeypatch.setattr(doctor, "_config", lambda target, overrides: config)
+    assert doctor.command(None, (), as_json=False) == code
 
 
 def test_an_environment_that_overrules_the_backend_asked_for_is_a_no(monkeypatch):

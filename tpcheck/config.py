@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -168,9 +169,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         settings = {}
     if not isinstance(settings, dict):
         raise TpcheckError(f"{path} holds a {type(settings).__name__}, not a mapping of settings")
-    for override in overrides:
-        _override(settings, override)
-    return parse_run(settings, str(path))
+    return parse_run(settings, str(path), overrides)
 
 
 def read_yaml(path: Path) -> Any:
@@ -190,10 +189,13 @@ def unknown_key(location: Sequence[str | int], where: str, allowed: Sequence[str
     return f"unknown key {where}: {hint}allowed are {', '.join(allowed)}"
 
 
-def parse_run(settings: Mapping[str, Any], origin: str = "run") -> RunConfig:
-    """`settings` as a checked `RunConfig`; `origin` names them in errors."""
+def parse_run(settings: Mapping[str, Any], origin: str = "run", overrides: Sequence[str] = ()) -> RunConfig:
+    """`settings` with `overrides` as a checked `RunConfig`; `origin` names them in errors."""
+    overridden = copy.deepcopy(dict(settings))
+    for override in overrides:
+        _override(overridden, override)
     try:
-        config = RunConfig.model_validate(settings)
+        config = RunConfig.model_validate(overridden)
     except ValidationError as error:
         raise TpcheckError(f"{origin}: {_explain(error)}") from error
     check(config)

@@ -64,9 +64,9 @@ class Finding:
     why: str = ""
 
 
-def command(target: str | None, as_json: bool) -> int:
+def command(target: str | None, overrides: Sequence[str], as_json: bool) -> int:
     """Examine this machine for a run file, a preset, or the defaults; print; 0 if all that is asked for can be had."""
-    config = _config(target)
+    config = _config(target, overrides)
     with warnings.catch_warnings():  # megatron-core's, that neither Apex nor Transformer Engine is installed
         warnings.simplefilter("ignore")
         findings = examine(config)
@@ -85,14 +85,12 @@ def examine(config: RunConfig) -> list[Finding]:
     return [*_versions(config), *_devices(config), *_sums(config), *_settings(config), *attention(config)]
 
 
-def _config(target: str | None) -> RunConfig:
-    if target is None:
-        return RunConfig()
-    if target in PRESETS:
-        return parse_run({"model": target}, target)
+def _config(target: str | None, overrides: Sequence[str]) -> RunConfig:
+    if target is None or target in PRESETS:
+        return parse_run({"model": target} if target else {}, target or "run", overrides)
     if not Path(target).exists():
         raise TpcheckError(f"{target} is neither a run file nor a preset: presets are {', '.join(PRESETS)}")
-    return load_run(target)
+    return load_run(target, overrides)
 
 
 def _versions(config: RunConfig) -> Iterator[Finding]:

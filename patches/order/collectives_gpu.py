@@ -143,7 +143,7 @@ def tree_sum_kernel(
 def _subtree(parts, size, index, inside, FIRST: tl.constexpr, RANKS: tl.constexpr, PEERS: tl.constexpr):
     """The tree over parts FIRST … FIRST+RANKS-1: its left branch takes the largest power of two below RANKS."""
     if RANKS > 1:
-        LEFT: tl.constexpr = _left(RANKS)
+        LEFT: tl.constexpr = 1 << ((RANKS - 1).bit_length() - 1)
         left = _subtree(parts, size, index, inside, FIRST, LEFT, PEERS)
         return left + _subtree(parts, size, index, inside, FIRST + LEFT, RANKS - LEFT, PEERS)
     elif PEERS:
@@ -151,11 +151,6 @@ def _subtree(parts, size, index, inside, FIRST: tl.constexpr, RANKS: tl.constexp
         return tl.load(tl.multiple_of(part, 16) + index, mask=inside, other=0.0)
     else:
         return tl.load(parts + tl.full((), FIRST, tl.int64) * size + index, mask=inside, other=0.0)
-
-
-@triton.constexpr_function
-def _left(ranks: int) -> int:
-    return 1 << (ranks - 1).bit_length() - 1
 
 
 def variants() -> Iterator[Variant]:

@@ -54,18 +54,21 @@ def _forward(original: Any) -> Any:
 def _fused(module: Any, original: Any, qkv: list[Tensor], args: Any, kwargs: dict[str, Any]) -> Any:
     """The backend that was asked for, once it was seen to keep the promise."""
     asked = contract().attention
-    for part in (module, module.flash_attention, module.fused_attention):
-        part.deterministic = True
+    parts = (module, module.flash_attention, module.fused_attention)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        stock_groups = module.num_gqa_groups_per_partition
-        module.num_gqa_groups_per_partition = k.shape[HEADS]
+        groups, before = module.num_gqa_groups_per_partition, [part.deterministic for part in parts]
         try:
+            module.num_gqa_groups_per_partition = k.shape[HEADS]
+            for part in parts:
+                part.deterministic = True
             return original(module, q, k, v, *args, **kwargs)
         except ValueError as error:
             raise UnsupportedError(f"attention={asked!r} cannot run here: {error}") from error
         finally:
-            module.num_gqa_groups_per_partition = stock_groups
+            module.num_gqa_groups_per_partition = groups
+            for part, deterministic in zip(parts, before, strict=True):
+                part.deterministic = deterministic
 
     q, k, v = qkv
     settings = (kwargs.get("attn_mask_type") or module.attn_mask_type, kwargs.get("window_size") or module.window_size)

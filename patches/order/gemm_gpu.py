@@ -23,9 +23,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from patches.contract import UnsupportedError
+from patches.order.tree import cuts, tree_sum
 from patches.order.variant import Variant
 
-__all__ = ["contract", "product", "variants"]
+__all__ = ["check", "contract", "product", "variants"]
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 INTERPRETED_PROGRAMS = 3
@@ -101,6 +103,32 @@ def contract() -> dict[str, object]:
         "fp32": "ieee fma",
         "k_step": {name: tile_of(dtype, 1, False).k for dtype, name in NAMES.items()},
     }
+
+
+def check(device: torch.device) -> None:
+    """Compare, on this very `device`, bits that must not depend on tiles, loads, or what else is in a call.
+
+    Raises:
+        UnsupportedError: they do.
+    """
+    generator = torch.Generator().manual_seed(0)
+    a_MK, b_NK = (torch.randn(size, 1024, generator=generator).to(device, torch.bfloat16) for size in (200, 328))
+    whole = product(a_MK, b_NK.T, leaves=8)
+    for what, count in (("a leaf alone", 8), ("half of the leaves", 2)):
+        parts = cuts(1024, count)
+        roots = [product(a_MK[:, lo:hi], b_NK[:, lo:hi].T, leaves=8 // count) for lo, hi in parts]
+        _same_bits(what, tree_sum(roots), whole)
+    _same_bits("a row alone", product(a_MK[7:8], b_NK.T, leaves=8), whole[7:8])
+    unaligned = torch.cat([a_MK[:, :1], a_MK], 1)[:, 1:]  # out of TMA's reach
+    _same_bits("loads by pointers", product(unaligned, b_NK.T, leaves=8), whole)
+
+
+def _same_bits(what: str, found: Tensor, expected: Tensor) -> None:
+    if not torch.equal(found.view(torch.int32), expected.view(torch.int32)):
+        raise UnsupportedError(
+            f"products on this GPU do not keep the contract: {what} gives other bits ({contract()['family']}, Triton "
+            f"{triton.__version__}). Please report it, with the output of `make gpu`"
+        )
 
 
 def variants() -> Iterator[Variant]:
@@ -430,7 +458,7 @@ def _family(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     if major not in FAMILIES:
-        raise ValueError(f"products are made for compute capability 9.x and 10.x, not {major}.{minor}")
+        raise UnsupportedError(f"products are made for compute capability 9.x and 10.x, not {major}.{minor}")
     return FAMILIES[major]
 
 

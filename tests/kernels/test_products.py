@@ -16,6 +16,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not on the path: make test-kernels")
 
+from patches.contract import UnsupportedError
 from patches.order import gemm_gpu
 from patches.order.exact import exact_product
 from patches.order.gemm_gpu import contract, product
@@ -231,6 +232,18 @@ def test_bad_operands_are_refused(device):
 def test_contract_is_json():
     facts = contract()
     assert facts["k_step"] == {"bf16": 64, "fp16": 64, "fp32": 32}
+
+
+def test_check_finds_products_that_depend_on_what_else_is_in_a_call(monkeypatch, device):
+    gemm_gpu.check(device)
+    for wrong, of in (("a leaf alone", lambda a, leaves: leaves == 1), ("a row alone", lambda a, leaves: len(a) == 1)):
+
+        def broken(a, b, leaves=1, of=of):
+            return product(a, b, leaves) * (1 + 2.0**-23 if of(a, leaves) else 1)
+
+        monkeypatch.setattr(gemm_gpu, "product", broken)
+        with pytest.raises(UnsupportedError, match=wrong):
+            gemm_gpu.check(device)
 
 
 @pytest.mark.gpu

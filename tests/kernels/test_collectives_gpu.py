@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from patches.order import collectives_gpu
 from patches.order.collectives_gpu import BLOCK, MOST, rounded_tree_sum, sum_of_peers, variants
 from patches.order.exact import rounded
 from patches.order.tree import tree_sum
@@ -59,6 +62,32 @@ def test_parts_read_through_addresses_give_the_same_bits(device, ranks):
     for start, size in ((0, 3 * BLOCK + 5), (17, 2 * BLOCK), (BLOCK, 1)):
         want = expected(x[:, start : start + size], torch.bfloat16, 1)
         assert torch.equal(bits(sum_of_peers(addresses, start, size, torch.bfloat16).cpu()), bits(want))
+
+
+@pytest.mark.parametrize("shape", ((8, 5), (12,), (4, 3, 7)))
+def test_reading_peers_scatters_as_sending_does(device, shape, monkeypatch):
+    """With peers that are buffers of this process, filled already; streams, where there are none, do nothing."""
+    ranks = 4
+    roots = [torch.randn(shape, generator=torch.Generator().manual_seed(rank)) for rank in range(ranks)]
+    buffers = [torch.full((64,), math.nan, device=device) for _ in range(ranks)]
+    barriers = []
+    for root, buffer in zip(roots, buffers, strict=True):
+        buffer[: root.numel()] = root.flatten().to(device)
+    addresses = torch.tensor([buffer.data_ptr() for buffer in buffers], device=device)
+    handle = SimpleNamespace(barrier=lambda: barriers.append(buffers[2][: roots[2].numel()].cpu().clone()))
+    monkeypatch.setattr(collectives_gpu, "_buffer", lambda group, count, device: (buffers[2], handle, addresses))
+    if device.type == "cpu":
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        monkeypatch.setattr(collectives_gpu, "_aside", lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
+    buffers[2].fill_(math.nan)  # this rank puts its own root there
+    group = SimpleNamespace(size=lambda: ranks, rank=lambda: 2)
+    got = collectives_gpu.begin_reading_peers(roots[2].to(device), group, torch.bfloat16)()
+    want = rounded(tree_sum(roots), torch.bfloat16).chunk(ranks)[2]
+    assert got.shape == want.shape and torch.equal(bits(got.cpu()), bits(want))
+    assert len(barriers) == 2 and torch.equal(barriers[0], roots[2].flatten())
 
 
 def test_nothing_is_summed_to_nothing(device):

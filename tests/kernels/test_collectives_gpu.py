@@ -69,7 +69,7 @@ def test_reading_peers_scatters_as_sending_does(device, shape, monkeypatch):
     """With peers that are buffers of this process, filled already; streams, where there are none, do nothing."""
     ranks = 4
     roots = [torch.randn(shape, generator=torch.Generator().manual_seed(rank)) for rank in range(ranks)]
-    buffers = [torch.full((64,), math.nan, device=device) for _ in range(ranks)]
+    buffers = [torch.full((128,), math.nan, device=device) for _ in range(ranks)]
     barriers = []
     for root, buffer in zip(roots, buffers, strict=True):
         buffer[: root.numel()] = root.flatten().to(device)

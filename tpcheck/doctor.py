@@ -142,7 +142,9 @@ def _sums(config: RunConfig) -> Iterator[Finding]:
 
     strategy = "tree" if config.strategy == "stock" else config.strategy
     try:
-        made_of = products.describe("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        products.check(device)
+        made_of = products.describe(device.type)
         yield Finding("sums", "products", ", ".join(f"{name}: {_short(value)}" for name, value in made_of.items()))
         with patches.enabled(strategy, config.leaves, config.attention or "unfused", config.symmetric_memory):
             applied = sum(row.applied for row in patches.status())

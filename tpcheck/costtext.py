@@ -76,7 +76,7 @@ def _lines(
         "bytes": "sent over NVLink, in the TP group",
         "memory": "memory beyond stock's during a sum",
     }
-    width = max(*(len(term.what) + 2 for term in terms), *(len(f"{titles[q]}, {UNITS[q][0]}") for q in UNITS))
+    width = max(len(term.what) for term in terms) + 2
     for quantity, (unit, scale) in UNITS.items():
         lines = [term for term in terms if term.quantity == quantity]
         yield ""

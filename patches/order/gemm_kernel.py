@@ -63,6 +63,7 @@ def kernel(
     SUBTREES: tl.constexpr = LEAVES // SUBTREE
     LEVELS: tl.constexpr = SUBTREES.bit_length() - 1
     TILE: tl.constexpr = TILE_M * TILE_N
+    HOW: tl.constexpr = (LEAVES, PIECES, TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K)
     if LEVELS > 0:
         pending = scratch + tl.cast(tl.program_id(0), tl.int64) * (LEVELS * TILE)
         pending += tl.arange(0, TILE_M)[:, None] * TILE_N + tl.arange(0, TILE_N)[None, :]
@@ -78,10 +79,7 @@ def kernel(
         operands = (a, b, batch, m, n, M, N, K, (a_B, a_M, a_K), (b_B, b_N, b_K))
         root = tl.zeros((TILE_M, TILE_N), tl.float32)
         for subtree in range(SUBTREES):
-            root = _subtree(
-                operands, steps, subtree * SUBTREE, SUBTREE, LEAVES, PIECES,
-                TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K,
-            )  # fmt: skip
+            root = _subtree(operands, steps, subtree * SUBTREE, SUBTREE, HOW)
             if LEVELS > 0:
                 # A binary counter: the trailing ones of `subtree` are the levels that this subtree completes.
                 level = 0
@@ -90,6 +88,7 @@ def kernel(
                     level += 1
                 if subtree != SUBTREES - 1:
                     tl.store(pending + level * TILE, root)
+                tl.debug_barrier()  # another thread may be the one that reads, or next writes, an element
         _store(root, out + tl.cast(batch, tl.int64) * out_B, m, n, M, N, out_M, out_N, ADD, TILE_M, TILE_N)
 
 
@@ -115,73 +114,41 @@ def _store(
 
 
 @triton.jit
-def _subtree(
-    operands, steps, leaf, SUBTREE: tl.constexpr, LEAVES: tl.constexpr, PIECES: tl.constexpr,
-    TMA: tl.constexpr, A_ALONG_K: tl.constexpr, B_ALONG_K: tl.constexpr, WIDEN: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
-):  # fmt: skip
+def _subtree(operands, steps, leaf, SUBTREE: tl.constexpr, HOW: tl.constexpr):
     """Root of the tree over SUBTREE leaves from `leaf` on; what is pending stays in registers."""
     if SUBTREE > 2:
         HALF: tl.constexpr = SUBTREE // 2
-        left = _subtree(
-            operands, steps, leaf, HALF, LEAVES, PIECES, TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K
-        )
-        right = _subtree(
-            operands, steps, leaf + HALF, HALF, LEAVES, PIECES, TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K
-        )
+        left = _subtree(operands, steps, leaf, HALF, HOW)
+        right = _subtree(operands, steps, leaf + HALF, HALF, HOW)
         root = left + right
     else:
-        root = _leaves(
-            operands, steps, leaf, SUBTREE, LEAVES, PIECES, TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K
-        )
+        root = _leaves(operands, steps, leaf, SUBTREE, HOW)
     return root
 
 
 @triton.jit
-def _leaves(
-    operands, steps, leaf, COUNT: tl.constexpr, LEAVES: tl.constexpr, PIECES: tl.constexpr,
-    TMA: tl.constexpr, A_ALONG_K: tl.constexpr, B_ALONG_K: tl.constexpr, WIDEN: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
-):  # fmt: skip
+def _leaves(operands, steps, leaf, COUNT: tl.constexpr, HOW: tl.constexpr):
     """A leaf, or two side by side, so that loads run dry half as often: k in order, TILE_K at a time.
 
     Returns float32 [TILE_M, TILE_N]. A ragged end is filled with zeros.
     """
+    _, PIECES, _, _, _, _, TILE_M, TILE_N, _ = HOW
     left = tl.zeros((TILE_M, TILE_N), tl.float32)
     right = tl.zeros((TILE_M, TILE_N), tl.float32)
     for step in range(PIECES * steps):
-        x_MK, y_KN = _step(
-            operands, steps, leaf, step, LEAVES, PIECES, TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K
-        )
+        x_MK, y_KN = _step(operands, steps, leaf, step, HOW)
         left = tl.dot(x_MK, y_KN, left, input_precision="ieee")
         if COUNT == 2:
-            x_MK, y_KN = _step(
-                operands,
-                steps,
-                leaf + 1,
-                step,
-                LEAVES,
-                PIECES,
-                TMA,
-                A_ALONG_K,
-                B_ALONG_K,
-                WIDEN,
-                TILE_M,
-                TILE_N,
-                TILE_K,
-            )
+            x_MK, y_KN = _step(operands, steps, leaf + 1, step, HOW)
             right = tl.dot(x_MK, y_KN, right, input_precision="ieee")
     return left + right if COUNT == 2 else left
 
 
 @triton.jit
-def _step(
-    operands, steps, leaf, step, LEAVES: tl.constexpr, PIECES: tl.constexpr,
-    TMA: tl.constexpr, A_ALONG_K: tl.constexpr, B_ALONG_K: tl.constexpr, WIDEN: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
-):  # fmt: skip
+def _step(operands, steps, leaf, step, HOW: tl.constexpr):
     """[TILE_M, TILE_K] and [TILE_K, TILE_N] of a leaf's k step; its gate comes before its up."""
     a, b, batch, m, n, M, N, K, a_strides, b_strides = operands
+    LEAVES, PIECES, TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K = HOW
     start = tl.cast(tl.cast(leaf, tl.int64) * K // LEAVES, tl.int32)
     end = tl.cast(tl.cast(leaf + 1, tl.int64) * K // LEAVES, tl.int32)
     piece = step // steps if PIECES > 1 else 0

@@ -24,7 +24,7 @@ from typing import Any
 
 from patches.order.variant import Variant
 
-MODULES = ("patches.order.gemm_gpu",)
+MODULES = ("patches.order.gemm_gpu", "patches.order.collectives_gpu")
 TABLE = Path(__file__).parent / "kernels" / "static.json"
 SHARED_LIMIT = 227 * 1024  # bytes that a block may have on sm_90 and sm_100
 STACK_LIMIT = {90: 256}

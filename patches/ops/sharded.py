@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from patches.contract import Contract
-from patches.order.collectives import all_gather, tree_all_reduce, tree_reduce_scatter
+from patches.order.collectives import Pending, all_gather, begin_all_reduce, begin_reduce_scatter
 from patches.order.exact import exact_sum, rounded
 from patches.order.products import product, tree_product
 from patches.order.tree import tree_of_sums
@@ -51,13 +51,19 @@ class Shards:
             b_tKN: [tK, N].
             pieces: 2 where a rank's K holds [gate_r | up_r] of a gated layer, else 1.
         """
+        return self.begin_product(a_TtK, b_tKN, dtype, pieces, scatter)()
+
+    def begin_product(
+        self, a_TtK: Tensor, b_tKN: Tensor, dtype: torch.dtype, pieces: int = 1, scatter: bool = False
+    ) -> Pending:
+        """`product`, whose part across ranks is under way while the caller computes something else."""
         if self.contract.strategy == "gather":
             a_TK, b_KN = (self._gather_pieces(x, dim, pieces) for x, dim in ((a_TtK, 1), (b_tKN, 0)))
             out = product(a_TK, b_KN, dtype)
-            return out.chunk(self.size)[self.rank].contiguous() if scatter and self.size > 1 else out
+            return _done(out.chunk(self.size)[self.rank].contiguous() if scatter and self.size > 1 else out)
         leaves = self.contract.leaves_of_rank(self.size)
         if self.size == 1:
-            return tree_product(a_TtK, b_tKN, leaves, pieces, dtype)
+            return _done(tree_product(a_TtK, b_tKN, leaves, pieces, dtype))
         return self._meet(tree_product(a_TtK, b_tKN, leaves, pieces), dtype, scatter)
 
     def total(self, x: Tensor, dim: int, dtype: torch.dtype, exact_dims: tuple[int, ...] = ()) -> Tensor:
@@ -66,14 +72,18 @@ class Shards:
             whole = all_gather(x, self.group, dim % x.dim())
             return rounded(exact_sum(whole, (dim, *exact_dims)).float(), dtype)
         root = tree_of_sums(x, dim, self.contract.leaves_of_rank(self.size), exact_dims)
-        return self._meet(root, dtype, scatter=False)
+        return self._meet(root, dtype, scatter=False)()
 
-    def _meet(self, root: Tensor, dtype: torch.dtype, scatter: bool) -> Tensor:
+    def _meet(self, root: Tensor, dtype: torch.dtype, scatter: bool) -> Pending:
         if self.group is None:
-            return rounded(root, dtype)
-        reduce = tree_reduce_scatter if scatter else tree_all_reduce
-        return reduce(root, self.group, dtype)
+            return _done(rounded(root, dtype))
+        begin = begin_reduce_scatter if scatter else begin_all_reduce
+        return begin(root, self.group, dtype, symmetric=self.contract.symmetric_memory)
 
     def _gather_pieces(self, x: Tensor, dim: int, pieces: int) -> Tensor:
         parts = [all_gather(piece, self.group, dim) for piece in x.chunk(pieces, dim)]
         return parts[0] if pieces == 1 else torch.cat(parts, dim)
+
+
+def _done(x: Tensor) -> Pending:
+    return lambda: x

@@ -60,7 +60,7 @@ def input_gradient(dy: Tensor, x: Tensor, gamma: Tensor, mean: Tensor | None, rs
 
 def variants() -> Iterator[Variant]:
     """RMSNorm and LayerNorm of tokens and of heads."""
-    for dtype, name in TYPES.items():
+    for name in TYPES.values():
         for (h, kind), centered in combinations(((4096, "tokens"), (128, "heads")), (False, True)):
             norm = "layernorm" if centered else "rmsnorm"
             meta = _tile(h) | {"CENTERED": centered}

@@ -22,7 +22,7 @@ from patches.order.pairs_gpu import LAUNCH, TYPES, on, pairs, pairs_of_rows, pow
 from patches.order.tree import cuts, tree_sum
 from patches.order.variant import Variant
 
-__all__ = ["Normed", "row_sums", "tree_of_sums", "variants"]
+__all__ = ["Normed", "row_sums", "sums_of_rows", "tree_of_sums", "variants"]
 
 ROW_BLOCK = 4096
 COLUMNS, LANES, TILES = 128, 8, 8
@@ -64,7 +64,7 @@ def row_sums(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
     rows = x.permute(*before, *summed, *after).contiguous()
     sizes = [math.prod(x.shape[d] for d in dims) for dims in (before, summed, after)]
     if sizes[2] == 1:
-        return _sums_of_rows(rows.view(sizes[:2])).view(shape)
+        return sums_of_rows(rows.view(sizes[:2])).view(shape)
     return _column_sums(rows, [sizes[0], 1, sizes[1], 1, sizes[2]], 1).view(shape)
 
 
@@ -73,8 +73,11 @@ def variants() -> Iterator[Variant]:
     for name, aligned in combinations(TYPES.values(), (True, False)):
         how = "" if aligned else " unaligned"
         types = {"x": f"*{name}", "out": "*fp32"}
-        yield variant(f"rows {name}{how}", _rows, types, {"ROWS": 1, "BLOCK": ROW_BLOCK}, 4, "n" if aligned else "")
-        yield variant(f"short rows {name}{how}", _rows, types, {"ROWS": 32, "BLOCK": 128}, 4, "n" if aligned else "")
+        both = types | {"y": f"*{name}"}
+        divisible = "n" if aligned else ""
+        for kind, product, rows in (("rows", False, 1), ("rows of products", True, 1), ("short rows", False, 32)):
+            meta = {"PRODUCT": product, "ROWS": rows, "BLOCK": ROW_BLOCK // rows}
+            yield variant(f"{kind} {name}{how}", _rows, both, meta, 4, divisible)
         for normed, centered, one in (
             (False, False, True),
             (True, False, True),
@@ -93,8 +96,8 @@ def variants() -> Iterator[Variant]:
             )
 
 
-def _sums_of_rows(x_RN: Tensor) -> Tensor:
-    """float32 [R]."""
+def sums_of_rows(x_RN: Tensor, times_RN: Tensor | None = None) -> Tensor:
+    """Σx, or Σx·times, of every row of contiguous operands: float32 [R]."""
     while True:
         rows, n = x_RN.shape
         block = min(power_of_two(n), ROW_BLOCK)
@@ -104,21 +107,25 @@ def _sums_of_rows(x_RN: Tensor) -> Tensor:
             tall = ROW_BLOCK // block
             with on(x_RN):
                 _rows[(-(-rows // tall) * blocks,)](
-                    x_RN, out, rows, n, blocks, ROWS=tall, BLOCK=block, num_warps=4, **LAUNCH
-                )
+                    x_RN, x_RN if times_RN is None else times_RN, out, rows, n, blocks,
+                    PRODUCT=times_RN is not None, ROWS=tall, BLOCK=block, num_warps=4, **LAUNCH,
+                )  # fmt: skip
         if blocks == 1:
             return out.view(rows)
-        x_RN = out
+        x_RN, times_RN = out, None
 
 
 @triton.jit(do_not_specialize=["rows", "blocks"])
-def _rows(x, out, rows, n, blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """out [rows, blocks]: sums of the blocks of x [rows, n]."""
+def _rows(x, y, out, rows, n, blocks, PRODUCT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """out [rows, blocks]: sums of the blocks of x [rows, n], or of x·y."""
     block = tl.program_id(0) % blocks
     row = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (at < n)[None, :]
-    terms = widened(tl.load(x + row[:, None] * n + at[None, :], mask=inside, other=0.0))
+    column = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (column < n)[None, :]
+    at = row[:, None] * n + column[None, :]
+    terms = widened(tl.load(x + at, mask=inside, other=0.0))
+    if PRODUCT:
+        terms *= widened(tl.load(y + at, mask=inside, other=0.0))
     tl.store(out + row * blocks + block, pairs(terms, ROWS, BLOCK) + 0.0, mask=row < rows)
 
 

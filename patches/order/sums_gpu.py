@@ -38,7 +38,7 @@ def tree_of_sums(
 
     Args:
         x: float32, bfloat16 or float16; in a leaf its elements are taken in their logical order.
-        normed: sum x·x̂ instead; its x̂ has the shape of `x`, whose last dimension alone is kept.
+        normed: sum x·x̂ instead; x̂ has the shape of `x`, whose last dimension alone is kept.
     """
     dim %= x.dim()
     exact = sorted(d % x.dim() for d in exact_dims)
@@ -49,6 +49,8 @@ def tree_of_sums(
     before, after = [d for d in kept if d < last], [d for d in kept if d > last]
     if not after:
         return tree_sum(row_sums(x.narrow(dim, lo, hi - lo), (dim, *exact)) for lo, hi in cuts(x.shape[dim], leaves))
+    if normed is not None:
+        normed = (normed[0].contiguous(), normed[1], normed[2])
     rows = x.permute(*before, *outer, dim, *inner, *after).contiguous()
     sizes = [math.prod(x.shape[d] for d in dims) for dims in (before, outer, [dim], inner, after)]
     return tree_sum(_column_sums(rows, sizes, leaves, normed).unbind(1)).view(shape)

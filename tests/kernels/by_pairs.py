@@ -23,7 +23,7 @@ def by_pairs(x: Tensor, dim: int = -1) -> Tensor:
 
 
 def leaves_by_pairs(x_SB: Tensor, leaves: int) -> Tensor:
-    """The contract's tree over leaves of the first dimension, each by pairs; [S, inner, B] has `inner` in every leaf."""
+    """The tree over leaves of the first dimension, each by pairs; [S, inner, B] has all of `inner` in each."""
     parts = (x_SB[lo:hi].reshape(-1, x_SB.shape[-1]) for lo, hi in cuts(x_SB.shape[0], leaves))
     return tree_sum(by_pairs(part, 0) for part in parts)
 

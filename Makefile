@@ -11,6 +11,14 @@ MEGATRON_VERSIONS ?= 0.14.0 0.15.3
 NEWER_MEGATRON_VERSIONS ?= 0.17.1 0.18.2 0.19.2
 # Transformer Engine versions whose Python code the tests run: the oldest and newest supported, one in between.
 TE_VERSIONS ?= 2.9.0 2.13.0 2.20.2
+# The compiler that the GPU kernels are checked with, and a NumPy that its interpreter runs on: later ones refuse to
+# index by arrays of one element.
+TRITON_VERSION ?= 3.6.0
+TRITON_NUMPY ?= 2.2.6
+# Carried to GPU machines that have no network, and for which Python; what `make gpu` measures there.
+WHEELS ?= wheels
+WHEELS_PYTHON ?= 3.12
+GPU_RESULTS ?= results/gpu
 SWEEP ?= slurm/sweeps/qwen3-tiny-cpu.yaml
 
 READY := $(VENV)/.ready
@@ -22,14 +30,17 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help venv demo test test-megatron test-te test-slurm test-frameworks te-coverage gpu lint bench silent-bugs clean distclean
+.PHONY: help venv demo test test-megatron test-te test-kernels test-slurm test-frameworks te-coverage gpu wheels lint \
+    bench silent-bugs clean distclean
 
 help:
 	@echo "make demo    train Qwen3 at TP=1/2/4/8, stock and patched; compare every bit; draw the picture"
 	@echo "make test    run the tests; test-megatron only those against older versions of megatron-core,"
 	@echo "             test-te only those of Transformer Engine's layers (TE $(TE_VERSIONS), on CPU)"
+	@echo "make test-kernels  the GPU kernels without a GPU: in Triton's interpreter, and what the compiler makes of them"
 	@echo "make te-coverage  which lines of Transformer Engine's layers those tests run"
-	@echo "make gpu     the tests that need a GPU, in the environment that PYTHON belongs to"
+	@echo "make gpu     on a GPU machine, within ten minutes: its tests and benchmark, into $(GPU_RESULTS)/<device>"
+	@echo "make wheels  what make gpu may miss there, fetched here into $(WHEELS), to be carried along"
 	@echo "make test-slurm  the tests that start a real Slurm on this machine: two architectures, faults, accounting"
 	@echo "make test-frameworks  traces of Hugging Face models and DeepSpeed, installed for it"
 	@echo "make lint    ruff and mypy"
@@ -100,12 +111,33 @@ te-coverage: $(VENV)/te-$(lastword $(TE_VERSIONS))
 
 # No $(VENV): a GPU's torch and Transformer Engine belong to the environment they came with.
 gpu:
-	@$(PYTHON) -m pytest -m gpu tests/test_*gpu.py
+	@$(PYTHON) tests/gpu.py --wheels $(WHEELS) --results $(GPU_RESULTS)
+
+# For the Python of GPU machines, whatever runs here; pip takes a platform by its exact name.
+wheels:
+	@echo "==> wheels for a GPU machine without network, into $(WHEELS)"
+	@rm -rf $(WHEELS)
+	@$(PYTHON) -m pip --disable-pip-version-check --quiet --quiet download --no-deps --only-binary=:all: \
+	    --python-version $(WHEELS_PYTHON) --implementation cp \
+	    $(foreach libc,28 27 24 17 12 5,--platform manylinux_2_$(libc)_x86_64) --platform manylinux2014_x86_64 \
+	    -d $(WHEELS) -c constraints.txt -r tests/gpu.txt
+	@du -sh $(WHEELS)
 
 $(VENV)/te-%: $(READY)
 	@echo "==> unpacking Transformer Engine $*"
 	@rm -rf $@
 	@$(PIP) install --no-deps --target $@ transformer-engine==$*
+
+test-kernels: $(VENV)/triton-$(TRITON_VERSION)
+	@echo "==> GPU kernels in the interpreter of Triton $(TRITON_VERSION)"
+	@PYTHONPATH=$< $(PYTEST) -q -W ignore tests/kernels
+	@echo "==> GPU kernels compiled for sm_90 and sm_100"
+	@PYTHONPATH=$< $(BIN)/python tests/static_kernels.py
+
+$(VENV)/triton-%: $(READY)
+	@echo "==> unpacking Triton $*"
+	@rm -rf $@
+	@$(PIP) install --no-deps --target $@ triton==$* numpy==$(TRITON_NUMPY)
 
 test-slurm: $(READY)
 	@echo "==> sweeps on a real Slurm, and what can happen to them"

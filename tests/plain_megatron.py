@@ -89,6 +89,7 @@ def train(
         position_embedding_type="learned_absolute" if shape == "gpt2" else "rope",
         share_embeddings_and_output_weights=tied,
     )
+    gpt.to(device())
     if negative_zeros:
         gpt.embedding.word_embeddings.weight.data[:, ::2] = -0.0
     distributed_optimizer = ddp_options.get("use_distributed_optimizer", False)
@@ -131,6 +132,10 @@ def train(
     return record
 
 
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def batches(step: int, vocab: int, seq: int, micro_batch: int, microbatches: int) -> Any:
     generator = torch.Generator().manual_seed(step)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -139,9 +144,9 @@ def batches(step: int, vocab: int, seq: int, micro_batch: int, microbatches: int
 
 
 def forward_step(iterator: Any, model: Any) -> Any:
-    tokens = next(iterator)
+    tokens = next(iterator).to(device())
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    positions = torch.arange(x.shape[1]).expand_as(x)
+    positions = torch.arange(x.shape[1], device=x.device).expand_as(x)
     return model(x, positions, None, labels=y), partial(mean_loss, y.numel())
 
 
@@ -167,7 +172,7 @@ def whole(parameter: Any, value: torch.Tensor | None, default: torch.Tensor | No
 def digest(tensors: dict[str, torch.Tensor]) -> str:
     sha = hashlib.sha256()
     for name in sorted(tensors):
-        data = tensors[name].contiguous().view(torch.uint8).numpy()
+        data = tensors[name].contiguous().view(torch.uint8).cpu().numpy()
         sha.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode() + data.tobytes())
     return sha.hexdigest()[:16]
 

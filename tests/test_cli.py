@@ -20,7 +20,7 @@ from tpcheck.errors import TpcheckError
 def test_help_and_version_are_answered(capsys: Any) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(command in text for command in ("train", "hash", "diff", "order", "sweep"))
+    assert all(command in text for command in ("train", "hash", "diff", "order", "cost", "sweep"))
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"tpcheck {tpcheck.__version__}\n"
 

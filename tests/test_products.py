@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ def back_to_any_device() -> Iterator[None]:
     products.keep_to(None)
 
 
-def test_product_on_another_device_than_the_run_was_patched_for_is_refused() -> None:
-    products.keep_to("cuda")
+def test_product_on_another_device_than_the_run_was_patched_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_kept", "cuda")
     with pytest.raises(UnsupportedError, match=r"on cpu in a run that was patched for cuda.*CUDA_VISIBLE_DEVICES"):
         products.product(A, A.t())
     with pytest.raises(UnsupportedError):
@@ -31,6 +32,12 @@ def test_product_on_another_device_than_the_run_was_patched_for_is_refused() -> 
         products.add_product(torch.zeros(2, 2), A, A.t())
     products.keep_to("cpu")
     assert products.product(A, A.t()).equal(A @ A.t())
+
+
+@pytest.mark.skipif(find_spec("triton") is not None, reason="Triton is installed here")
+def test_gpu_without_triton_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="need Triton"):
+        products.keep_to("cuda")
 
 
 def test_operands_on_two_devices_are_refused() -> None:
@@ -48,7 +55,7 @@ def test_product_is_added_in_one_float32_addition(dtype: torch.dtype) -> None:
 
 def test_run_does_not_go_on_with_products_of_another_kind() -> None:
     data = {"digest": "d"}
-    exact, tensor_cores = {"leaf": "exact"}, {"leaf": "tensor cores", "architecture": "sm_90"}
+    exact, tensor_cores = {"leaf": "exact"}, {"kernel": "gemm_gpu", "family": "sm_90"}
     before = {"data": data, "products": exact}
     assert manifest.continued(before, {"data": data, "products": exact}, 3)["history"][0]["until_step"] == 3
     with pytest.raises(TpcheckError, match="of another kind, .*exact.*sm_90"):

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from slurm.needs import check, flops, memory
+from slurm.needs import check, flops
 from slurm.profile import Profile
 from tpcheck.cells import Cell
 from tpcheck.config import RunConfig, parse_run
 from tpcheck.errors import TpcheckError
+from tpcheck.memory import GIB, memory
 
-GIB = 2**30
 B8 = {"model": "qwen3-8b", "seq_length": 2048, "micro_batch_size": 1, "global_batch_size": 8, "recompute": True}
 
 
@@ -93,11 +93,18 @@ def test_a_tp_group_that_spans_nodes_is_warned_of() -> None:
     assert warning.startswith("tree: tp=2 spans nodes (1 ranks on each)")
 
 
-def test_flops_are_six_per_parameter_and_token_and_a_third_more_with_recompute() -> None:
+def test_flops_are_six_per_parameter_and_token_and_about_a_third_more_with_recompute() -> None:
     tokens = 20 * 8 * 2048
     plain = flops(run(recompute=False))
     assert plain == pytest.approx(6 * 8.19e9 * tokens, rel=0.1)
-    assert flops(run()) == pytest.approx(plain * 4 / 3)
+    assert 1.25 * plain < flops(run()) < 4 / 3 * plain  # the output layer is not run again
+
+
+def test_ranks_share_the_flops_of_tree_and_repeat_some_under_gather() -> None:
+    alone = flops(run())
+    assert flops(run(tp=8)) == pytest.approx(alone / 8)
+    assert flops(run(tp=8, dp=2)) == pytest.approx(alone / 16)
+    assert flops(run(tp=8, strategy="gather")) > 3 * flops(run(tp=8))
 
 
 def test_a_run_that_cannot_come_to_its_end_is_warned_of() -> None:

@@ -56,7 +56,7 @@ def test_cells_whose_products_are_of_another_kind_were_not_promised_to_be_equal(
     of = sweep(tmp_path, matrix={"arch": ["h100", "b300"], "strategy": ["tree"], "tp": [1, 2, 4]})
     for cell in of.cells:
         if cell.name != "b300-tree-tp4":
-            products = {"leaf": "tensor cores", "architecture": "sm_90" if cell.arch == "h100" else "sm_100"}
+            products = {"kernel": "gemm_gpu", "family": "sm_90" if cell.arch == "h100" else "sm_100"}
             finish(cell, model="aa" if cell.arch == "h100" else "cc", products=products)
     found = judge(of)
     assert found.exit_code == 2

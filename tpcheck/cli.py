@@ -22,6 +22,7 @@ from tpcheck.errors import TpcheckError
 __all__ = ["main"]
 
 BAD_INPUT, BUG, INTERRUPTED, PIPE_CLOSED = 2, 70, 130, 141
+GPUS = ["a100", "b200", "b300", "h100", "h200"]
 ORDER_TARGETS = ["row-parallel", "column-parallel", "gated", "norm", "gemm", "all-reduce"]
 
 
@@ -134,6 +135,24 @@ def order(target: str, draw: Path | None, as_json: bool, **options: Any) -> int:
     from tpcheck.ordertext import command
 
     return command(target, draw=draw, as_json=as_json, **options)
+
+
+@tpcheck.command()
+@click.argument("model", metavar="PRESET|RUN.yaml")
+@click.option("--tp", type=click.IntRange(min=1), help="Tensor-parallel size.  [default: 8 for a preset]")
+@click.option("--gpu", type=click.Choice(GPUS), default="h100", show_default=True, help="Datasheet for the floor.")
+@click.option("--seq", "seq_length", type=click.IntRange(min=1), help="Tokens of a sequence.  [default: 4096]")
+@click.option("--micro-batch", "micro_batch_size", type=click.IntRange(min=1), help="Sequences of a microbatch.")
+@click.option("--global-batch", "global_batch_size", type=click.IntRange(min=1), help="Sequences of a step.")
+@click.option("--sp/--no-sp", "sequence_parallel", default=None, help="Sequence parallelism.")
+@click.option("--recompute/--no-recompute", default=None, help="Layers run forward twice.")
+@click.option("--dtype", type=click.Choice(["bf16", "fp32"]))
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def cost(model: str, gpu: str, as_json: bool, **options: Any) -> int:
+    """What a step of a model costs on paper: FLOPs, bytes and memory of a rank for stock, gather and tree."""
+    from tpcheck.costtext import command
+
+    return command(model, gpu, as_json=as_json, **options)
 
 
 @tpcheck.command()

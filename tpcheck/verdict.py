@@ -179,7 +179,7 @@ def _by_products(name: str, cells: Sequence[Cell]) -> list[tuple[str, list[Cell]
             waiting.append(cell)
             continue
         key = json.dumps(found, sort_keys=True)
-        names[key] = str(found.get("architecture", "exact"))
+        names[key] = str(found.get("family", "exact"))
         kinds.setdefault(key, []).append(cell)
     for cell in waiting:
         alike = [members for members in kinds.values() if any(member.arch == cell.arch for member in members)]

@@ -18,13 +18,17 @@ def _refuse(message: str) -> None:
 
 def _install(contract: Contract) -> Undo:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    products.describe(device)  # refuses a GPU that has no kernel
     local = LocalInvariance(device.upper(), _refuse)
-    products.keep_to(device)
 
     def undo() -> None:
         products.keep_to(None)
         local.remove()
+
+    try:
+        products.keep_to(device)
+    except UnsupportedError:
+        undo()
+        raise
 
     return undo
 

@@ -6,6 +6,9 @@ CUDA   leaves of one fixed tile and k order on tensor cores (`order.gemm_gpu`): 
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,32 +18,34 @@ from patches.contract import UnsupportedError
 from patches.order.exact import exact_product, rounded
 from patches.order.tree import tree_of_products
 
-__all__ = ["add_product", "describe", "keep_to", "product", "tree_product"]
+__all__ = ["add_product", "check", "describe", "keep_to", "product", "tree_product"]
 
 _kept: str | None = None
 
 
 def keep_to(device: str | None) -> None:
-    """Refuse products on any other kind of device from now on: "cpu", "cuda", or None for no such promise."""
+    """Refuse products on any other kind of device from now on: "cpu", "cuda", or None for no such promise.
+
+    Raises:
+        UnsupportedError: there is no product on `device`.
+    """
     global _kept
+    if device == "cuda":
+        _gemm()
     _kept = device
 
 
 def describe(device: str) -> dict[str, Any]:
-    """What the bits of a product on `device` depend on besides its operands.
+    """What the bits of a product on `device` depend on besides its operands, for the manifest."""
+    facts: dict[str, Any] = _gemm().contract() if device == "cuda" else {"leaf": "exact"}
+    return facts
 
-    Raises:
-        UnsupportedError: no Triton, or no kernel for this GPU.
-    """
-    if device == "cpu":
-        return {"leaf": "exact"}
-    try:
-        from patches.order import gemm_gpu
-    except ImportError as error:
-        raise UnsupportedError(
-            f"products on a GPU need Triton ({error}): install the version that torch {torch.__version__} asks for"
-        ) from error
-    return gemm_gpu.contract()
+
+@lru_cache
+def check(device: torch.device) -> None:
+    """Try on this very `device`, once, that products keep the contract; raise `UnsupportedError` if they don't."""
+    if device.type == "cuda":
+        _gemm().check(device)
 
 
 def product(a_MK: Tensor, b_KN: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -66,9 +71,8 @@ def tree_product(
         b_KN: [K, N], cut likewise.
     """
     if _on_gpu(a_TK, b_KN):
-        from patches.order import gemm_gpu
-
-        return gemm_gpu.product(a_TK, b_KN, leaves, pieces, dtype)
+        root: Tensor = _gemm().product(a_TK, b_KN, leaves, pieces, dtype)
+        return root
     if leaves == pieces == 1:
         return exact_product(a_TK, b_KN).to(dtype)
     return rounded(tree_of_products(a_TK, b_KN, leaves, pieces), dtype)
@@ -77,9 +81,7 @@ def tree_product(
 def add_product(into: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
     """into += a·b, one addition in float32 per element."""
     if into.dtype == torch.float32 and _on_gpu(into, a_MK, b_KN):
-        from patches.order import gemm_gpu
-
-        gemm_gpu.product(a_MK, b_KN, into=into)
+        _gemm().product(a_MK, b_KN, into=into)
     else:
         into.add_(product(a_MK, b_KN))
 
@@ -94,4 +96,15 @@ def _on_gpu(*operands: Tensor) -> bool:
         raise UnsupportedError(
             f"a product on {kind} in a run that was patched for {_kept}: move its operands to {_kept}{way_out}"
         )
+    check(operands[0].device)
     return kind == "cuda"
+
+
+@lru_cache
+def _gemm() -> ModuleType:
+    try:
+        return import_module("patches.order.gemm_gpu")
+    except ImportError as error:
+        raise UnsupportedError(
+            f"products on a GPU need Triton ({error}): install the version that torch {torch.__version__} asks for"
+        ) from error

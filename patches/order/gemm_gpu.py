@@ -1,0 +1,502 @@
+"""Leaf and tree products on a GPU: one Triton kernel whose every element depends on its own row and column alone.
+
+    one program ─ tiles p, p+P, p+2P, …          every tile: the leaves of K in order, each its own accumulator
+                    └─ subtree 0 ─ subtree 1 ─ …   pending sums of a subtree stay in registers,
+                         └─ leaf 0 ─ leaf 1 ─ …    those above it wait in a float32 scratch buffer
+
+No split of K, no autotuning by shape: the k step and the MMA, which set the bits, are fixed per dtype and
+architecture family (`contract`); tiles only cut M and N. Legend: M, N result, K summed, L leaves, B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product as combinations
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from patches.contract import UnsupportedError
+from patches.order.tree import cuts, tree_sum
+from patches.order.variant import Variant
+
+__all__ = ["check", "contract", "product", "variants"]
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED_PROGRAMS = 3
+GROUP_M = 8
+FAMILIES = {9: 90, 10: 100}
+COUNTS = ("steps", "tiles_m", "tiles_n", "tiles")  # arguments whose value no kernel is compiled for
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut for the machine. Of these only `k` may touch bits."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    register_levels: int
+
+
+@lru_cache
+def tile_of(dtype: torch.dtype, leaves: int, tma: bool) -> Tile:
+    """The tile for operands of `dtype`, one or several leaves, loads by TMA or by pointers (which take registers)."""
+    if dtype == torch.float32:
+        return Tile(64, 64, 32, 4, 2, 1)
+    if not tma:
+        return Tile(128, 128, 64, 8, 3, 1)
+    return Tile(128, 256, 64, 8, 4, 0) if leaves == 1 else Tile(128, 128, 64, 8, 3, 2)
+
+
+def product(
+    a_MK: Tensor,
+    b_KN: Tensor,
+    leaves: int = 1,
+    pieces: int = 1,
+    dtype: torch.dtype = torch.float32,
+    into: Tensor | None = None,
+) -> Tensor:
+    """a·b as the tree over `leaves` of K, accumulated in float32 and rounded once to `dtype`, zeros as +0.
+
+    Args:
+        a_MK: [M, K] or [B, M, K], bfloat16, float16 or float32, any strides.
+        b_KN: [K, N] or [B, K, N], same dtype.
+        leaves: a power of two; leaf j of K starts at ⌊j·K/leaves⌋.
+        pieces: 2 where K holds [gate | up]: leaf j is gate[j], then up[j].
+        into: float32 [M, N] or [B, M, N] that the float32 root is added to and which is returned; `dtype` is ignored.
+    """
+    _check(a_MK, b_KN, leaves, pieces, dtype, into)
+    a_BMK, b_BKN = (x if x.dim() == 3 else x.unsqueeze(0) for x in (a_MK, b_KN))
+    shape = (*a_MK.shape[:-1], b_KN.shape[-1])
+    if into is None:
+        # The interpreter does not round to bfloat16 correctly: there torch does.
+        kept = torch.float32 if INTERPRETED else dtype
+        make = torch.empty if a_MK.shape[-1] else torch.zeros
+        out = make(shape, dtype=kept, device=a_MK.device)
+    else:
+        out = into
+    if out.numel() and a_MK.shape[-1]:
+        _launch(a_BMK, b_BKN, out if out.dim() == 3 else out.unsqueeze(0), leaves, pieces, into is not None)
+    if into is None and INTERPRETED:
+        out = out.to(dtype).add_(0.0)
+    return out
+
+
+def contract() -> dict[str, object]:
+    """What the bits depend on besides the operands, for the manifest."""
+    here = torch.cuda.is_available() and not INTERPRETED
+    return {
+        "kernel": "patches.order.gemm_gpu",
+        "revision": 1,
+        "triton": triton.__version__,
+        "family": f"sm_{_family(torch.device('cuda'))}" if here else None,
+        "accumulator": "float32",
+        "float32": "ieee",
+        "k_step": {name: tile_of(dtype, 1, False).k for dtype, name in NAMES.items()},
+    }
+
+
+def check(device: torch.device) -> None:
+    """Compare, on this very `device`, bits that must not depend on tiles, loads, or what else is in a call.
+
+    Raises:
+        UnsupportedError: they do.
+    """
+    generator = torch.Generator().manual_seed(0)
+    a_MK, b_NK = (torch.randn(size, 1024, generator=generator).to(device, torch.bfloat16) for size in (200, 328))
+    whole = product(a_MK, b_NK.T, leaves=8)
+    for what, count in (("a leaf alone", 8), ("half of the leaves", 2)):
+        parts = cuts(1024, count)
+        roots = [product(a_MK[:, lo:hi], b_NK[:, lo:hi].T, leaves=8 // count) for lo, hi in parts]
+        _same_bits(what, tree_sum(roots), whole)
+    _same_bits("a row alone", product(a_MK[7:8], b_NK.T, leaves=8), whole[7:8])
+    unaligned = torch.cat([a_MK[:, :1], a_MK], 1)[:, 1:]  # out of TMA's reach
+    _same_bits("loads by pointers", product(unaligned, b_NK.T, leaves=8), whole)
+
+
+def _same_bits(what: str, found: Tensor, expected: Tensor) -> None:
+    if not torch.equal(found.view(torch.int32), expected.view(torch.int32)):
+        raise UnsupportedError(
+            f"products on this GPU do not keep the contract: {what} gives other bits ({contract()['family']}, Triton "
+            f"{triton.__version__}). Please report it, with the output of `make gpu`"
+        )
+
+
+def variants() -> Iterator[Variant]:
+    """What the layers launch: by TMA or by pointers, every layout, number of leaves and pieces, result."""
+    one, tree = (1,), (1, 2, 4, 8)
+    loads = ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True), (torch.float32, False))
+    for dtype, tma in loads:
+        name = NAMES[dtype]
+        results = (name, "fp32") if dtype == torch.bfloat16 and tma else (name,)
+        some = tree if dtype == torch.bfloat16 else (1, 8)
+        for layout, leaves, pieces, result in (
+            *combinations(("abᵀ",), some, one, results),  # forward
+            *combinations(("ab",), some, (1, 2), results),  # dgrad; 2 pieces where the layer is gated
+            *combinations(("aᵀb",), one, one, (*results, "added")),  # wgrad
+            ("aᵀbᵀ", 1, 1, name),
+        ):
+            how = "tma" if tma else "pointers"
+            title = f"gemm {name} {layout} leaves={leaves} pieces={pieces} {how} {result}"
+            yield _variant(title, dtype, layout, leaves, pieces, tma, result)
+
+
+def _variant(title: str, dtype: torch.dtype, layout: str, leaves: int, pieces: int, tma: bool, result: str) -> Variant:
+    a_along_k, b_along_k = "aᵀ" not in layout, "bᵀ" in layout
+    tile = tile_of(dtype, leaves, tma)
+    constexprs = _constexprs(tile, leaves, pieces, tma, a_along_k, b_along_k, result == "added", dtype)
+    constexprs |= {"a_K" if a_along_k else "a_M": 1, "b_K" if b_along_k else "b_N": 1, "out_N": 1}
+    if leaves >> tile.register_levels <= 1:
+        constexprs["scratch"] = None
+    pointers = {"a": NAMES[dtype], "b": NAMES[dtype], "out": result, "scratch": "fp32"}
+    signature = dict.fromkeys(_product.arg_names, "i32")
+    signature |= {argument: "*" + element.replace("added", "fp32") for argument, element in pointers.items()}
+    signature |= dict.fromkeys(constexprs, "constexpr")
+    if tma:
+        for argument, rows, along_k in (("a", tile.m, a_along_k), ("b", tile.n, b_along_k)):
+            block = f"1,{rows},{tile.k}" if along_k else f"1,{tile.k},{rows}"
+            signature[argument] = f"tensordesc<{NAMES[dtype]}[{block}]>"
+    return Variant(
+        name=title,
+        kernel=_product,
+        signature=signature,
+        constexprs=constexprs,
+        # Sizes and strides of models are multiples of 16; one that is not compiles a variant of its own.
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, (argument, kind) in enumerate(signature.items())
+            if kind[0] == "*" or (kind == "i32" and argument not in COUNTS)
+        },
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        expects="" if dtype == torch.float32 else "mma",
+    )
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _product(
+    a,
+    b,
+    out,
+    scratch,
+    M,
+    N,
+    K,
+    steps,
+    tiles_m,
+    tiles_n,
+    tiles,
+    a_B,
+    a_M,
+    a_K,
+    b_B,
+    b_K,
+    b_N,
+    out_B,
+    out_M,
+    out_N,
+    LEAVES: tl.constexpr,
+    PIECES: tl.constexpr,
+    TMA: tl.constexpr,
+    A_ALONG_K: tl.constexpr,
+    B_ALONG_K: tl.constexpr,
+    ADD: tl.constexpr,
+    WIDEN: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    REGISTER_LEVELS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """a, b: TMA descriptors or pointers. K: length of a piece. steps: k steps of a leaf's piece.
+
+    scratch: [programs, levels above the registers', TILE_M, TILE_N].
+    """
+    SUBTREE: tl.constexpr = min(LEAVES, 1 << REGISTER_LEVELS)
+    SUBTREES: tl.constexpr = LEAVES // SUBTREE
+    LEVELS: tl.constexpr = SUBTREES.bit_length() - 1
+    TILE: tl.constexpr = TILE_M * TILE_N
+    if LEVELS > 0:
+        pending = scratch + tl.cast(tl.program_id(0), tl.int64) * (LEVELS * TILE)
+        pending += tl.arange(0, TILE_M)[:, None] * TILE_N + tl.arange(0, TILE_N)[None, :]
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        # Tiles that run at the same time share rows and columns: GROUP rows of tiles at a time, column by column.
+        batch = tile // (tiles_m * tiles_n)
+        in_batch = tile % (tiles_m * tiles_n)
+        first = in_batch // (GROUP * tiles_n) * GROUP
+        in_group = in_batch % (GROUP * tiles_n)
+        height = min(tiles_m - first, GROUP)
+        m = (first + in_group % height) * TILE_M
+        n = in_group // height * TILE_N
+        operands = (a, b, batch, m, n, M, N, K, steps, (a_B, a_M, a_K), (b_B, b_N, b_K))
+        root = tl.zeros((TILE_M, TILE_N), tl.float32)
+        for subtree in range(SUBTREES):
+            root = _subtree(
+                operands, subtree * SUBTREE, SUBTREE, LEAVES, PIECES,
+                TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K,
+            )  # fmt: skip
+            if LEVELS > 0:
+                # A binary counter: the trailing ones of `subtree` are the levels that this subtree completes.
+                level = 0
+                while (subtree >> level) & 1 != 0:
+                    root = tl.load(pending + level * TILE) + root
+                    level += 1
+                if subtree != SUBTREES - 1:
+                    tl.store(pending + level * TILE, root)
+        _store(root, out + tl.cast(batch, tl.int64) * out_B, m, n, M, N, out_M, out_N, ADD, TILE_M, TILE_N)
+
+
+@triton.jit
+def _store(
+    root, out, m, n, M, N, out_M, out_N, ADD: tl.constexpr, TILE_M: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Round and store, or add, at most 64 columns at a time: what addresses and old values take is registers."""
+    if COLUMNS > 64:
+        HALF: tl.constexpr = COLUMNS // 2
+        left, right = root.reshape(TILE_M, 2, HALF).permute(0, 2, 1).split()
+        _store(left, out, m, n, M, N, out_M, out_N, ADD, TILE_M, HALF)
+        _store(right, out, m, n + HALF, M, N, out_M, out_N, ADD, TILE_M, HALF)
+    else:
+        rows = m + tl.arange(0, TILE_M)
+        columns = n + tl.arange(0, COLUMNS)
+        inside = (rows < M)[:, None] & (columns < N)[None, :]
+        at = out + rows.to(tl.int64)[:, None] * out_M + columns.to(tl.int64)[None, :] * out_N
+        if ADD:
+            tl.store(at, tl.load(at, mask=inside) + root, mask=inside)
+        else:
+            tl.store(at, root.to(out.dtype.element_ty) + 0.0, mask=inside)
+
+
+@triton.jit
+def _subtree(
+    operands, leaf, SUBTREE: tl.constexpr, LEAVES: tl.constexpr, PIECES: tl.constexpr,
+    TMA: tl.constexpr, A_ALONG_K: tl.constexpr, B_ALONG_K: tl.constexpr, WIDEN: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """Root of the tree over SUBTREE leaves from `leaf` on; what is pending stays in registers."""
+    if SUBTREE > 2:
+        HALF: tl.constexpr = SUBTREE // 2
+        left = _subtree(operands, leaf, HALF, LEAVES, PIECES, TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K)
+        right = _subtree(
+            operands, leaf + HALF, HALF, LEAVES, PIECES, TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K
+        )
+        root = left + right
+    else:
+        root = _leaves(
+            operands, leaf, SUBTREE, LEAVES, PIECES, TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K
+        )
+    return root
+
+
+@triton.jit
+def _leaves(
+    operands, leaf, COUNT: tl.constexpr, LEAVES: tl.constexpr, PIECES: tl.constexpr,
+    TMA: tl.constexpr, A_ALONG_K: tl.constexpr, B_ALONG_K: tl.constexpr, WIDEN: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """A leaf, or two side by side, so that loads run dry half as often: k in order, TILE_K at a time.
+
+    Returns float32 [TILE_M, TILE_N]. A ragged end is filled with zeros.
+    """
+    left = tl.zeros((TILE_M, TILE_N), tl.float32)
+    right = tl.zeros((TILE_M, TILE_N), tl.float32)
+    for step in range(PIECES * operands[8]):
+        x_MK, y_KN = _step(
+            operands, leaf, step, LEAVES, PIECES, TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K
+        )
+        left = tl.dot(x_MK, y_KN, left, input_precision="ieee")
+        if COUNT == 2:
+            x_MK, y_KN = _step(
+                operands, leaf + 1, step, LEAVES, PIECES, TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K
+            )
+            right = tl.dot(x_MK, y_KN, right, input_precision="ieee")
+    return left + right if COUNT == 2 else left
+
+
+@triton.jit
+def _step(
+    operands, leaf, step, LEAVES: tl.constexpr, PIECES: tl.constexpr,
+    TMA: tl.constexpr, A_ALONG_K: tl.constexpr, B_ALONG_K: tl.constexpr, WIDEN: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """[TILE_M, TILE_K] and [TILE_K, TILE_N] of a leaf's k step; its gate comes before its up."""
+    a, b, batch, m, n, M, N, K, steps, a_strides, b_strides = operands
+    start = tl.cast(tl.cast(leaf, tl.int64) * K // LEAVES, tl.int32)
+    end = tl.cast(tl.cast(leaf + 1, tl.int64) * K // LEAVES, tl.int32)
+    piece = step // steps if PIECES > 1 else 0
+    k = start + (step - piece * steps) * TILE_K
+    if TMA:
+        x_MK = _block(a, batch, m, piece * K + k, A_ALONG_K, TILE_M, TILE_K)
+        y_NK = _block(b, batch, n, piece * K + k, B_ALONG_K, TILE_N, TILE_K)
+    else:
+        x_MK = _masked_block(a, batch, m, M, k, end, piece * K, a_strides, TILE_M, TILE_K)
+        y_NK = _masked_block(b, batch, n, N, k, end, piece * K, b_strides, TILE_N, TILE_K)
+    if WIDEN:
+        x_MK = _widened(x_MK)
+        y_NK = _widened(y_NK)
+    return x_MK, y_NK.T
+
+
+@triton.jit
+def _block(x, batch, row, k, ALONG_K: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr):
+    """[ROWS, TILE_K] by TMA, which fills with zeros what is outside the tensor."""
+    if ALONG_K:
+        block = x.load([batch, row, k]).reshape(ROWS, TILE_K)
+    else:
+        block = x.load([batch, k, row]).reshape(TILE_K, ROWS).T
+    return block
+
+
+@triton.jit
+def _masked_block(x, batch, row, rows, k, end, skip, strides, ROWS: tl.constexpr, TILE_K: tl.constexpr):
+    """[ROWS, TILE_K] of any strides; zeros beyond `rows` and the leaf's `end`."""
+    stride_B, stride_R, stride_K = strides
+    at_row = row + tl.arange(0, ROWS)
+    at_k = k + tl.arange(0, TILE_K)
+    at = x + tl.cast(batch, tl.int64) * stride_B + tl.cast(skip, tl.int64) * stride_K
+    at += at_row.to(tl.int64)[:, None] * stride_R + at_k.to(tl.int64)[None, :] * stride_K
+    return tl.load(at, mask=(at_row < rows)[:, None] & (at_k < end)[None, :], other=0.0)
+
+
+@triton.jit
+def _widened(x):
+    """bfloat16 as float32, bit by bit: the interpreter's own product and conversion of bfloat16 are wrong."""
+    return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+def _launch(a_BMK: Tensor, b_BKN: Tensor, out_BMN: Tensor, leaves: int, pieces: int, add: bool) -> None:
+    B, M, N = out_BMN.shape
+    K = a_BMK.shape[2] // pieces
+    device = a_BMK.device
+    b_BNK = b_BKN.transpose(1, 2)
+    a_along_k, b_along_k = (_along_k(x) for x in (a_BMK, b_BNK))
+    tma = _suits_tma(a_BMK, a_along_k, leaves, pieces) and _suits_tma(b_BNK, b_along_k, leaves, pieces)
+    tile = tile_of(a_BMK.dtype, leaves, tma)
+    tiles_m, tiles_n = ceil_div(M, tile.m), ceil_div(N, tile.n)
+    programs = min(_programs(device), B * tiles_m * tiles_n)
+    levels = leaves.bit_length() - 1 - tile.register_levels
+    scratch = None
+    if levels > 0:
+        scratch = torch.empty(programs * levels * tile.m * tile.n, dtype=torch.float32, device=device)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        _product[(programs,)](
+            _descriptor(a_BMK, a_along_k, tile.m, tile.k) if tma else a_BMK,
+            _descriptor(b_BNK, b_along_k, tile.n, tile.k) if tma else b_BKN,
+            out_BMN,
+            scratch,
+            M,
+            N,
+            K,
+            ceil_div(ceil_div(K, leaves), tile.k),
+            tiles_m,
+            tiles_n,
+            B * tiles_m * tiles_n,
+            *a_BMK.stride(),
+            *b_BKN.stride(),
+            *out_BMN.stride(),
+            **_constexprs(tile, leaves, pieces, tma, a_along_k, b_along_k, add, a_BMK.dtype),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+
+def ceil_div(x: int, y: int) -> int:
+    return -(-x // y)
+
+
+def _constexprs(
+    tile: Tile, leaves: int, pieces: int, tma: bool, a_along_k: bool, b_along_k: bool, add: bool, dtype: torch.dtype
+) -> dict[str, Any]:
+    return {
+        "LEAVES": leaves,
+        "PIECES": pieces,
+        "TMA": tma,
+        "A_ALONG_K": a_along_k,
+        "B_ALONG_K": b_along_k,
+        "ADD": add,
+        "WIDEN": INTERPRETED and dtype == torch.bfloat16,
+        "TILE_M": tile.m,
+        "TILE_N": tile.n,
+        "TILE_K": tile.k,
+        "REGISTER_LEVELS": tile.register_levels,
+        "GROUP": GROUP_M,
+    }
+
+
+def _along_k(x_BRK: Tensor) -> bool:
+    """Whether K, rather than the rows, lies side by side in memory."""
+    return x_BRK.stride(2) == 1 or x_BRK.stride(1) != 1
+
+
+def _suits_tma(x_BRK: Tensor, along_k: bool, leaves: int, pieces: int) -> bool:
+    """TMA wants tensor cores' dtypes, whole k steps in every leaf, one unit stride, others of multiples of 16 bytes."""
+    ragged = x_BRK.shape[2] % (leaves * pieces * tile_of(x_BRK.dtype, leaves, True).k)
+    if x_BRK.dtype == torch.float32 or (ragged and leaves * pieces > 1):
+        return False
+    inner, outer = (2, 1) if along_k else (1, 2)
+    apart = [x_BRK.stride(d) * x_BRK.element_size() for d in (0, outer) if x_BRK.shape[d] > 1]
+    return (
+        x_BRK.stride(inner) == 1
+        and x_BRK.data_ptr() % 16 == 0
+        and all(0 < stride < 1 << 40 and stride % 16 == 0 for stride in apart)
+    )
+
+
+def _descriptor(x_BRK: Tensor, along_k: bool, rows: int, k: int) -> TensorDescriptor:
+    x = x_BRK if along_k else x_BRK.transpose(1, 2)
+    line = 16 // x.element_size()  # stands for the stride of a dimension of size 1, which says nothing
+    strides = [x.stride(d) if x.shape[d] > 1 else line for d in (0, 1)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, k] if along_k else [1, k, rows])
+
+
+@lru_cache
+def _family(device: torch.device) -> int:
+    if INTERPRETED:
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    if major not in FAMILIES:
+        raise UnsupportedError(f"products are made for compute capability 9.x and 10.x, not {major}.{minor}")
+    return FAMILIES[major]
+
+
+@lru_cache
+def _programs(device: torch.device) -> int:
+    return INTERPRETED_PROGRAMS if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _check(a: Tensor, b: Tensor, leaves: int, pieces: int, dtype: torch.dtype, into: Tensor | None) -> None:
+    allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in NAMES)
+    if a.dtype != b.dtype or a.dtype not in NAMES:
+        raise TypeError(
+            f"products take two operands of one dtype of {', '.join(map(str, NAMES))}: {a.dtype}, {b.dtype}"
+        )
+    if dtype not in NAMES:
+        raise TypeError(f"a product is rounded to one of {allowed}, not {dtype}")
+    shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+    if a.dim() not in (2, 3) or a.dim() != b.dim() or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
+        raise ValueError(f"a product takes [M, K]·[K, N] or [B, M, K]·[B, K, N], not {shapes}")
+    if leaves < 1 or leaves & (leaves - 1):
+        raise ValueError(f"leaves={leaves}: use a power of two")
+    if pieces not in (1, 2) or a.shape[-1] % pieces:
+        raise ValueError(f"pieces={pieces}: use 1, or 2 where K={a.shape[-1]} is even")
+    if not (a.is_cuda and b.device == a.device) and not INTERPRETED:
+        raise ValueError(f"both operands must be on one GPU: {a.device}, {b.device}")
+    if into is None:
+        return
+    if into.dtype != torch.float32:
+        raise TypeError(f"a product is added into float32, not {into.dtype}")
+    if into.shape != (*a.shape[:-1], b.shape[-1]) or into.device != a.device:
+        raise ValueError(
+            f"the product of {shapes} on {a.device} cannot be added into {tuple(into.shape)} on {into.device}"
+        )

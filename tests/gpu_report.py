@@ -1,0 +1,122 @@
+"""What `bench_gpu.py` measured, as JSON and as tables; written again after every row, so that a kill loses nothing."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "numpy")
+Cell = Callable[[dict[str, Any]], str]
+
+PRODUCTS: dict[str, Cell] = {
+    "layer": lambda r: r["layer"],
+    "": lambda r: r["kind"],
+    "TP": lambda r: str(r["tp"]),
+    "M x K x N": lambda r: f"{r['m']} x {r['k']} x {r['n']}",
+    "leaves": lambda r: str(r["leaves"]),
+    "TFLOP/s": lambda r: f"{r['tflops']:.0f}",
+    "speed / cuBLAS": lambda r: f"{r['over_mm']:.2f}",
+    "speed / one leaf": lambda r: f"{r['over_one_leaf']:.2f}" if "over_one_leaf" in r else "",
+    "error": lambda r: f"{r['error']:.1e}",
+    "cuBLAS's": lambda r: f"{r['mm_error']:.1e}",
+}
+TILES: dict[str, Cell] = {
+    "layer": lambda r: r["layer"],
+    "": lambda r: r["kind"],
+    "TP": lambda r: str(r["tp"]),
+    "tile": lambda r: ", ".join(f"{k}={v}" for k, v in r["change"].items()) or "the contract's",
+    "TFLOP/s": lambda r: f"{r['tflops']:.0f}" if "tflops" in r else r["failed"],
+    "speed / cuBLAS": lambda r: f"{r['over_mm']:.2f}" if "over_mm" in r else "",
+    "same bits": lambda r: str(r.get("same_bits", "")),
+}
+SUMS: dict[str, Cell] = {
+    "sum": lambda r: r["sum"],
+    "shape": lambda r: r["shape"],
+    "GB/s": lambda r: f"{r['gbs']:.0f}",
+    "speed / copy": lambda r: f"{r['over_copy']:.2f}",
+    "speed / torch's": lambda r: f"{r['over_stock']:.2f}",
+}
+TABLES = {"products": PRODUCTS, "tiles": TILES, "sums": SUMS}
+
+
+def versions(device: str) -> dict[str, str]:
+    """Everything that speed and bits depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    found["torch"] = torch.__version__
+    if device == "cuda":
+        found |= {"cuda": torch.version.cuda or "", "device": torch.cuda.get_device_name()}
+        found["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+    else:
+        found["device"] = platform.machine()
+    return found
+
+
+@dataclass
+class Report:
+    """Rows by section, what failed, and what time ran out for."""
+
+    folder: Path
+    device: str
+    contract: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {name: [] for name in TABLES})
+    failed: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def add(self, section: str, row: dict[str, Any]) -> None:
+        self.rows[section].append(row)
+        self.write()
+
+    def write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        answer = {"versions": versions(self.device), "contract": self.contract, **self.rows}
+        answer |= {"summary": self.summary(), "failed": self.failed, "skipped": self.skipped}
+        (self.folder / "bench.json").write_text(json.dumps(answer, indent=1, default=str) + "\n")
+        (self.folder / "bench.md").write_text(self.text() + "\n")
+
+    def summary(self) -> dict[str, float]:
+        """Ratios over all products: the median, the worst, and the worst of large ones."""
+        found: dict[str, float] = {}
+        for name, key in (("cuBLAS", "over_mm"), ("one leaf", "over_one_leaf")):
+            rows = [row for row in self.rows["products"] if key in row]
+            large = [row for row in rows if min(row["m"], row["k"], row["n"]) >= 2048]
+            if rows:
+                found[f"speed / {name}, median"] = statistics.median(row[key] for row in rows)
+                found[f"speed / {name}, least"] = min(row[key] for row in rows)
+            if large:
+                found[f"speed / {name}, least where M, K, N >= 2048"] = min(row[key] for row in large)
+        return found
+
+    def text(self) -> str:
+        parts = [
+            f"# {versions(self.device)['device']}",
+            "",
+            ", ".join(f"{k} {v}" for k, v in versions(self.device).items()),
+        ]
+        parts += ["", *(f"- {name}: {value:.2f}" for name, value in self.summary().items())]
+        for section, columns in TABLES.items():
+            if self.rows[section]:
+                parts += ["", f"## {section}", "", *_table(columns, self.rows[section])]
+        for title, names in (("failed", self.failed), ("not reached in time", self.skipped)):
+            if names:
+                parts += ["", f"## {title}", "", *(f"- {name}" for name in names)]
+        return "\n".join(parts)
+
+
+def _table(columns: dict[str, Cell], rows: list[dict[str, Any]]) -> list[str]:
+    lines = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    written = ["| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    return [written[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *written[1:]]

@@ -1,0 +1,96 @@
+"""What the static check compiles is what is launched: Triton's own launcher, up to the GPU, specialises to a variant.
+
+This file is also the program that does so, in a process without the interpreter, where a driver that knows no more
+than an architecture's name stands for the GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import product as combinations
+
+import pytest
+import torch
+
+
+def test_every_launch_is_of_a_checked_variant():
+    pytest.importorskip("triton", reason="Triton is not on the path: make test-kernels")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+class Driver:
+    """As much of a driver as a launch that does not run needs."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+class Compiled:
+    """Stands for a kernel: compiles it for the arguments it is launched with, and keeps what that came to."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            source = self.kernel.warmup(*args, grid=grid, **kwargs).src
+            self.key = key(self.kernel, source.signature, source.constants, source.attrs)
+
+        return launch
+
+
+def key(kernel, signature, constants, attrs):
+    names = kernel.arg_names
+    constants = {names[at[0]]: value for at, value in constants.items()}
+    divisible = sorted(names[at[0]] for at, found in attrs.items() if ["tt.divisibility", 16] in found)
+    return {name: kind.replace(" ", "") for name, kind in signature.items()}, constants, divisible
+
+
+def main():
+    from triton.runtime import driver
+
+    from patches.order import gemm_gpu
+
+    driver.set_active(Driver())
+    variants = {}
+    for variant in gemm_gpu.variants():
+        names = variant.kernel.arg_names
+        constants = {(names.index(name),): value for name, value in variant.constexprs.items()}
+        variants[variant.name] = key(variant.kernel, variant.signature, constants, variant.attrs)
+    launched = gemm_gpu._product = Compiled(gemm_gpu._product)
+    gemm_gpu._programs = lambda device: 132
+    gemm_gpu._family = lambda device: 90
+    suits_tma = gemm_gpu._suits_tma
+    T, N, K, checked = 256, 768, 1024, 0
+    for name, layout, leaves, how in combinations(
+        ("bf16", "fp16", "fp32"), ("abᵀ", "ab", "aᵀb"), (1, 8), ("tma", "pointers")
+    ):
+        result = "added" if layout == "aᵀb" else name
+        title = f"gemm {name} {layout} leaves={leaves} pieces=1 {how} {result}"
+        if title not in variants:
+            continue
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+        a_MK = torch.empty(K, T, dtype=dtype).T if "aᵀ" in layout else torch.empty(T, K, dtype=dtype)
+        b_KN = torch.empty(N, K, dtype=dtype).T if "bᵀ" in layout else torch.empty(K, N, dtype=dtype)
+        out = torch.empty(1, T, N, dtype=torch.float32 if result == "added" else dtype)
+        gemm_gpu._suits_tma = suits_tma if how == "tma" else lambda *_: False
+        gemm_gpu._launch(a_MK.unsqueeze(0), b_KN.unsqueeze(0), out, leaves, 1, result == "added")
+        checked += 1
+        assert launched.key == variants[title], f"launched: {launched.key}\nchecked: {variants[title]}"
+    assert checked == 20
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""What a training step costs on paper, for stock and either strategy of the patches: per rank, of its TP group.
+
+A term *is* its formula: the text that is shown is the text that is evaluated. Three quantities:
+
+    flops     of products: a product [M, K]·[K, N] is 2·M·K·N; norms, softmax and the like are not counted
+    bytes     that a rank sends, each collective at the least volume that moves its data, with ρ = (t-1)/t:
+              all-reduce 2·ρ·S, all-gather, reduce-scatter and all-to-all ρ·S, S the whole tensor's bytes
+    memory    beyond stock's, while one sum over ranks is under way; the largest term counts
+
+Attention is unfused and not causal, as Megatron's own and the patched one are. Data parallelism adds the same to
+all three and is left out, and so are collectives of a few scalars: the gradient norm, the optimizer's flags.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import CodeType
+from typing import Literal
+
+from tpcheck.config import ModelConfig, RunConfig
+
+__all__ = ["LEGEND", "STRATEGIES", "Quantity", "Strategy", "Term", "step", "symbols", "total"]
+
+Strategy = Literal["stock", "gather", "tree"]
+Quantity = Literal["flops", "bytes", "memory"]
+
+STRATEGIES: tuple[Strategy, ...] = ("stock", "gather", "tree")
+LOCAL: tuple[Strategy, ...] = ("stock", "tree")  # who multiplies what a rank holds, and no more
+PATCHED: tuple[Strategy, ...] = ("gather", "tree")
+
+LEGEND = {
+    "t": "TP size",
+    "ρ": "(t-1)/t",
+    "n": "microbatches of a step",
+    "T": "tokens of a microbatch",
+    "s": "tokens of a sequence",
+    "L": "layers",
+    "r": "forward passes of a layer (2 with recompute)",
+    "h": "hidden size",
+    "q": "width of all queries",
+    "k": "width of all ranks' keys",
+    "w": "width of QKV",
+    "d": "width of a head",
+    "f": "feed-forward width",
+    "g": "its pieces in fc1 (2: gate and up)",
+    "V": "padded vocabulary",
+    "c": "parameters of a norm (gamma, beta)",
+    "e": "bytes of an element",
+}
+
+
+@dataclass(frozen=True)
+class Term:
+    """One line of the account, and the strategies that pay it."""
+
+    quantity: Quantity
+    what: str
+    strategies: tuple[Strategy, ...]
+    formula: str
+    value: float
+
+
+def step(config: RunConfig) -> list[Term]:
+    """All terms of one step of `config`, whose own strategy does not matter."""
+    known = symbols(config)
+    terms: list[Term] = []
+    for quantity, lines in (("flops", _flops()), ("bytes", _bytes(config)), ("memory", _memory(config))):
+        for what, strategies, formula in lines:
+            terms.append(Term(quantity, what, strategies, formula, evaluate(formula, known)))  # type: ignore[arg-type]
+    return terms
+
+
+def total(terms: list[Term], quantity: Quantity, strategy: Strategy) -> float:
+    """What `strategy` pays: memory's terms are held one after the other, the others add up."""
+    values = [term.value for term in terms if term.quantity == quantity and strategy in term.strategies]
+    return max(values, default=0.0) if quantity == "memory" else sum(values)
+
+
+def symbols(config: RunConfig) -> dict[str, float]:
+    """The values of `LEGEND`'s symbols."""
+    model, tp = config.model, config.tp
+    return {
+        "t": tp,
+        "ρ": (tp - 1) / tp,
+        "n": config.microbatches,
+        "T": config.micro_batch_size * config.seq_length,
+        "s": config.seq_length,
+        "L": model.num_layers,
+        "r": 2 if config.recompute else 1,
+        "h": model.hidden_size,
+        "q": model.num_attention_heads * model.head_dim,
+        "k": max(model.num_query_groups, tp) * model.head_dim,
+        "w": (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim,
+        "d": model.head_dim,
+        "f": model.ffn_hidden_size,
+        "g": 2 if model.activation == "swiglu" else 1,
+        "V": model.padded_vocab_size,
+        "c": 1 if model.normalization == "RMSNorm" else 2,
+        "e": 2 if config.dtype == "bf16" else 4,
+    }
+
+
+def evaluate(formula: str, known: dict[str, float]) -> float:
+    return float(eval(_compiled(formula), {"__builtins__": {}}, known))  # formulas stand in this file alone
+
+
+@functools.cache
+def _compiled(formula: str) -> CodeType:
+    return compile(formula.replace("·", "*"), formula, "eval")
+
+
+Lines = Iterator[tuple[str, tuple[Strategy, ...], str]]
+
+
+def _flops() -> Lines:
+    """A sharded sum is the row-parallel layers' forward and the column-parallel ones' dgrad: gather does it whole."""
+    for name, layer, again, size in (
+        ("QKV", "·L", "·r", "·T·h·w"),
+        ("fc1", "·L", "·r", "·T·h·g·f"),
+        ("output layer", "", "", "·T·h·V"),
+    ):
+        yield f"{name} forward", STRATEGIES, f"2·n{again}{layer}{size}/t"
+        yield f"{name} dgrad", LOCAL, f"2·n{layer}{size}/t"
+        yield f"{name} dgrad, whole on every rank", ("gather",), f"2·n{layer}{size}"
+        yield f"{name} wgrad", STRATEGIES, f"2·n{layer}{size}/t"
+    for name, size in (("proj", "·L·T·q·h"), ("fc2", "·L·T·f·h")):
+        yield f"{name} forward", LOCAL, f"2·n·r{size}/t"
+        yield f"{name} forward, whole on every rank", ("gather",), f"2·n·r{size}"
+        yield f"{name} dgrad", STRATEGIES, f"2·n{size}/t"
+        yield f"{name} wgrad", STRATEGIES, f"2·n{size}/t"
+    yield "attention forward", STRATEGIES, "4·n·r·L·T·s·q/t"
+    yield "attention backward", STRATEGIES, "8·n·L·T·s·q/t"
+
+
+def _bytes(config: RunConfig) -> Lines:
+    if config.tp == 1:
+        return
+    sp, model = config.sequence_parallel, config.model
+    yield from _embedding_bytes(sp, model)
+    yield from _sharded_sum_bytes(sp)
+    if sp:
+        yield "proj, fc2 backward: all-gather of dy", STRATEGIES, "2·n·L·ρ·T·h·e"
+        yield "QKV, fc1 forward: all-gather of x", STRATEGIES, "2·n·r·L·ρ·T·h·e"
+        yield "QKV, fc1 wgrad: all-gather of x", STRATEGIES, "2·n·L·ρ·T·h·e"
+        yield "output layer forward, wgrad: all-gather of x", STRATEGIES, "2·n·ρ·T·h·e"
+    yield from _cross_entropy_bytes()
+    yield from _parameter_sum_bytes(sp, model)
+    if model.num_query_groups < config.tp:
+        yield from _shared_group_bytes(model)
+
+
+def _embedding_bytes(sp: bool, model: ModelConfig) -> Lines:
+    if sp and model.positions == "rope":
+        yield "embedding forward: reduce-scatter", STRATEGIES, "n·ρ·T·h·e"
+    else:
+        yield "embedding forward: all-reduce", STRATEGIES, "2·n·ρ·T·h·e"
+    if sp:
+        yield "embedding backward: all-gather", STRATEGIES, "n·ρ·T·h·e"
+
+
+def _sharded_sum_bytes(sp: bool) -> Lines:
+    """Row-parallel forward and column-parallel dgrad: what stock all-reduces, or reduce-scatters under SP."""
+    for name, count, operands in (
+        ("proj, fc2 forward", "2·n·r·L", ("n·r·L·ρ·T·(q+f)·e", "n·r·L·ρ·(q+f)·h·e")),
+        ("QKV, fc1 dgrad", "2·n·L", ("n·L·ρ·T·(w+g·f)·e", "n·L·ρ·(w+g·f)·h·e")),
+        ("output layer dgrad", "n", ("n·ρ·T·V·e", "n·ρ·V·h·e")),
+    ):
+        if sp:
+            yield f"{name}: reduce-scatter", ("stock",), f"{count}·ρ·T·h·e"
+        else:
+            yield f"{name}: all-reduce", ("stock",), f"{count}·2·ρ·T·h·e"
+        yield f"{name}: all-gather of activations", ("gather",), operands[0]
+        yield f"{name}: all-gather of weights", ("gather",), operands[1]
+        yield f"{name}: all-to-all of float32 roots", ("tree",), f"{count}·ρ·T·h·4"
+        if not sp:
+            yield f"{name}: all-gather of the result", ("tree",), f"{count}·ρ·T·h·e"
+
+
+def _cross_entropy_bytes() -> Lines:
+    yield "cross-entropy: all-reduce of maximum and target", STRATEGIES, "2·n·2·ρ·T·4"
+    yield "cross-entropy: all-reduce of the sum", ("stock",), "n·2·ρ·T·4"
+    yield "cross-entropy: all-gather of exponentials", ("gather",), "n·ρ·T·V·4"
+    yield "cross-entropy: all-to-all of roots, all-gather", ("tree",), "n·ρ·T·(4+4)"
+
+
+def _parameter_sum_bytes(sp: bool, model: ModelConfig) -> Lines:
+    """Gradients that sum over spread tokens or heads: stock adds a step's float32 gradients, the patches each one."""
+    if sp:
+        yield "norms: all-reduce of gradients", ("stock",), "2·ρ·(2·L+1)·c·h·4"
+        yield "norms: all-gather of dy·x̂", ("gather",), "n·(2·L+1)·c·ρ·T·h·4"
+        yield "norms: all-to-all of roots, all-gather", ("tree",), "n·(2·L+1)·c·ρ·h·(4+e)"
+    if model.qk_layernorm:
+        yield "q/k-layernorm: all-reduce of gradients", ("stock",), "2·ρ·2·L·c·d·4"
+        yield "q/k-layernorm: all-gather of dy·x̂", ("gather",), "n·L·c·ρ·T·(q+k)·4"
+        yield "q/k-layernorm: all-to-all of roots, all-gather", ("tree",), "n·2·L·c·ρ·d·(4+e)"
+    if sp and model.bias:
+        yield "proj, fc2 bias: all-reduce of gradients", ("stock",), "2·ρ·2·L·h·4"
+        yield "proj, fc2 bias: all-gather of dy", ("gather",), "n·2·L·ρ·T·h·e"
+        yield "proj, fc2 bias: all-to-all of roots, all-gather", ("tree",), "n·2·L·ρ·h·(4+e)"
+
+
+def _shared_group_bytes(model: ModelConfig) -> Lines:
+    """KV groups that several ranks share: Megatron gathers QKV on all of them."""
+    yield "shared KV groups forward: all-gather of QKV", STRATEGIES, "n·r·L·ρ·T·w·e"
+    yield "shared KV groups backward: reduce-scatter of dQKV", STRATEGIES, "n·L·ρ·T·w·e"
+    if model.num_query_groups != model.num_attention_heads:
+        yield "shared KV groups backward: all-gather of heads' gradients", ("gather",), "2·n·L·ρ·T·q·e"
+        yield "shared KV groups backward: all-gather of roots", ("tree",), "2·n·L·ρ·T·k·4"
+
+
+def _memory(config: RunConfig) -> Lines:
+    if config.tp == 1:
+        return
+    yield "float32 root of a sharded sum, roots received", ("tree",), "2·T·h·4"
+    yield "output layer dgrad: gathered dlogits and weight", ("gather",), "T·V·e+V·h·e"
+    yield "fc1 dgrad: gathered gradients and weight", ("gather",), "T·g·f·e+g·f·h·e"
+    yield "cross-entropy: gathered exponentials", ("gather",), "T·V·4"

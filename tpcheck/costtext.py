@@ -1,0 +1,126 @@
+"""`tpcheck cost`: the account of `tpcheck.cost` on the terminal or as JSON, with a floor in time on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import textwrap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tpcheck.config import RunConfig, load_run, parse_run
+from tpcheck.cost import LEGEND, STRATEGIES, Quantity, Strategy, Term, step, symbols, total
+from tpcheck.errors import TpcheckError
+from tpcheck.gpus import GPUS, Gpu
+from tpcheck.memory import GIB, memory
+from tpcheck.presets import PRESETS
+
+__all__ = ["command"]
+
+TP, SEQUENCE = 8, 4096  # where a preset is asked for and nothing else is said
+UNITS: dict[Quantity, tuple[str, float]] = {
+    "flops": ("TFLOP", 1e12), "bytes": ("GB sent", 1e9), "memory": ("GiB", GIB),
+}  # fmt: skip
+
+
+def command(model: str, gpu: str, *, as_json: bool, **options: Any) -> int:
+    """Print the account; the arguments are those of the command line."""
+    config = _config(model, options)
+    terms = step(config)
+    totals = {strategy: _totals(terms, config, strategy, GPUS[gpu]) for strategy in STRATEGIES}
+    if as_json:
+        print(json.dumps({
+            "model": model, "config": config.model_dump(include=_SHOWN), "gpu": dataclasses.asdict(GPUS[gpu]),
+            "symbols": symbols(config), "terms": [dataclasses.asdict(term) for term in terms], "totals": totals,
+        }))  # fmt: skip
+    else:
+        print("\n".join(_lines(model, config, terms, totals, GPUS[gpu])))
+    return 0
+
+
+_SHOWN = {"tp", "sequence_parallel", "dtype", "recompute", "seq_length", "micro_batch_size", "global_batch_size"}
+
+
+def _config(model: str, options: dict[str, Any]) -> RunConfig:
+    """The preset or run file, with what the command line says of it."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if model in PRESETS:
+        length = min(SEQUENCE, int(PRESETS[model]["max_positions"]))
+        settings = {"tp": TP, "seq_length": length, "micro_batch_size": 1, **given}
+        settings.setdefault("global_batch_size", settings["micro_batch_size"])
+        return parse_run({"model": model, "strategy": "stock", **settings}, model)
+    if not Path(model).is_file():
+        raise TpcheckError(f"{model}: neither a preset ({', '.join(PRESETS)}) nor a run file")
+    return load_run(model, ("strategy=stock", *(f"{name}={json.dumps(value)}" for name, value in given.items())))
+
+
+def _totals(terms: list[Term], config: RunConfig, strategy: Strategy, gpu: Gpu) -> dict[str, float]:
+    flops, sent, extra = (total(terms, quantity, strategy) for quantity in UNITS)
+    return {
+        "flops": flops,
+        "bytes": sent,
+        "memory": extra,
+        "flops_ms": flops / gpu.tflops / 1e9,
+        "bytes_ms": sent / gpu.nvlink_gbs / 1e6,
+        "resident": memory(config, on_gpu=True).likely * GIB + extra,
+    }
+
+
+def _lines(
+    model: str, config: RunConfig, terms: list[Term], totals: dict[Strategy, dict[str, float]], gpu: Gpu
+) -> Iterator[str]:
+    sp = "on" if config.sequence_parallel else "off"
+    yield (
+        f"{model}, TP={config.tp}, sequence parallelism {sp}, {config.dtype}"
+        f"{', recompute' if config.recompute else ''}: one step of {config.microbatches} x {config.micro_batch_size} x "
+        f"{config.seq_length} tokens, per rank"
+    )
+    titles = {
+        "flops": "products",
+        "bytes": "sent over NVLink, in the TP group",
+        "memory": "memory beyond stock's while one sum is under way",
+    }
+    width = max(len(term.what) for term in terms) + 2
+    for quantity, (unit, scale) in UNITS.items():
+        lines = [term for term in terms if term.quantity == quantity]
+        yield ""
+        yield f"{f'{titles[quantity]}, {unit}':<{width}}" + _cells(STRATEGIES) + "  formula"
+        for term in lines:
+            values = [_number(term.value / scale) if s in term.strategies else "-" for s in STRATEGIES]
+            yield f"  {term.what:<{width - 2}}{_cells(values)}  {term.formula}"
+        sums = [totals[s][quantity] for s in STRATEGIES]
+        yield f"{'largest' if quantity == 'memory' else 'total':<{width}}" + _cells(_number(x / scale) for x in sums)
+        if quantity == "memory":
+            resident = [totals[s]["resident"] / GIB for s in STRATEGIES]
+            yield f"{'all of a rank, about':<{width}}" + _cells(map(_number, resident))
+        elif all(sums):
+            yield f"{'over stock':<{width}}" + _cells(f"{x / sums[0]:.2f}" for x in sums)
+            if quantity == "flops":
+                layers = [term for term in terms if "attention" not in term.what]
+                sums = [total(layers, "flops", s) for s in STRATEGIES]
+                yield f"{'over stock, without attention':<{width}}" + _cells(f"{x / sums[0]:.2f}" for x in sums)
+    yield ""
+    yield f"{f'floor on {gpu.name}, ms':<{width}}" + _cells(STRATEGIES)
+    for what, key in (("products", "flops_ms"), ("NVLink", "bytes_ms")):
+        yield f"  {what:<{width - 2}}" + _cells(f"{totals[s][key]:.1f}" for s in STRATEGIES)
+    yield (
+        f"datasheet: {gpu.tflops:g} TFLOP/s bf16 dense, {gpu.memory_gb:g} GB ({gpu.memory_gb * 1e9 / GIB:.0f} GiB), "
+        f"NVLink {gpu.nvlink_gbs:g} GB/s a direction; no GPU sustains these"
+    )
+    yield ""
+    legend = (f"{name}={value:g} {LEGEND[name]}" for name, value in symbols(config).items())
+    yield from textwrap.wrap("; ".join(legend), 120)
+
+
+def _cells(texts: Iterable[str]) -> str:
+    return "".join(f"{text:>9}" for text in texts)
+
+
+def _number(value: float) -> str:
+    """Four digits or so, without exponents above a millionth."""
+    if value == 0:
+        return "0"
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.3g}"

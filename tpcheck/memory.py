@@ -1,0 +1,80 @@
+"""Memory of one rank, as far as it follows from the configuration: what Megatron allocates, whatever the strategy.
+
+    certain     weights, gradients, Adam's state, logits: allocated whatever else happens
+    likely      and activations, communication buffers, the libraries
+
+Bytes per parameter, bf16: weight 2, float32 gradient 4, float32 main weight 4, Adam's two moments 8: 18. The
+distributed optimizer shares the last 12 out over dp. fp32: weight 4, gradient 4, moments 8 (shared out likewise).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tpcheck.config import RunConfig
+
+__all__ = ["GIB", "Memory", "bytes_per_parameter", "memory", "parameters"]
+
+GIB = 2**30
+GPU_LIBRARIES_GIB = 2.5  # CUDA's context, cuBLAS's and NCCL's buffers
+CPU_LIBRARIES_GIB = 0.4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """GiB of one rank."""
+
+    model: float  # weights, gradients, optimizer
+    logits: float
+    activations: float
+    libraries: float
+
+    @property
+    def certain(self) -> float:
+        return self.model + self.logits
+
+    @property
+    def likely(self) -> float:
+        return self.certain + self.activations + self.libraries
+
+
+def memory(config: RunConfig, on_gpu: bool) -> Memory:
+    """What one rank takes."""
+    tokens = config.micro_batch_size * config.seq_length
+    logits = tokens * config.model.padded_vocab_size / config.tp * 12  # bf16, their float32 copy, its gradient
+    return Memory(
+        parameters(config) * bytes_per_parameter(config) / GIB,
+        logits / GIB,
+        _activations(config) / GIB,
+        GPU_LIBRARIES_GIB if on_gpu else CPU_LIBRARIES_GIB,
+    )
+
+
+def parameters(config: RunConfig) -> float:
+    """Parameters of one rank; norms and some biases are not sharded, and small."""
+    model = config.model
+    heads = model.head_dim * (2 * model.num_attention_heads + 2 * model.num_query_groups)
+    mlp = model.ffn_hidden_size * (3 if model.activation == "swiglu" else 2)
+    embeddings = model.padded_vocab_size * model.hidden_size * (1 if model.tied else 2)
+    learned = model.max_positions * model.hidden_size if model.positions == "learned" else 0
+    return (model.num_layers * model.hidden_size * (heads + mlp) + embeddings) / config.tp + learned
+
+
+def bytes_per_parameter(config: RunConfig) -> float:
+    kept, shared = (6, 12) if config.dtype == "bf16" else (8, 8)
+    return kept + shared / (config.dp if config.distributed_optimizer else 1)
+
+
+def _activations(config: RunConfig) -> float:
+    """Bytes kept for the backward pass; with recompute, every layer's input and the insides of one layer."""
+    model, tokens = config.model, config.micro_batch_size * config.seq_length
+    size = 2 if config.dtype == "bf16" else 4
+    whole = size * tokens * model.hidden_size / (config.tp if config.sequence_parallel else 1)
+    heads = model.head_dim * (model.num_attention_heads + 2 * model.num_query_groups)
+    mlp = model.ffn_hidden_size * (3 if model.activation == "swiglu" else 2)
+    # Queries, keys and values twice (normalised, rotated), attention's output, the MLP's two widths.
+    sharded = size * tokens * (2 * heads + model.num_attention_heads * model.head_dim + mlp) / config.tp
+    # Unfused attention, which the patches need, keeps the scores' softmax and what it was made from.
+    scores = 2 * size * tokens * config.seq_length * model.num_attention_heads / config.tp
+    inside = 4 * whole + sharded + scores
+    return model.num_layers * whole + inside if config.recompute else model.num_layers * inside

@@ -14,7 +14,6 @@ pytest.importorskip("triton", reason="Triton is not on the path: make test-kerne
 
 from by_pairs import DTYPES, assert_close, assert_same_bits, by_pairs
 
-from patches.order import softmax_gpu
 from patches.order.embedding_gpu import BLOCK, embedding_gradient
 from patches.order.exact import exact_sum
 from patches.order.softmax_gpu import CHUNK, SHORT, exponentials, joined, logits_gradient, softmax, softmax_gradient
@@ -128,9 +127,3 @@ def test_embedding_row_sums_its_own_tokens_in_order(dtype, device):
     assert_same_bits(torch.cat(halves), whole)
     mine = ids < 3  # what other ranks' tokens are, and whether there are any
     assert_same_bits(embedding_gradient(dy[mine].to(device, dtype), ids[mine].to(device), 3, dtype), halves[0])
-
-
-def test_every_kernel_has_a_variant_of_every_dtype():
-    names = [variant.name for variant in softmax_gpu.variants()]
-    assert len(set(names)) == len(names)
-    assert all(any(dtype in name for name in names) for dtype in ("fp32", "bf16", "fp16"))

@@ -69,6 +69,8 @@ def _embedding_forward(original: Any) -> Any:
             return original(self, input_)
         from megatron.core.tensor_parallel import mappings
 
+        if getattr(self, "gtp_remat_size", 1) > 1:
+            raise UnsupportedError("an embedding spread over more than tensor-parallel ranks (GTP) is not covered")
         group = tp_group(self)
         partial = embedding(self.weight, input_, over_tp(group))
         if self.reduce_scatter_embeddings:

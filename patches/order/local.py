@@ -9,10 +9,11 @@ Covered, each with its in-place and `out=` forms where ATen has them:
     row sums      sum, mean, softmax, log_softmax and the last two's backwards
     elementwise   exp, exp2, expm1, log, log2, log1p, sin, cos, tanh, sigmoid, silu, gelu, elu, mish, softplus, erf,
                   rsqrt, reciprocal, pow by a number, their backwards, and lerp, addcmul, addcdiv (the optimizer's)
+On a GPU `elementwise` is left to ATen, whose kernels there have no tail: one function computes every element.
 Refused by name: ATen's fused attention, whose sums are out of reach.
 Exact by themselves: +, -, ×, ÷, sqrt, max, min, comparisons, indexing. Not covered: var, norm, cumsum, glu, sinh,
 cosh, atan2, logaddexp, pow by a tensor, convolutions, `add(alpha=…)` in bfloat16, and embedding and scatter sums,
-which ATen adds in index order at every shape.
+which ATen adds in index order at every shape on a CPU (on a GPU, `ops.embedding` does).
 """
 
 from __future__ import annotations

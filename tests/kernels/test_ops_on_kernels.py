@@ -14,6 +14,7 @@ if torch.cuda.is_available():
 
 from by_pairs import assert_same_bits
 from ranks import on_ranks
+from test_megatron import differences, run
 from test_ops import attention_keys, network, stock
 
 from patches.contract import Contract
@@ -49,6 +50,13 @@ def test_layers_are_right_and_have_same_bits_at_every_tp(strategy, centered):
 def test_shared_keys_get_same_gradient_at_every_tp(strategy):
     one = on_ranks(1, attention_keys, strategy, 2, 16)[0]
     assert all(torch.equal(one, other) for other in on_ranks(4, attention_keys, strategy, 2, 16))
+
+
+@pytest.mark.parametrize("options", ({}, {"shape": "gpt2", "dtype": "fp32", "tied": True}), ids=("qwen3", "gpt-2"))
+def test_megatron_trains_to_same_bits_at_every_tp(options):
+    one = run("tree", 1, seq=16, **options)
+    for tp, sp in ((2, False), (4, True)):
+        assert not differences(one, run("tree", tp, sp, seq=16, **options)), f"tp={tp} sp={sp}"
 
 
 def embedded(strategy: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -93,7 +93,7 @@ test-te: $(TE_VERSIONS:%=$(VENV)/te-%)
 	@for version in $(TE_VERSIONS); do \
 	    echo "==> whole models and refusals on Transformer Engine $$version"; \
 	    PYTHONPATH=$(VENV)/te-$$version $(PYTEST) -q -W ignore tests/test_te_megatron.py \
-	        tests/test_te_refusals.py || exit 1; \
+	        tests/test_te_attention.py tests/test_te_refusals.py || exit 1; \
 	done
 	@for version in $(firstword $(TE_VERSIONS)) $(lastword $(TE_VERSIONS)); do \
 	    echo "==> modules on Transformer Engine $$version"; \

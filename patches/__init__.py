@@ -12,28 +12,38 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from patches import cpu
-from patches.contract import Contract, Strategy, UnsupportedError
+from patches.contract import Attention, Contract, Strategy, UnsupportedError
+from patches.order.collectives import check_symmetric_memory
 from patches.registry import REGISTRY, Patch, Row, check_versions
 
 __all__ = ["Contract", "Status", "UnsupportedError", "cpu", "disable", "enable", "enabled", "status"]
 
 
-def enable(strategy: Strategy = "tree", leaves: int = 8) -> None:
+def enable(
+    strategy: Strategy = "tree", leaves: int = 8, attention: Attention = "unfused", symmetric_memory: bool = False
+) -> None:
     """Patch megatron-core, and Transformer Engine where it is installed, in this process.
 
     Args:
         strategy: "tree" sums shards in the order of a fixed binary tree; "gather" sums gathered operands.
         leaves: leaves of the tree, a power of two; the TP size must divide it.
+        attention: "unfused", or Transformer Engine's "flash" or "fused" (cuDNN), which is verified where it is met.
+        symmetric_memory: tensor-parallel ranks of one node read each other's float32 roots instead of sending them
+            through NCCL; the same bits. Not run on a GPU yet.
 
     Raises:
-        ValueError: unknown strategy, or leaves not a power of two.
-        UnsupportedError: megatron-core is missing, or a library of an unknown version.
+        ValueError: unknown strategy or attention, or leaves not a power of two.
+        UnsupportedError: megatron-core is missing, a library of an unknown version, or no symmetric memory here.
         RuntimeError: already enabled with another contract.
     """
-    contract = Contract(strategy, leaves)
+    contract = Contract(strategy, leaves, attention, symmetric_memory)
     if REGISTRY.contract == contract:
         return
+    if symmetric_memory:
+        check_symmetric_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     needed = check_versions(_all_patches())
     cpu.enable()
     REGISTRY.apply(contract, needed)
@@ -48,9 +58,11 @@ def disable() -> None:
 
 
 @contextmanager
-def enabled(strategy: Strategy = "tree", leaves: int = 8) -> Iterator[None]:
+def enabled(
+    strategy: Strategy = "tree", leaves: int = 8, attention: Attention = "unfused", symmetric_memory: bool = False
+) -> Iterator[None]:
     """`enable` for the length of a `with` block."""
-    enable(strategy, leaves)
+    enable(strategy, leaves, attention, symmetric_memory)
     try:
         yield
     finally:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-__all__ = ["Contract", "Strategy", "UnsupportedError"]
+__all__ = ["Attention", "Contract", "Strategy", "UnsupportedError"]
 
 Strategy = Literal["tree", "gather"]
+Attention = Literal["unfused", "flash", "fused"]
 
 
 class UnsupportedError(RuntimeError):
@@ -25,14 +26,21 @@ class Contract:
     Args:
         strategy: "tree" (default) or "gather".
         leaves: leaves of a sharded dimension under `tree`, a power of two; it bounds the TP size.
+        attention: "unfused" (default), whose sums the patches order themselves, or Transformer Engine's "flash" or
+            "fused" (cuDNN), which must be seen to compute each head by itself at every shape that is met.
+        symmetric_memory: ranks read each other's roots in symmetric memory instead of sending them; the same bits.
     """
 
     strategy: Strategy = "tree"
     leaves: int = 8
+    attention: Attention = "unfused"
+    symmetric_memory: bool = False
 
     def __post_init__(self) -> None:
         if self.strategy not in get_args(Strategy):
             raise ValueError(f"strategy={self.strategy!r}: use one of {', '.join(get_args(Strategy))}")
+        if self.attention not in get_args(Attention):
+            raise ValueError(f"attention={self.attention!r}: use one of {', '.join(get_args(Attention))}")
         if not isinstance(self.leaves, int) or self.leaves < 1 or self.leaves & (self.leaves - 1):
             raise ValueError(f"leaves={self.leaves!r} is not a power of two: use 8, 16, …")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -105,6 +105,7 @@ class Registry:
 
     def __init__(self) -> None:
         self.contract: Contract | None = None
+        self.verified: set[Hashable] = set()  # what was seen to keep the promise, by backend and shape
         self._applied: list[tuple[Patch, Undo]] = []
 
     def apply(self, contract: Contract, patches: Iterable[Patch]) -> None:
@@ -124,6 +125,7 @@ class Registry:
         while self._applied:
             self._applied.pop()[1]()
         self.contract = None
+        self.verified.clear()
 
     def rows(self, patches: Sequence[Patch]) -> list[Row]:
         applied = {patch.name for patch, _ in self._applied}

@@ -3,6 +3,7 @@
 Missing modules come from wheels that `make wheels` fetched elsewhere. Then, each with a time-out of its own, so that
 one that fails or hangs does not cost the others' results:
 
+    doctor    tpcheck doctor: what is here, and which attention kernels compute each head by itself
     kernels   tests/kernels, compiled instead of interpreted
     tests     what is marked `gpu`
     bench     bench_gpu.py
@@ -32,7 +33,7 @@ NEEDED = """
 """.split()
 MARGIN = 20  # seconds that a part has to end by itself, and to be ended
 WORKERS = 6  # share the GPU; most of the time goes to compiling
-SHARES = {"kernels": 0.25, "tests": 0.35, "bench": 0.4}
+SHARES = {"doctor": 0.1, "kernels": 0.25, "tests": 0.3, "bench": 0.35}
 
 
 def main() -> int:
@@ -99,6 +100,9 @@ def device_name(device: str, environment: dict[str, str]) -> str:
 
 
 def command(name: str, device: str, folder: Path, seconds: float) -> list[str]:
+    if name == "doctor":
+        shape = ["qwen3-8b", "seq_length=4096", "micro_batch_size=1", "global_batch_size=1"]
+        return [sys.executable, "-m", "tpcheck", "doctor", *(shape if device == "cuda" else ["qwen3-tiny"])]
     pytest = [
         sys.executable,
         "-m",

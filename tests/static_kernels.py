@@ -24,7 +24,9 @@ from typing import Any
 
 from patches.order.variant import Variant
 
-MODULES = tuple(f"patches.order.{name}_gpu" for name in ("gemm", "sums", "norm", "softmax", "embedding", "squares"))
+MODULES = tuple(
+    f"patches.order.{name}_gpu" for name in ("gemm", "collectives", "sums", "norm", "softmax", "embedding", "squares")
+)
 # Additions and multiplications that the assembler may contract to one rounding.
 CONTRACTIBLE = re.compile(r"\b(?:add|sub|mul)(?:\.ftz)?\.f32")
 TABLE = Path(__file__).parent / "kernels" / "static.json"

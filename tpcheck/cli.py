@@ -138,6 +138,20 @@ def order(target: str, draw: Path | None, as_json: bool, **options: Any) -> int:
 
 
 @tpcheck.command()
+@click.argument("target", required=False, metavar="[RUN.yaml|PRESET]")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def doctor(target: str | None, overrides: tuple[str, ...], as_json: bool) -> int:
+    """Say what this machine has, and whether the promise of RUN.yaml or PRESET can be kept on it: 0 it can, 1 not.
+
+    Attention kernels are really run, with all heads and with those that other TP sizes see.
+    """
+    from tpcheck.doctor import command
+
+    return command(target, overrides, as_json)
+
+
+@tpcheck.command()
 @click.argument("model", metavar="PRESET|RUN.yaml")
 @click.option("--tp", type=click.IntRange(min=1), help="Tensor-parallel size.  [default: 8 for a preset]")
 @click.option("--gpu", type=click.Choice(GPUS), default="h100", show_default=True, help="Datasheet for the floor.")

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -118,6 +119,8 @@ class RunConfig(Section):
     strategy: Literal["stock", "tree", "gather"] = "tree"
     leaves: int = Field(8, gt=0)
     layers: Literal["te", "local"] | None = None  # Transformer Engine's or Megatron's; null: te on a GPU that has it
+    attention: Literal["unfused", "flash", "fused"] | None = None  # null: unfused; in a stock run what TE chooses
+    symmetric_memory: bool = False  # ranks read each other's sums instead of sending them; the same bits
     tp: int = Field(1, gt=0)
     dp: int = Field(1, gt=0)
     sequence_parallel: bool = False
@@ -166,9 +169,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         settings = {}
     if not isinstance(settings, dict):
         raise TpcheckError(f"{path} holds a {type(settings).__name__}, not a mapping of settings")
-    for override in overrides:
-        _override(settings, override)
-    return parse_run(settings, str(path))
+    return parse_run(settings, str(path), overrides)
 
 
 def read_yaml(path: Path) -> Any:
@@ -188,10 +189,13 @@ def unknown_key(location: Sequence[str | int], where: str, allowed: Sequence[str
     return f"unknown key {where}: {hint}allowed are {', '.join(allowed)}"
 
 
-def parse_run(settings: Mapping[str, Any], origin: str = "run") -> RunConfig:
-    """`settings` as a checked `RunConfig`; `origin` names them in errors."""
+def parse_run(settings: Mapping[str, Any], origin: str = "run", overrides: Sequence[str] = ()) -> RunConfig:
+    """`settings` with `overrides` as a checked `RunConfig`; `origin` names them in errors."""
+    overridden = copy.deepcopy(dict(settings))
+    for override in overrides:
+        _override(overridden, override)
     try:
-        config = RunConfig.model_validate(settings)
+        config = RunConfig.model_validate(overridden)
     except ValidationError as error:
         raise TpcheckError(f"{origin}: {_explain(error)}") from error
     check(config)
@@ -232,6 +236,11 @@ def check(config: RunConfig) -> None:
         problems.append("data.kind=megatron needs data.path, the prefix of a .bin/.idx pair")
     if config.strategy != "stock" and model.dropout:
         problems.append(f"model.dropout={model.dropout} depends on tp: use 0, or strategy=stock")
+    if config.attention in ("flash", "fused"):
+        if config.layers == "local":
+            problems.append(f"attention={config.attention} is Transformer Engine's: use layers=te")
+        if config.dtype != "bf16":
+            problems.append(f"attention={config.attention} has no {config.dtype}: use dtype=bf16")
     if problems:
         raise TpcheckError("; ".join(problem.rstrip(": ") for problem in problems))
 

@@ -19,7 +19,7 @@ from tpcheck.checkpoint import Checkpoint
 from tpcheck.config import RunConfig
 from tpcheck.errors import TpcheckError
 
-__all__ = ["CODE", "continued", "describe", "git", "resume_point"]
+__all__ = ["CODE", "continued", "cpu_name", "describe", "git", "resume_point"]
 
 CODE = "code.json"  # beside the packages, where they are a copy
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "numpy", "tpcheck")
@@ -30,6 +30,7 @@ MAY_CHANGE = {
     "distributed_optimizer",
     "recompute",
     "gradient_accumulation_fusion",
+    "symmetric_memory",
     "micro_batch_size",
     "threads",
     "steps",
@@ -161,13 +162,13 @@ def _hardware() -> dict[str, Any]:
     return {
         "host": platform.node(),
         "machine": platform.machine(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(number) for number in range(count)],
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -64,8 +64,6 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     model, dtype = config.model, DTYPES[config.dtype]
     if config.gradient_accumulation_fusion and config.strategy == "stock" and not layers._grad_accum_fusion_available:
         raise TpcheckError("gradient_accumulation_fusion needs Apex's fused_weight_gradient_mlp_cuda: set it false")
-    # TE's unfused backend is the only one whose sums the patches can order; a stock run is free to choose.
-    unfused = layers_of(config) == "te" and config.strategy != "stock"
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     try:
         return TransformerConfig(
@@ -97,7 +95,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
             bias_activation_fusion=False,
             bias_dropout_fusion=False,
             finalize_model_grads_func=finalize_model_grads,
-            attention_backend=AttnBackend.unfused if unfused else AttnBackend.auto,
+            attention_backend=_attention_asked_for(config),
             **(recompute if config.recompute else {}),
         )
     except (AssertionError, ValueError, ImportError) as error:
@@ -131,6 +129,17 @@ def build_model(config: RunConfig) -> tuple[GPTModel, DistributedDataParallel]:
     )
     module = Float16Module(settings, gpt) if config.dtype == "bf16" else gpt
     return gpt, DistributedDataParallel(settings, ddp_config, module)
+
+
+def _attention_asked_for(config: RunConfig) -> AttnBackend:
+    """Unfused under the patches, if the run file names no other; a stock run is free to choose."""
+    if layers_of(config) == "local":
+        if config.attention in ("flash", "fused"):
+            raise TpcheckError(
+                f"attention={config.attention} is Transformer Engine's: use layers=te, on a GPU that has it"
+            )
+        return AttnBackend.auto
+    return AttnBackend[config.attention or ("auto" if config.strategy == "stock" else "unfused")]
 
 
 def attention_backend(config: RunConfig) -> str:

@@ -93,7 +93,7 @@ def enable_patches(config: RunConfig) -> list[dict[str, Any]]:
     if config.strategy == "stock":
         patches.cpu.enable()
     else:
-        patches.enable(strategy=config.strategy, leaves=config.leaves)
+        patches.enable(config.strategy, config.leaves, config.attention or "unfused", config.symmetric_memory)
     return [dataclasses.asdict(row) for row in patches.status()]
 
 

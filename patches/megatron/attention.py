@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from patches.contract import UnsupportedError
-from patches.megatron.context import over_tp
+from patches.megatron.context import contract, over_tp
 from patches.megatron.torch_norm import HEADS
 from patches.ops.attention import repeat_for_heads
 from patches.registry import attribute
@@ -18,6 +18,11 @@ __all__ = ["PATCHES"]
 def _init(original: Any) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        if contract().attention != "unfused" and type(self.core_attention).__name__ == "DotProductAttention":
+            raise UnsupportedError(
+                f"attention={contract().attention!r} is Transformer Engine's, and this layer is Megatron's local one: "
+                "build the model from get_gpt_layer_with_transformer_engine_spec(), or use attention='unfused'"
+            )
         for norm in (self.q_layernorm, self.k_layernorm):
             if norm is not None:
                 norm.leaf_dim = HEADS

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from patches.ops.sharded import Shards
-from patches.order.collectives import all_gather
+from patches.order.collectives import all_gather, begin_all_gather
 from patches.order.products import add_product, product
 
 __all__ = ["column_parallel", "row_parallel"]
@@ -100,12 +100,16 @@ class _ColumnParallel(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         dy_TN = dy.flatten(0, -2)
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = ctx.shards.product(dy_TN, weight, x.dtype, ctx.pieces, scatter=ctx.sp).view(x.shape)
+        # x travels while dgrad's own leaves are multiplied, dgrad's roots while wgrad is.
         if ctx.needs_input_grad[1]:
-            whole = all_gather(x, ctx.shards.group) if ctx.sp else x
-            dw = _weight_gradient(ctx.weight, dy_TN, whole.flatten(0, -2), ctx.main_grad, ctx.overwrite)
+            whole = begin_all_gather(x, ctx.shards.group if ctx.sp else None)
+        if ctx.needs_input_grad[0]:
+            dgrad = ctx.shards.begin_product(dy_TN, weight, x.dtype, ctx.pieces, scatter=ctx.sp)
+        dx = dw = None
+        if ctx.needs_input_grad[1]:
+            dw = _weight_gradient(ctx.weight, dy_TN, whole().flatten(0, -2), ctx.main_grad, ctx.overwrite)
+        if ctx.needs_input_grad[0]:
+            dx = dgrad().view(x.shape)
         return dx, dw, None, None, None, None, None
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from patches.contract import Contract
-from patches.order.collectives import all_gather, tree_all_reduce, tree_reduce_scatter
+from patches.order.collectives import Pending, all_gather, begin_all_reduce, begin_reduce_scatter
 from patches.order.exact import rounded
 from patches.order.products import product, tree_product
 from patches.order.sums import row_sums, tree_of_sums
@@ -51,14 +51,20 @@ class Shards:
             b_tKN: [tK, N].
             pieces: 2 where a rank's K holds [gate_r | up_r] of a gated layer, else 1.
         """
+        return self.begin_product(a_TtK, b_tKN, dtype, pieces, scatter)()
+
+    def begin_product(
+        self, a_TtK: Tensor, b_tKN: Tensor, dtype: torch.dtype, pieces: int = 1, scatter: bool = False
+    ) -> Pending:
+        """`product`, whose part across ranks is under way while the caller computes something else."""
         if self.contract.strategy == "gather":
             a_TK, b_KN = (self._gather_pieces(x, dim, pieces) for x, dim in ((a_TtK, 1), (b_tKN, 0)))
             out = product(a_TK, b_KN, dtype)
-            return out.chunk(self.size)[self.rank].contiguous() if scatter and self.size > 1 else out
+            return _done(out.chunk(self.size)[self.rank].contiguous() if scatter and self.size > 1 else out)
         leaves = self.contract.leaves_of_rank(self.size)
         if self.size == 1:
-            return tree_product(a_TtK, b_tKN, leaves, pieces, dtype)
-        return self.meet(tree_product(a_TtK, b_tKN, leaves, pieces), dtype, scatter)
+            return _done(tree_product(a_TtK, b_tKN, leaves, pieces, dtype))
+        return self._meet(tree_product(a_TtK, b_tKN, leaves, pieces), dtype, scatter)
 
     def total(self, x: Tensor, dim: int, dtype: torch.dtype, exact_dims: tuple[int, ...] = ()) -> Tensor:
         """Σx over the sharded `dim` of all ranks (and `exact_dims`, which are whole), rounded once to `dtype`."""
@@ -68,13 +74,20 @@ class Shards:
         root = tree_of_sums(x, dim, self.contract.leaves_of_rank(self.size), exact_dims)
         return self.meet(root, dtype)
 
-    def meet(self, root: Tensor, dtype: torch.dtype, scatter: bool = False) -> Tensor:
+    def meet(self, root: Tensor, dtype: torch.dtype) -> Tensor:
         """The tree's upper levels: the float32 roots of all ranks summed, rounded once to `dtype`."""
+        return self._meet(root, dtype, scatter=False)()
+
+    def _meet(self, root: Tensor, dtype: torch.dtype, scatter: bool) -> Pending:
         if self.group is None:
-            return rounded(root, dtype)
-        reduce = tree_reduce_scatter if scatter else tree_all_reduce
-        return reduce(root, self.group, dtype)
+            return _done(rounded(root, dtype))
+        begin = begin_reduce_scatter if scatter else begin_all_reduce
+        return begin(root, self.group, dtype, symmetric=self.contract.symmetric_memory)
 
     def _gather_pieces(self, x: Tensor, dim: int, pieces: int) -> Tensor:
         parts = [all_gather(piece, self.group, dim) for piece in x.chunk(pieces, dim)]
         return parts[0] if pieces == 1 else torch.cat(parts, dim)
+
+
+def _done(x: Tensor) -> Pending:
+    return lambda: x

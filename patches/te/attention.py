@@ -1,5 +1,11 @@
-"""transformer_engine.pytorch.attention.dot_product_attention: its unfused backend, of products and a softmax that
-`patches.order.local` covers; the fused backends are refused where they would run, whatever chose them."""
+"""transformer_engine.pytorch.attention.dot_product_attention: the backend that the contract names, and no other.
+
+unfused        products and a softmax that `patches.order.local` covers
+flash, fused   run deterministically, on keys repeated for their query heads, once they were seen to compute each head
+               by itself at the shape that is met (`patches.order.heads`), with the heads that every TP size sees
+
+A backend that was not asked for is refused where it would run, whatever chose it.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +13,79 @@ from typing import Any
 
 from torch import Tensor
 
-from patches.contract import UnsupportedError
+from patches.contract import Attention, UnsupportedError
+from patches.megatron.context import contract
 from patches.ops.attention import repeat_for_heads
+from patches.order.heads import first_dependence
+from patches.registry import REGISTRY
 from patches.te.context import over_tp, te_attribute
 
 __all__ = ["PATCHES"]
 
 PACKAGE = "transformer_engine.pytorch.attention.dot_product_attention"
+BACKENDS = {"unfused": "unfused", "flash": "flash-attention", "fused": "fused (cuDNN)"}
+ENVIRONMENT = {
+    "unfused": "NVTE_FLASH_ATTN=0 NVTE_FUSED_ATTN=0",
+    "flash": "NVTE_FUSED_ATTN=0 NVTE_UNFUSED_ATTN=0",
+    "fused": "NVTE_FLASH_ATTN=0 NVTE_UNFUSED_ATTN=0",
+}
+HEADS = 2  # of [s, b, heads, d] and [b, s, heads, d]
 
 
 def _forward(original: Any) -> Any:
-    def forward(self: Any, query_layer: Tensor, *args: Any, **kwargs: Any) -> Any:
-        _refuse(self, query_layer, kwargs)
+    def forward(self: Any, query_layer: Tensor, key_layer: Tensor, value_layer: Tensor, *args: Any, **kw: Any) -> Any:
+        _refuse(self, query_layer, kw)
         # Megatron sets kv_groups, since it tells TE of one group per rank where ranks share groups.
         groups = getattr(self, "kv_groups", self.num_gqa_groups)
-        self.unfused_attention.repeat_kv = None
-        if groups != self.num_attention_heads:
-            self.unfused_attention.repeat_kv = (groups, over_tp(self))
-        return original(self, query_layer, *args, **kwargs)
+        shared = groups != self.num_attention_heads
+        if contract().attention == "unfused":
+            self.unfused_attention.repeat_kv = (groups, over_tp(self)) if shared else None
+            return original(self, query_layer, key_layer, value_layer, *args, **kw)
+        kv = [key_layer, value_layer]
+        if shared:
+            repeat = query_layer.shape[HEADS] // key_layer.shape[HEADS]
+            kv = [repeat_for_heads(x, repeat, groups, over_tp(self)) for x in kv]
+        # Three tensors of their own: TE tells its kernels how they lie in memory.
+        return _fused(self, original, [x.contiguous() for x in (query_layer, *kv)], args, kw)
 
     return forward
+
+
+def _fused(module: Any, original: Any, qkv: list[Tensor], args: Any, kwargs: dict[str, Any]) -> Any:
+    """The backend that was asked for, once it was seen to keep the promise."""
+    asked = contract().attention
+    parts = (module, module.flash_attention, module.fused_attention)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        groups, before = module.num_gqa_groups_per_partition, [part.deterministic for part in parts]
+        try:
+            module.num_gqa_groups_per_partition = k.shape[HEADS]
+            for part in parts:
+                part.deterministic = True
+            return original(module, q, k, v, *args, **kwargs)
+        except ValueError as error:
+            raise UnsupportedError(f"attention={asked!r} cannot run here: {error}") from error
+        finally:
+            module.num_gqa_groups_per_partition = groups
+            for part, deterministic in zip(parts, before, strict=True):
+                part.deterministic = deterministic
+
+    q, k, v = qkv
+    settings = (kwargs.get("attn_mask_type") or module.attn_mask_type, kwargs.get("window_size") or module.window_size)
+    key = (asked, q.shape, k.shape, v.shape, q.dtype, q.device, module.num_attention_heads, module.training, *settings)
+    if key not in REGISTRY.verified:
+        sizes = {1 << level for level in range(contract().leaves.bit_length())} | {module.tp_size}
+        found = first_dependence(
+            lambda q, k, v: attention(q, k, v).view(*q.shape[:-1], v.shape[-1]),
+            q, k, v, module.num_attention_heads, HEADS, sorted(sizes), module.training,
+        )  # fmt: skip
+        if found:
+            raise UnsupportedError(
+                f"attention={asked!r} does not keep the promise for queries {list(q.shape)} and keys {list(k.shape)} "
+                f"of {q.dtype}: {found}: use attention='unfused'"
+            )
+        REGISTRY.verified.add(key)
+    return attention(q, k, v)
 
 
 def _refuse(module: Any, query: Tensor, kwargs: dict[str, Any]) -> None:
@@ -43,6 +102,7 @@ def _refuse(module: Any, query: Tensor, kwargs: dict[str, Any]) -> None:
         (kwargs.get("score_mod"), "score_mod", "set it to None"),
         (kwargs.get("qkv_layer") is not None or kwargs.get("kv_layer") is not None, "packed qkv_layer", "pass q, k, v"),
         (kwargs.get("inference_params"), "inference_params", "call patches.disable() for inference"),
+        (kwargs.get("num_splits", 1) not in (None, 1), "num_splits > 1", "leave it 1"),
         (context_parallel, "context parallelism", "set context_parallel_size=1"),
     ):
         if found:
@@ -63,13 +123,17 @@ def _unfused_forward(original: Any) -> Any:
     return forward
 
 
-def _refused(backend: str) -> Any:
+def _if_asked_for(backend: Attention) -> Any:
     def replacement(original: Any) -> Any:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            raise UnsupportedError(
-                f"Transformer Engine chose its {backend} backend, whose sums are out of reach: use Megatron's "
-                "attention_backend=AttnBackend.unfused, or NVTE_FLASH_ATTN=0 NVTE_FUSED_ATTN=0"
-            )
+            asked = contract().attention
+            if asked != backend:
+                raise UnsupportedError(
+                    f"Transformer Engine chose its {BACKENDS[backend]} backend, but attention={asked!r} was asked for: "
+                    f"use Megatron's attention_backend=AttnBackend.{asked}, or {ENVIRONMENT[asked]}; "
+                    "NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 says why TE rules a backend out"
+                )
+            return original(self, *args, **kwargs)
 
         return forward
 
@@ -80,14 +144,14 @@ PATCHES = [
     te_attribute(
         "te-attention",
         f"{PACKAGE}.dot_product_attention:DotProductAttention.forward",
-        "tells the unfused backend which ranks share keys; refuses what is not covered",
+        "says which ranks share keys, verifies fused backends, refuses what is not covered",
         _forward,
     ),
     te_attribute(
         "te-unfused-attention",
         f"{PACKAGE}.backends:UnfusedDotProductAttention.forward",
         "the gradient of a key shared by query heads (GQA) sums over heads, on several ranks if groups < TP",
-        _unfused_forward,
+        lambda original: _if_asked_for("unfused")(_unfused_forward(original)),
     ),
     te_attribute(
         "te-softmax",
@@ -99,13 +163,13 @@ PATCHES = [
     te_attribute(
         "te-flash-attention",
         f"{PACKAGE}.backends:FlashAttention.forward",
-        "refused: its sums are out of reach",
-        _refused("flash-attention"),
+        "its sums are out of reach: refused, or verified where asked for",
+        _if_asked_for("flash"),
     ),
     te_attribute(
         "te-fused-attention",
         f"{PACKAGE}.backends:FusedAttention.forward",
-        "refused: its sums are out of reach",
-        _refused("fused (cuDNN)"),
+        "its sums are out of reach: refused, or verified where asked for",
+        _if_asked_for("fused"),
     ),
 ]

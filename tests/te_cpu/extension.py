@@ -27,7 +27,7 @@ def extension() -> types.ModuleType:
     module.CommOverlapType = enum.IntEnum("CommOverlapType", "RS AG", start=0)
     for name in tensors.__all__:
         setattr(module, name, getattr(tensors, name))
-    module.get_fused_attn_backend = lambda *args, **kwargs: module.NVTE_Fused_Attn_Backend.NVTE_No_Backend
+    module.get_fused_attn_backend = _no_fused_backend(module)
     for name, value in (("get_cublasLt_version", 130000), ("get_cudnn_version", 91300), ("get_num_cublas_streams", 4),
                         ("get_stream_priority_range", (0, 0)), ("device_supports_multicast", False),
                         ("ubuf_built_with_mpi", False)):  # fmt: skip
@@ -42,6 +42,14 @@ def extension() -> types.ModuleType:
 
     module.__getattr__ = __getattr__
     return module
+
+
+def _no_fused_backend(module: Any) -> Any:
+    def answer(*args: Any) -> Any:
+        none = module.NVTE_Fused_Attn_Backend.NVTE_No_Backend
+        return none if len(args) > 1 else (none, "no cuDNN here")  # one object of parameters from 2.20 on
+
+    return answer
 
 
 class _Members(type):

@@ -1,0 +1,93 @@
+"""`tpcheck doctor`: it says no where something asked for cannot be had, and its attention checks really run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tpcheck import doctor, doctorattention
+from tpcheck.cli import main
+from tpcheck.config import parse_run
+
+TINY: dict[str, Any] = {"model": {"preset": "qwen3-tiny"}, "layers": "local", "seq_length": 16, "dtype": "fp32"}
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("NVTE_")}
+    call = [sys.executable, "-W", "ignore", "-m", "tpcheck", "doctor", *arguments]
+    return subprocess.run(call, capture_output=True, text=True, timeout=120, env={**kept, **environment}, check=False)
+
+
+def findings(text: str) -> dict[str, dict[str, str]]:
+    return {one["name"]: one for one in json.loads(text)["findings"]}
+
+
+def test_on_a_cpu_local_layers_keep_the_promise(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(TINY))
+    done = run(str(path), "--json", CUDA_VISIBLE_DEVICES="", NCCL_ALGO="Ring", ATEN_CPU_CAPABILITY="default")
+    assert done.returncode == 0, done.stderr
+    found = findings(done.stdout)
+    assert json.loads(done.stdout)["kept"] is True
+    assert found["products"]["found"] == "leaf: exact"
+    assert found["megatron local, patched"]["found"] == "each head by itself"
+    assert found["torch sdpa math, patched"]["found"] == "each head by itself"
+    assert found["torch sdpa flash, patched"]["found"] == "refused"
+    assert found["NCCL_ALGO"]["verdict"] == "ok" and "adds none" in found["NCCL_ALGO"]["why"]
+    assert found["ATEN_CPU_CAPABILITY"]["verdict"] == "note"
+
+
+def test_what_is_asked_for_and_not_here_is_a_no(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(TINY))
+    done = run(str(path), "symmetric_memory=true", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1
+    assert "NO  patches" in done.stdout and "symmetric_memory=True needs GPUs" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("cannot be kept here: tree, 8 leaves, layers=local")
+
+
+def test_bad_input_is_answered_in_one_line(capsys: pytest.CaptureFixture[str]):
+    assert main(["doctor", "qwen4-tiny"]) == 2
+    assert "neither a run file nor a preset: presets are qwen3-tiny" in capsys.readouterr().err
+
+
+def spoilt(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return q * k * v * q.shape[2]
+
+
+@pytest.mark.parametrize(("strategy", "code", "verdict"), (("tree", 1, "no"), ("stock", 0, "note")))
+def test_attention_that_depends_on_tp_is_a_no_unless_the_run_is_stock(strategy, code, verdict, monkeypatch):
+    config = parse_run({**TINY, "strategy": strategy})
+    found = doctorattention._judged(config, "spoilt", spoilt, True, patched=True)
+    assert (found.found, found.verdict) == ("depends on TP", verdict)
+    assert found.why == "the output of a head differs when 4 heads are computed instead of 8"
+    monkeypatch.setattr(doctor, "examine", lambda config: [found])
+    monkeypatch.setattr(doctor, "_config", lambda target, overrides: config)
+    assert doctor.command(None, (), as_json=False) == code
+
+
+def test_an_environment_that_overrules_the_backend_asked_for_is_a_no(monkeypatch):
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
+    config = parse_run({**TINY, "layers": "te", "dtype": "bf16", "attention": "flash"})
+    (found,) = [one for one in doctor._settings(config) if one.name == "NVTE_FLASH_ATTN"]
+    assert found.verdict == "no" and "Megatron wants 1 for attention=flash: unset it" in found.why
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    (
+        ({"attention": "flash"}, "attention=flash is Transformer Engine's: use layers=te"),
+        ({"attention": "fused", "layers": "te"}, "attention=fused has no fp32: use dtype=bf16"),
+        ({"attention": "fast"}, "attention: Input should be 'unfused', 'flash' or 'fused'"),
+    ),
+)
+def test_attention_that_cannot_run_is_refused_before_a_run_is_started(changes, words):
+    with pytest.raises(Exception, match=words):
+        parse_run({**TINY, **changes})

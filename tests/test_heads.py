@@ -1,0 +1,102 @@
+"""Kernels that compute each head by itself are told from those that don't, by their bits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from patches.order.heads import first_dependence
+
+HEADS = 8
+RESULTS = list(enumerate(("the output", "dq", "dk", "dv")))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 0.3) -> Tensor:
+    """[s, b, heads, d], one head and sample at a time: no library sees how many there are."""
+    y = torch.empty_like(q)
+    for b in range(q.shape[1]):
+        for h in range(q.shape[2]):
+            weights = torch.softmax((q[:, b, h].clone() @ k[:, b, h].clone().t()) * scale, -1)
+            y[:, b, h] = weights @ v[:, b, h].clone()
+    return y
+
+
+class Spoilt(torch.autograd.Function):
+    """`attention` with its n-th result (output, dq, dk, dv) changed by the last bit of one element."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, which, delta):
+        ctx.save_for_backward(q, k, v)
+        ctx.which, ctx.delta = which, delta
+        y = attention(q, k, v)
+        return nudged(y, delta) if which == 0 else y
+
+    @staticmethod
+    def backward(ctx, dy):
+        with torch.enable_grad():
+            qkv = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            grads = list(torch.autograd.grad(attention(*qkv), qkv, dy))
+        if ctx.which:
+            grads[ctx.which - 1] = nudged(grads[ctx.which - 1], ctx.delta)
+        return *grads, None, None
+
+
+def nudged(x: Tensor, units: int) -> Tensor:
+    x = x.detach().clone()
+    x.view(torch.int32).view(-1)[-1] += units
+    return x
+
+
+def asked(kernel: Callable[[Tensor, Tensor, Tensor], Tensor], **options: bool) -> str | None:
+    like = torch.empty(5, 2, HEADS // 4, 4)  # what a rank of TP=4 holds
+    return first_dependence(kernel, like, like, like, HEADS, 2, **options)
+
+
+def test_attention_head_by_head_depends_on_nothing():
+    assert asked(attention) is None
+
+
+@pytest.mark.parametrize(("which", "name"), RESULTS)
+def test_what_follows_the_number_of_heads_is_found(which, name):
+    found = asked(lambda q, k, v: Spoilt.apply(q, k, v, which, int(q.shape[2] == HEADS // 4)))
+    assert found == f"{name} of a head differs when 2 heads are computed instead of 8"
+
+
+@pytest.mark.parametrize(("which", "name"), RESULTS)
+def test_what_differs_from_call_to_call_is_found(which, name):
+    calls = itertools.count()
+    found = asked(lambda q, k, v: Spoilt.apply(q, k, v, which, int(next(calls) == 1)))
+    assert found == f"{name} differs from one call to the next"
+
+
+def test_a_zero_of_another_sign_is_found():
+    found = asked(lambda q, k, v: attention(q, k, v) * 0.0 * (1 if q.shape[2] == HEADS else -1), backward=False)
+    assert found is not None and found.startswith("the output of a head differs")
+
+
+def test_gradients_are_left_out_where_there_are_none():
+    assert asked(lambda q, k, v: Spoilt.apply(q, k, v, 1, int(q.shape[2] < HEADS)), backward=False) is None
+
+
+def test_a_question_inside_a_checkpointed_layer_leaves_its_graph_alone():
+    calls = []
+
+    def counted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls.append(q.shape[2])
+        return attention(q, k, v)
+
+    def layer(x: Tensor) -> Tensor:
+        assert asked(counted) is None
+        return attention(x, x, x).sin()
+
+    x = torch.randn(5, 2, 2, 4, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    again = x.detach().clone().requires_grad_()
+    attention(again, again, again).sin().sum().backward()
+    assert torch.equal(x.grad, again.grad)
+    assert calls == 2 * [8, 8, 4, 4, 2, 2, 2, 2, *[1] * 8]  # forward and recomputation, nothing more

@@ -71,10 +71,10 @@ def test_cells_whose_products_are_of_another_kind_were_not_promised_to_be_equal(
 def test_products_of_one_family_are_told_apart_by_what_differs(tmp_path: Path) -> None:
     of = sweep(tmp_path, matrix={"strategy": ["tree"], "tp": [1, 2]})
     for cell, triton in zip(of.cells, ("3.4.0", "3.6.0"), strict=True):
-        finish(cell, products={"family": "sm_90", "triton": triton})
+        finish(cell, products={"family": "sm_90", "triton": triton, "sums": {"order": triton}})
     assert [group.name for group in judge(of).groups] == [
-        "tree (sm_90 products, triton 3.4.0)",
-        "tree (sm_90 products, triton 3.6.0)",
+        "tree (sm_90 products, triton 3.4.0, sums)",
+        "tree (sm_90 products, triton 3.6.0, sums)",
     ]
 
 

@@ -191,7 +191,8 @@ def _distinct(products: dict[str, Any], all_kinds: Sequence[dict[str, Any]]) -> 
     """The family of these products, and whatever else differs within it."""
     family = products.get("family", "exact")
     relatives = [kind for kind in all_kinds if kind.get("family", "exact") == family]
-    others = [f"{key} {value}" for key, value in products.items() if any(kind.get(key) != value for kind in relatives)]
+    others = [key for key, value in products.items() if any(kind.get(key) != value for kind in relatives)]
+    others = [key if isinstance(products[key], dict) else f"{key} {products[key]}" for key in others]
     return ", ".join([f"{family} products", *others])
 
 

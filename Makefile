@@ -68,7 +68,7 @@ demo: $(READY)
 
 test: $(READY) test-megatron test-te
 	@echo "==> tests"
-	@$(PYTEST)
+	@$(PYTEST) --ignore tests/kernels
 
 colon = $(subst $() ,:,$(strip $(1)))
 

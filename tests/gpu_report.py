@@ -7,13 +7,13 @@ import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "numpy")
+from tpcheck import manifest
+
 Cell = Callable[[dict[str, Any]], str]
 
 PRODUCTS: dict[str, Cell] = {
@@ -49,12 +49,7 @@ TABLES = {"products": PRODUCTS, "tiles": TILES, "sums": SUMS}
 
 def versions(device: str) -> dict[str, str]:
     """Everything that speed and bits depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    found = manifest.versions()
     found["torch"] = torch.__version__
     if device == "cuda":
         found |= {"cuda": torch.version.cuda or "", "device": torch.cuda.get_device_name()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -44,18 +45,35 @@ def test_on_a_cpu_local_layers_keep_the_promise(tmp_path: Path):
     assert found["ATEN_CPU_CAPABILITY"]["verdict"] == "note"
 
 
-def test_what_is_asked_for_and_not_here_is_a_no(tmp_path: Path):
-    path = tmp_path / "run.yaml"
-    path.write_text(json.dumps(TINY))
-    done = run(str(path), "symmetric_memory=true", CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 1
-    assert "NO  patches" in done.stdout and "symmetric_memory=True needs GPUs" in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("cannot be kept here: tree, 8 leaves, layers=local")
+def test_what_is_asked_for_and_not_here_is_a_no(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = parse_run({**TINY, "symmetric_memory": True})
+    *_, refused, last = doctor._lines(config, list(doctor._sums(config)))
+    assert "NO  patches" in refused and "symmetric_memory=True needs GPUs" in refused
+    assert last.startswith("cannot be kept here: tree, 8 leaves, layers=local") and last.endswith("see patches")
+
+
+def test_a_stock_run_needs_nothing_that_the_patches_need(monkeypatch):
+    monkeypatch.delattr(torch.library, "get_kernel")
+    verdicts = {}
+    for strategy in ("tree", "stock"):
+        found = {one.name: one.verdict for one in doctor._versions(parse_run({**TINY, "strategy": strategy}))}
+        verdicts[strategy] = found["torch"]
+    assert verdicts == {"tree": "no", "stock": "note"}
+
+
+def test_a_stock_run_that_cannot_run_is_a_no(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctorattention, "_one_rank", contextlib.nullcontext)
+    monkeypatch.setattr(doctorattention, "_judged", lambda _, name, *__, **___: doctor.Finding("attention", name, ""))
+    monkeypatch.setattr(doctor, "examine", lambda config: list(doctorattention.attention(config)))
+    assert doctor.command("qwen3-tiny", ("strategy=stock", "attention=flash"), as_json=False) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "cannot run here: stock; see flash"
 
 
 def test_bad_input_is_answered_in_one_line(capsys: pytest.CaptureFixture[str]):
     assert main(["doctor", "qwen4-tiny"]) == 2
-    assert "neither a run file nor a preset: presets are qwen3-tiny" in capsys.readouterr().err
+    assert "qwen4-tiny: neither a preset (qwen3-tiny," in capsys.readouterr().err
 
 
 def spoilt(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -198,7 +198,7 @@ def test_qwen3_layer_trains_to_the_same_bits_at_every_tp(device, strategy):
     """Loss, every gradient, gradient norm and main parameters; on a GPU with Qwen3-0.6B's shape, ranks sharing it."""
     model = QWEN3_06B if device == "cuda" else {}
     options = {"steps": 1, "microbatches": 1} | ({"seq": 512, "vocab": 4096, "micro_batch": 1} if model else {})
-    layouts = "1,2sp,4,8sp" if strategy == "tree" else "1,4sp"
+    layouts = "1,2sp" if device == "cpu" else "1,2sp,4,8sp" if strategy == "tree" else "1,4sp"
     records = trained(device, strategy, layouts, model, options)
     one = records.pop("1")
     for layout, other in records.items():

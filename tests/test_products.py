@@ -53,10 +53,11 @@ def test_product_is_added_in_one_float32_addition(dtype: torch.dtype) -> None:
     assert into.equal(want.to(dtype))
 
 
-def test_run_does_not_go_on_with_products_of_another_kind() -> None:
+@pytest.mark.parametrize("told", (True, False), ids=("told", "before manifests told"))
+def test_run_does_not_go_on_with_products_of_another_kind(told: bool) -> None:
     data = {"digest": "d"}
     exact, tensor_cores = {"leaf": "exact"}, {"kernel": "gemm_gpu", "family": "sm_90"}
-    before = {"data": data, "products": exact}
+    before = {"data": data, "config": {"strategy": "tree"}, **({"products": exact} if told else {})}
     assert manifest.continued(before, {"data": data, "products": exact}, 3)["history"][0]["until_step"] == 3
     with pytest.raises(TpcheckError, match="of another kind, .*exact.*sm_90"):
         manifest.continued(before, {"data": data, "products": tensor_cores}, 3)

@@ -93,6 +93,12 @@ def test_a_tp_group_that_spans_nodes_is_warned_of() -> None:
     assert warning.startswith("tree: tp=2 spans nodes (1 ranks on each)")
 
 
+def test_fused_attention_keeps_no_scores() -> None:
+    unfused, flash = (memory(run(layers="te", attention=kernel), on_gpu=True) for kernel in (None, "flash"))
+    scores = 2 * 2 * 2048 * 2048 * 32
+    assert unfused.activations - flash.activations == pytest.approx(scores / GIB)
+
+
 def test_flops_are_six_per_parameter_and_token_and_about_a_third_more_with_recompute() -> None:
     tokens = 20 * 8 * 2048
     plain = flops(run(recompute=False))

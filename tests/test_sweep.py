@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -19,6 +20,7 @@ from tests.finished import begin, finish, sweep, sweep_file
 from tpcheck import result
 from tpcheck.cli import main
 from tpcheck.jobs import is_locked
+from tpcheck.sweep import other_settings
 
 ROOT = Path(__file__).parents[1]
 QUICK = {"model": "qwen3-tiny", "steps": 2, "seq_length": 20}
@@ -122,6 +124,15 @@ def test_a_broken_promise_gives_exit_code_1_and_names_the_first_step(
     assert "tree: tree-tp1 and tree-tp2 differ\n" in out
     assert "step 2 is the first that differs" in out
     assert "BROKEN: tree" in out
+
+
+def test_a_cell_made_before_a_setting_existed_had_its_default(tmp_path: Path) -> None:
+    of = sweep(tmp_path, matrix=STOCK)
+    before = of.cells[0].config.model_dump(mode="json", exclude={"symmetric_memory", "attention"})
+    assert other_settings(of.cells[0], before) == ""
+    reading = of.cells[0].config.model_copy(update={"symmetric_memory": True})
+    changed = other_settings(dataclasses.replace(of.cells[0], config=reading), before)
+    assert changed == "symmetric_memory: False there, True now"
 
 
 def test_a_cell_made_with_other_settings_is_refused_before_anything_runs(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.finished import begin, finish, sweep
 from tpcheck import verdict
 from tpcheck.cells import Sweep
+from tpcheck.errors import TpcheckError
 
 
 def judge(of: Sweep) -> verdict.Verdict:
@@ -64,6 +66,35 @@ def test_cells_whose_products_are_of_another_kind_were_not_promised_to_be_equal(
         ("tree (sm_90 products)", 3, "identical"),
         ("tree (sm_100 products)", 3, "incomplete"),
     ]
+
+
+def test_products_of_one_family_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+    of = sweep(tmp_path, matrix={"strategy": ["tree"], "tp": [1, 2]})
+    for cell, triton in zip(of.cells, ("3.4.0", "3.6.0"), strict=True):
+        finish(cell, products={"family": "sm_90", "triton": triton, "sums": {"order": triton}})
+    assert [group.name for group in judge(of).groups] == [
+        "tree (sm_90 products, triton 3.4.0, sums)",
+        "tree (sm_90 products, triton 3.6.0, sums)",
+    ]
+
+
+def test_cells_from_before_manifests_told_of_products_had_exact_ones(tmp_path: Path) -> None:
+    of = sweep(tmp_path, matrix={"strategy": ["tree"], "tp": [1, 2, 4]})
+    manifests: tuple[dict[str, Any], ...] = ({}, {"products": {"leaf": "exact"}}, {"products": {"family": "sm_90"}})
+    for cell, manifest in zip(of.cells, manifests, strict=True):
+        finish(cell, **manifest)
+    assert [(group.name, len(group.cells)) for group in judge(of).groups] == [
+        ("tree (exact products)", 2),
+        ("tree (sm_90 products)", 1),
+    ]
+
+
+def test_a_manifest_whose_products_are_damaged_is_refused(tmp_path: Path) -> None:
+    of = sweep(tmp_path, matrix={"strategy": ["tree"], "tp": [1, 2]})
+    for cell in of.cells:
+        finish(cell, products="exact")
+    with pytest.raises(TpcheckError, match="'products' should be an object, found 'exact'"):
+        judge(of)
 
 
 def test_missing_cells_are_named_and_give_exit_code_2(cells: Sweep) -> None:

@@ -18,11 +18,11 @@ import click
 
 from tpcheck import __version__
 from tpcheck.errors import TpcheckError
+from tpcheck.gpus import GPUS
 
 __all__ = ["main"]
 
 BAD_INPUT, BUG, INTERRUPTED, PIPE_CLOSED = 2, 70, 130, 141
-GPUS = ["a100", "b200", "b300", "h100", "h200"]
 ORDER_TARGETS = ["row-parallel", "column-parallel", "gated", "norm", "gemm", "all-reduce"]
 
 
@@ -154,7 +154,9 @@ def doctor(target: str | None, overrides: tuple[str, ...], as_json: bool) -> int
 @tpcheck.command()
 @click.argument("model", metavar="PRESET|RUN.yaml")
 @click.option("--tp", type=click.IntRange(min=1), help="Tensor-parallel size.  [default: 8 for a preset]")
-@click.option("--gpu", type=click.Choice(GPUS), default="h100", show_default=True, help="Datasheet for the floor.")
+@click.option(
+    "--gpu", type=click.Choice(list(GPUS)), default="h100", show_default=True, help="Datasheet for the floor."
+)
 @click.option("--seq", "seq_length", type=click.IntRange(min=1), help="Tokens of a sequence.  [default: 4096]")
 @click.option("--micro-batch", "micro_batch_size", type=click.IntRange(min=1), help="Sequences of a microbatch.")
 @click.option("--global-batch", "global_batch_size", type=click.IntRange(min=1), help="Sequences of a step.")

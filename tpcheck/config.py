@@ -172,6 +172,15 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_run(settings, str(path), overrides)
 
 
+def load_run_or_preset(target: str, overrides: Sequence[str], of_preset: Mapping[str, Any]) -> RunConfig:
+    """The run file `target`, or the run `of_preset` of the model of that name, with `overrides`."""
+    if target in PRESETS:
+        return parse_run({"model": target, **of_preset}, target, overrides)
+    if not Path(target).is_file():
+        raise TpcheckError(f"{target}: neither a preset ({', '.join(PRESETS)}) nor a run file")
+    return load_run(target, overrides)
+
+
 def read_yaml(path: Path) -> Any:
     """What the YAML file at `path` holds."""
     try:

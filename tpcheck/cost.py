@@ -189,11 +189,11 @@ def _parameter_sum_bytes(sp: bool, model: ModelConfig) -> Lines:
     """Gradients that sum over spread tokens or heads: stock adds a step's float32 gradients, the patches each one."""
     if sp:
         yield "norms: all-reduce of gradients", ("stock",), "2·ρ·(2·L+1)·c·h·4"
-        yield "norms: all-gather of dy·x̂", ("gather",), "n·(2·L+1)·c·ρ·T·h·4"
+        yield "norms: all-gather of dy·norm(x)", ("gather",), "n·(2·L+1)·ρ·T·h·(4+(c-1)·e)"
         yield "norms: all-to-all of roots, all-gather", ("tree",), "n·(2·L+1)·c·ρ·h·(4+e)"
     if model.qk_layernorm:
         yield "q/k-layernorm: all-reduce of gradients", ("stock",), "2·ρ·2·L·c·d·4"
-        yield "q/k-layernorm: all-gather of dy·x̂", ("gather",), "n·L·c·ρ·T·(q+k)·4"
+        yield "q/k-layernorm: all-gather of dy·norm(x)", ("gather",), "n·L·ρ·T·(q+k)·(4+(c-1)·e)"
         yield "q/k-layernorm: all-to-all of roots, all-gather", ("tree",), "n·2·L·c·ρ·d·(4+e)"
     if sp and model.bias:
         yield "proj, fc2 bias: all-reduce of gradients", ("stock",), "2·ρ·2·L·h·4"

@@ -6,13 +6,11 @@ import dataclasses
 import json
 import textwrap
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
-from tpcheck.config import RunConfig, load_run, parse_run
+from tpcheck.config import RunConfig, load_run_or_preset
 from tpcheck.cost import LEGEND, STRATEGIES, Quantity, Strategy, Term, step, symbols, total
-from tpcheck.errors import TpcheckError
-from tpcheck.gpus import GPUS, Gpu
+from tpcheck.gpus import BOARD, GPUS, Gpu
 from tpcheck.memory import GIB, memory
 from tpcheck.presets import PRESETS
 
@@ -20,7 +18,7 @@ __all__ = ["command"]
 
 TP, SEQUENCE = 8, 4096  # where a preset is asked for and nothing else is said
 UNITS: dict[Quantity, tuple[str, float]] = {
-    "flops": ("TFLOP", 1e12), "bytes": ("GB sent", 1e9), "memory": ("GiB", GIB),
+    "flops": ("TFLOP", 1e12), "bytes": ("GB", 1e9), "memory": ("GiB", GIB),
 }  # fmt: skip
 
 
@@ -45,14 +43,11 @@ _SHOWN = {"tp", "sequence_parallel", "dtype", "recompute", "seq_length", "micro_
 def _config(model: str, options: dict[str, Any]) -> RunConfig:
     """The preset or run file, with what the command line says of it."""
     given = {name: value for name, value in options.items() if value is not None}
-    if model in PRESETS:
-        length = min(SEQUENCE, int(PRESETS[model]["max_positions"]))
-        settings = {"tp": TP, "seq_length": length, "micro_batch_size": 1, **given}
-        settings.setdefault("global_batch_size", settings["micro_batch_size"])
-        return parse_run({"model": model, "strategy": "stock", **settings}, model)
-    if not Path(model).is_file():
-        raise TpcheckError(f"{model}: neither a preset ({', '.join(PRESETS)}) nor a run file")
-    return load_run(model, ("strategy=stock", *(f"{name}={json.dumps(value)}" for name, value in given.items())))
+    length = min(SEQUENCE, int(PRESETS.get(model, {}).get("max_positions", SEQUENCE)))
+    sequences = given.get("micro_batch_size", 1)
+    of_preset = {"tp": TP, "seq_length": length, "micro_batch_size": sequences, "global_batch_size": sequences}
+    overrides = [f"{name}={json.dumps(value)}" for name, value in given.items()]
+    return load_run_or_preset(model, ["strategy=stock", *overrides], of_preset)
 
 
 def _totals(terms: list[Term], config: RunConfig, strategy: Strategy, gpu: Gpu) -> dict[str, float]:
@@ -79,7 +74,7 @@ def _lines(
     titles = {
         "flops": "products",
         "bytes": "sent over NVLink, in the TP group",
-        "memory": "memory beyond stock's while one sum is under way",
+        "memory": "memory beyond stock's during a sum",
     }
     width = max(len(term.what) for term in terms) + 2
     for quantity, (unit, scale) in UNITS.items():
@@ -108,6 +103,8 @@ def _lines(
         f"datasheet: {gpu.tflops:g} TFLOP/s bf16 dense, {gpu.memory_gb:g} GB ({gpu.memory_gb * 1e9 / GIB:.0f} GiB), "
         f"NVLink {gpu.nvlink_gbs:g} GB/s a direction; no GPU sustains these"
     )
+    if config.tp > BOARD:
+        yield f"NVLink joins the {BOARD} GPUs of a board; between boards TP={config.tp} is slower than this floor"
     yield ""
     legend = (f"{name}={value:g} {LEGEND[name]}" for name, value in symbols(config).items())
     yield from textwrap.wrap("; ".join(legend), 120)

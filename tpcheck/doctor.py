@@ -6,7 +6,6 @@ marked `no` and ends the command with 1; everything else is said for information
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -14,14 +13,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from tpcheck.config import RunConfig, load_run, parse_run
-from tpcheck.errors import TpcheckError
-from tpcheck.presets import PRESETS
+from tpcheck.config import RunConfig, load_run_or_preset, parse_run
 
 __all__ = ["Finding", "Verdict", "command", "examine", "unless_stock"]
 
@@ -86,30 +82,30 @@ def examine(config: RunConfig) -> list[Finding]:
 
 
 def _config(target: str | None, overrides: Sequence[str]) -> RunConfig:
-    if target is None or target in PRESETS:
-        return parse_run({"model": target} if target else {}, target or "run", overrides)
-    if not Path(target).exists():
-        raise TpcheckError(f"{target} is neither a run file nor a preset: presets are {', '.join(PRESETS)}")
-    return load_run(target, overrides)
+    return load_run_or_preset(target, overrides, {}) if target else parse_run({}, overrides=overrides)
 
 
 def _versions(config: RunConfig) -> Iterator[Finding]:
     from patches.registry import SUPPORTED
+    from tpcheck.manifest import versions
 
+    installed = versions()
     on_gpu = torch.cuda.is_available()
     yield Finding("versions", "python", platform.python_version())
     recent = hasattr(torch.library, "get_kernel")
-    yield Finding("versions", "torch", torch.__version__, "ok" if recent else "no", f"known: >={FIRST_TORCH}")
+    verdict: Verdict = "ok" if recent else unless_stock(config)
+    yield Finding("versions", "torch", torch.__version__, verdict, f"known: >={FIRST_TORCH}")
     for library, supported in SUPPORTED.items():
         needed = library == "megatron-core" or config.layers == "te" or config.attention in ("flash", "fused")
-        found = _version(library)
+        found = installed.get(library)
         known = found is not None and supported.contains(found, prereleases=True)
-        verdict: Verdict = "ok" if known else unless_stock(config) if needed or found else "note"
+        verdict = "ok" if known else unless_stock(config) if needed or found else "note"
         why = f"known: {supported}" if found or needed else "only layers=te and fused attention need it"
         yield Finding("versions", library, found or "not installed", verdict, why)
-    triton = _version("triton")
+    triton = installed.get("triton")
     if on_gpu or triton:
-        yield Finding("versions", "triton", triton or "not installed", "ok" if triton else "no", "products on a GPU")
+        verdict = "ok" if triton else unless_stock(config)
+        yield Finding("versions", "triton", triton or "not installed", verdict, "products on a GPU")
     if on_gpu:
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
         yield Finding("versions", "CUDA", str(torch.version.cuda))
@@ -127,10 +123,10 @@ def _devices(config: RunConfig) -> Iterator[Finding]:
         return
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     kinds = dict.fromkeys(f"{gpu.name}, sm_{gpu.major}{gpu.minor}" for gpu in gpus)
-    families = {gpu.major for gpu in gpus}
+    alike = len({gpu.major for gpu in gpus}) == 1
     yield Finding(
-        "devices", f"{len(gpus)} GPU{'s' * (len(gpus) > 1)}", "; ".join(kinds), "ok" if len(families) == 1 else "no",
-        "" if len(families) == 1 else "GPUs of one run must be of one architecture: their products differ",
+        "devices", f"{len(gpus)} GPU{'s' * (len(gpus) > 1)}", "; ".join(kinds), "ok" if alike else unless_stock(config),
+        "" if alike else "GPUs of one run must be of one architecture: their products differ",
     )  # fmt: skip
     if config.world_size > len(gpus):
         yield Finding("devices", "ranks", str(config.world_size), "note", "more than the GPUs of this machine")
@@ -179,13 +175,6 @@ def unless_stock(config: RunConfig) -> Verdict:
     return "note" if config.strategy == "stock" else "no"
 
 
-def _version(library: str) -> str | None:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _short(value: object) -> str:
     return f"{len(value)} kinds" if isinstance(value, dict) else str(value)
 
@@ -207,11 +196,11 @@ def _lines(config: RunConfig, findings: Sequence[Finding]) -> Iterator[str]:
         for one in findings:
             if one.section == section:
                 yield f"  {marks[one.verdict]:2}  {one.name:{width}}  {one.found}" + f"  ({one.why})" * bool(one.why)
-    if config.strategy == "stock":
-        yield "nothing to keep: a stock run promises nothing"
-        return
     failed = [one.name for one in findings if one.verdict == "no"]
     if failed:
-        yield f"cannot be kept here: {_asked(config)}; see {', '.join(failed)}"
+        verb = "run" if config.strategy == "stock" else "be kept"
+        yield f"cannot {verb} here: {_asked(config)}; see {', '.join(failed)}"
+    elif config.strategy == "stock":
+        yield "nothing to keep: a stock run promises nothing"
     else:
         yield f"can be kept here: {_asked(config)}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -21,14 +21,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import patches
-from patches.order.heads import first_dependence
+from patches.order.heads import Kernel, first_dependence
 from tpcheck.config import RunConfig
 from tpcheck.doctor import Finding, unless_stock
 from tpcheck.errors import TpcheckError
 
 __all__ = ["attention"]
 
-Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 MOST_TOKENS_ON_CPU = 128
 HEADS = 2  # of [s, b, heads, d]
 TE_BACKENDS: tuple[Literal["unfused", "flash", "fused"], ...] = ("unfused", "flash", "fused")
@@ -51,9 +50,7 @@ def attention(config: RunConfig) -> Iterator[Finding]:
         yield Finding("attention", "layers", config.layers or "", "no", str(error))
         return
     if layers == "local" and asked != "unfused":
-        yield Finding(
-            "attention", asked, "not here", unless_stock(config), "Transformer Engine's: use layers=te on a GPU"
-        )
+        yield Finding("attention", asked, "not here", "no", "Transformer Engine's: use layers=te on a GPU")
     with _one_rank():
         kernels: list[tuple[str, Kernel, bool]] = [
             ("megatron local", _local(config), layers == "local" and asked == "unfused")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["GPUS", "Gpu"]
+__all__ = ["BOARD", "GPUS", "Gpu"]
+
+BOARD = 8  # GPUs that NVLink and NVSwitch connect
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU of an 8-GPU board whose GPUs are connected by NVLink and NVSwitch."""
+    """One GPU of a board."""
 
     name: str
     tflops: float  # bfloat16 with float32 accumulation, dense: half of what a table "with sparsity" says

@@ -19,7 +19,7 @@ from tpcheck.checkpoint import Checkpoint
 from tpcheck.config import RunConfig
 from tpcheck.errors import TpcheckError
 
-__all__ = ["CODE", "continued", "cpu_name", "describe", "git", "resume_point"]
+__all__ = ["CODE", "continued", "cpu_name", "describe", "git", "resume_point", "versions"]
 
 CODE = "code.json"  # beside the packages, where they are a copy
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "numpy", "tpcheck")
@@ -45,7 +45,7 @@ def describe(config: RunConfig, data: Any, patches: list[dict[str, Any]]) -> dic
     """The manifest of a run that starts now."""
     return {
         "config": config.model_dump(mode="json"),
-        "versions": _versions(),
+        "versions": versions(),
         "git": _code(Path(__file__).parent),
         "hardware": _hardware(),
         "data": {
@@ -68,10 +68,11 @@ def continued(before: dict[str, Any], now: dict[str, Any], step: int) -> dict[st
             f"the data have changed since this run began (digest {before['data']['digest'][:12]}, now "
             f"{now['data']['digest'][:12]}): restore them, or start a new run in another output"
         )
-    if before.get("products", now["products"]) != now["products"]:
+    products = result.products(before)
+    if products != now["products"]:
         raise TpcheckError(
-            f"this run's products were of another kind, {_short(before['products'], now['products'])}, here they are "
-            f"{_short(now['products'], before['products'])}: resume on what it began on, or start a new run"
+            f"this run's products were of another kind, {_short(products, now['products'])}, here they are "
+            f"{_short(now['products'], products)}: resume on what it began on, or start a new run"
         )
     past = {key: value for key, value in before.items() if key not in ("format", "history", "data")}
     return {**now, "history": [*before.get("history", []), {**past, "until_step": step}]}
@@ -104,7 +105,7 @@ def resume_point(config: RunConfig, resume: bool) -> int:
 
 def _may_change() -> set[str]:
     # megatron-core 0.14 saves the distributed optimizer's state flattened, and loads it only so.
-    saved_flat = _versions().get("megatron-core", "").startswith("0.14.")
+    saved_flat = versions().get("megatron-core", "").startswith("0.14.")
     return MAY_CHANGE - {"distributed_optimizer"} if saved_flat else MAY_CHANGE
 
 
@@ -115,7 +116,8 @@ def _short(value: Any, other: Any) -> Any:
     return value
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of everything installed that a run's bits may depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -74,7 +74,8 @@ def _activations(config: RunConfig) -> float:
     mlp = model.ffn_hidden_size * (3 if model.activation == "swiglu" else 2)
     # Queries, keys and values twice (normalised, rotated), attention's output, the MLP's two widths.
     sharded = size * tokens * (2 * heads + model.num_attention_heads * model.head_dim + mlp) / config.tp
-    # Unfused attention, which the patches need, keeps the scores' softmax and what it was made from.
-    scores = 2 * size * tokens * config.seq_length * model.num_attention_heads / config.tp
+    # Unfused attention keeps the scores' softmax and what it was made from.
+    unfused = config.attention in (None, "unfused")
+    scores = unfused * 2 * size * tokens * config.seq_length * model.num_attention_heads / config.tp
     inside = 4 * whole + sharded + scores
     return model.num_layers * whole + inside if config.recompute else model.num_layers * inside

@@ -53,7 +53,15 @@ def is_result(path: Path) -> bool:
 
 def read_manifest(path: Path) -> Json:
     """The run's manifest, with at least its resolved `config`."""
-    return read_formatted(path, MANIFEST, {"config": dict})
+    found = read_formatted(path, MANIFEST, {"config": dict})
+    if not isinstance(found.get("products"), dict | None):
+        raise TpcheckError(f"{path / MANIFEST}: 'products' should be an object, found {found['products']!r}")
+    return found
+
+
+def products(manifest: Mapping[str, Any]) -> Json | None:
+    """What the run's products were made of, None of a stock run; before manifests told, they were exact everywhere."""
+    return manifest.get("products", None if manifest["config"].get("strategy") == "stock" else {"leaf": "exact"})
 
 
 def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:

@@ -67,8 +67,9 @@ def is_complete(cell: Cell) -> bool:
 
 
 def other_settings(cell: Cell, config: Mapping[str, Any]) -> str:
-    """What is different in `config`, the cell's own at another time."""
-    there, now = _flat(config), _flat(cell.config.model_dump(mode="json"))
+    """What is different in `config`, the cell's own at another time; what it did not know had its default."""
+    there = {**_flat(RunConfig().model_dump(mode="json")), **_flat(config)}
+    now = _flat(cell.config.model_dump(mode="json"))
     differing = [key for key in sorted({*there, *now} - {*CELL_FREE}) if there.get(key) != now.get(key)]
     return ", ".join(f"{key}: {there.get(key)} there, {now.get(key)} now" for key in differing)
 

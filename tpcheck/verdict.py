@@ -11,7 +11,6 @@ Products of another kind (manifest.json: exact on a CPU, another GPU architectur
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,23 +169,31 @@ def digests_of(cell: Cell) -> Digests | None:
 
 def _by_products(name: str, cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
     """A group's cells by the products that they ran with; one that is missing joins those of its arch."""
-    kinds: dict[str, list[Cell]] = {}
-    names: dict[str, str] = {}
-    waiting = []
+    kinds: list[tuple[dict[str, Any], list[Cell]]] = []
+    missing = []
     for cell in cells:
-        found = result.read_manifest(cell.path).get("products") if digests_of(cell) else None
-        if not isinstance(found, dict):
-            waiting.append(cell)
-            continue
-        key = json.dumps(found, sort_keys=True)
-        names[key] = str(found.get("family", "exact"))
-        kinds.setdefault(key, []).append(cell)
-    for cell in waiting:
-        alike = [members for members in kinds.values() if any(member.arch == cell.arch for member in members)]
-        (alike or list(kinds.values()) or [kinds.setdefault("", [])])[0].append(cell)
+        products = result.products(result.read_manifest(cell.path)) if digests_of(cell) else None
+        if products is None:
+            missing.append(cell)
+        elif alike := [members for kind, members in kinds if kind == products]:
+            alike[0].append(cell)
+        else:
+            kinds.append((products, [cell]))
     if len(kinds) < 2:
         return [(name, list(cells))]
-    return [(f"{name} ({names[key]} products)", members) for key, members in kinds.items()]
+    for cell in missing:
+        here = [members for _, members in kinds if any(member.arch == cell.arch for member in members)]
+        (here or [kinds[0][1]])[0].append(cell)
+    return [(f"{name} ({_distinct(kind, [one for one, _ in kinds])})", members) for kind, members in kinds]
+
+
+def _distinct(products: dict[str, Any], all_kinds: Sequence[dict[str, Any]]) -> str:
+    """The family of these products, and whatever else differs within it."""
+    family = products.get("family", "exact")
+    relatives = [kind for kind in all_kinds if kind.get("family", "exact") == family]
+    others = [key for key, value in products.items() if any(kind.get(key) != value for kind in relatives)]
+    others = [key if isinstance(products[key], dict) else f"{key} {products[key]}" for key in others]
+    return ", ".join([f"{family} products", *others])
 
 
 def _judge(name: str, cells: Sequence[Cell], difference: Difference) -> Group:

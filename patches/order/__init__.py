@@ -1,1 +1,1 @@
-"""The sums themselves: pure torch, without Megatron or Transformer Engine."""
+"""The sums themselves, in torch and, on a GPU, Triton; without Megatron or Transformer Engine."""

@@ -15,15 +15,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Attention", "first_dependence"]
+__all__ = ["Kernel", "first_dependence"]
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 NAMES = ("the output", "dq", "dk", "dv")
 
 
 def first_dependence(
-    attention: Attention,
+    attention: Kernel,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -63,7 +63,7 @@ def _random(like: Tensor, heads: int, dim: int, generator: torch.Generator) -> T
     return torch.randn(shape, dtype=torch.float32, device=like.device, generator=generator).to(like.dtype)
 
 
-def _results(attention: Attention, operands: Sequence[Tensor], backward: bool) -> list[Tensor]:
+def _results(attention: Kernel, operands: Sequence[Tensor], backward: bool) -> list[Tensor]:
     """The output and, if `backward`, the gradients; whatever the caller records of its own graph stays untouched."""
     *qkv, dy = operands
     # A layer that is checkpointed packs what is saved here too; the innermost hooks are these.

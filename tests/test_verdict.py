@@ -72,10 +72,11 @@ def test_products_of_one_family_are_told_apart_by_what_differs(tmp_path: Path) -
     of = sweep(tmp_path, matrix={"strategy": ["tree"], "tp": [1, 2]})
     for cell, triton in zip(of.cells, ("3.4.0", "3.6.0"), strict=True):
         finish(cell, products={"family": "sm_90", "triton": triton, "sums": {"order": triton}})
-    assert [group.name for group in judge(of).groups] == [
-        "tree (sm_90 products, triton 3.4.0, sums)",
-        "tree (sm_90 products, triton 3.6.0, sums)",
-    ]
+    found = judge(of)
+    names = ["tree (sm_90 products, triton 3.4.0, sums)", "tree (sm_90 products, triton 3.6.0, sums)"]
+    assert [group.name for group in found.groups] == names
+    assert found.exit_code == 2
+    assert found.sentence().startswith(f"no verdict: {', '.join(names)} cannot be compared")
 
 
 def test_cells_from_before_manifests_told_of_products_had_exact_ones(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Products of another kind (manifest.json: exact on a CPU, another GPU architectur
 
     exit code 0   every cell is complete, everything promised held
               1   cells of a promised group differ: the first step and the tensors are named
-              2   cells are missing
+              2   cells are missing, or those of one family of GPUs ran with other products
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Group:
     variants: tuple[str, ...]  # what sets its cells apart: TP=1, TP=2, …
     cells: Mapping[str, Digests | None]
     difference: tuple[str, ...] = ()  # where two of them part, in lines; only for what was promised
+    mixed: bool = False  # cells that belong here ran with other products of the same family
 
     @property
     def complete(self) -> list[Digests]:
@@ -82,8 +83,12 @@ class Verdict:
         return [name for group in self.groups for name in group.missing]
 
     @property
+    def mixed(self) -> list[Group]:
+        return [group for group in self.groups if group.promised and group.mixed]
+
+    @property
     def exit_code(self) -> int:
-        return 1 if self.broken else 2 if self.missing else 0
+        return 1 if self.broken else 2 if self.missing or self.mixed else 0
 
     def sentence(self) -> str:
         """The verdict in one line."""
@@ -91,6 +96,8 @@ class Verdict:
             return f"BROKEN: {_names(self.broken)} promised one digest and has several"
         if self.missing:
             return f"no verdict yet: {len(self.missing)} of {sum(len(g.cells) for g in self.groups)} cells are missing"
+        if self.mixed:
+            return f"no verdict: {_names(self.mixed)} cannot be compared: train the cells of one of them again"
         held = [group for group in self.groups if group.promised and group.status == "identical"]
         if not held:
             return "nothing was promised and compared: no group of patched cells differs in an invariant setting"
@@ -150,7 +157,7 @@ class Verdict:
 def judge(sweep: Sweep, difference: Difference | None = None) -> Verdict:
     """Compare what the cells left; `difference(a, b)` tells in a few lines where two result directories part."""
     groups = [part for name, cells in sweep.groups() for part in _by_products(name, cells)]
-    return Verdict(sweep.name, tuple(_judge(name, cells, difference or _diff) for name, cells in groups))
+    return Verdict(sweep.name, tuple(_judge(*group, difference or _diff) for group in groups))
 
 
 def write(verdict: Verdict, output: Path) -> Path:
@@ -167,8 +174,11 @@ def digests_of(cell: Cell) -> Digests | None:
     return Digests(found["model"], found.get("optimizer"))
 
 
-def _by_products(name: str, cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
-    """A group's cells by the products that they ran with; one that is missing joins those of its arch."""
+def _by_products(name: str, cells: Sequence[Cell]) -> list[tuple[str, list[Cell], bool]]:
+    """A group's cells by the products that they ran with; one that is missing joins those of its arch.
+
+    True where another kind is of the same family: nobody meant to part those.
+    """
     kinds: list[tuple[dict[str, Any], list[Cell]]] = []
     missing = []
     for cell in cells:
@@ -180,11 +190,15 @@ def _by_products(name: str, cells: Sequence[Cell]) -> list[tuple[str, list[Cell]
         else:
             kinds.append((products, [cell]))
     if len(kinds) < 2:
-        return [(name, list(cells))]
+        return [(name, list(cells), False)]
     for cell in missing:
         here = [members for _, members in kinds if any(member.arch == cell.arch for member in members)]
         (here or [kinds[0][1]])[0].append(cell)
-    return [(f"{name} ({_distinct(kind, [one for one, _ in kinds])})", members) for kind, members in kinds]
+    families = [kind.get("family", "exact") for kind, _ in kinds]
+    return [
+        (f"{name} ({_distinct(kind, [one for one, _ in kinds])})", members, families.count(family) > 1)
+        for (kind, members), family in zip(kinds, families, strict=True)
+    ]
 
 
 def _distinct(products: dict[str, Any], all_kinds: Sequence[dict[str, Any]]) -> str:
@@ -196,7 +210,7 @@ def _distinct(products: dict[str, Any], all_kinds: Sequence[dict[str, Any]]) -> 
     return ", ".join([f"{family} products", *others])
 
 
-def _judge(name: str, cells: Sequence[Cell], difference: Difference) -> Group:
+def _judge(name: str, cells: Sequence[Cell], mixed: bool, difference: Difference) -> Group:
     found = {cell.name: digests_of(cell) for cell in cells}
     promised = all(cell.promised for cell in cells)
     complete = [cell for cell in cells if found[cell.name]]
@@ -205,7 +219,7 @@ def _judge(name: str, cells: Sequence[Cell], difference: Difference) -> Group:
     if promised and strangers:
         a, b = complete[0], strangers[0]
         lines = (f"{name}: {a.name} and {b.name} differ", *(f"  {line}" for line in difference(a.path, b.path)))
-    return Group(name, promised, tuple(cell.variant for cell in cells), found, lines)
+    return Group(name, promised, tuple(cell.variant for cell in cells), found, lines, mixed)
 
 
 def _diff(a: Path, b: Path) -> Iterable[str]:

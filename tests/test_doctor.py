@@ -53,6 +53,15 @@ def test_what_is_asked_for_and_not_here_is_a_no(tmp_path: Path):
     assert done.stdout.splitlines()[-1].startswith("cannot be kept here: tree, 8 leaves, layers=local")
 
 
+def test_products_that_fail_are_a_line_of_the_table(monkeypatch: pytest.MonkeyPatch):
+    def fails(device: torch.device) -> None:
+        raise OSError("no C\ncompiler")
+
+    monkeypatch.setattr("patches.order.products.check", fails)
+    (found,) = doctor._sums(parse_run(TINY))
+    assert (found.name, found.verdict, found.why) == ("products", "no", "OSError: no C compiler")
+
+
 def test_bad_input_is_answered_in_one_line(capsys: pytest.CaptureFixture[str]):
     assert main(["doctor", "qwen4-tiny"]) == 2
     assert "neither a run file nor a preset: presets are qwen3-tiny" in capsys.readouterr().err

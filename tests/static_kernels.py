@@ -24,7 +24,11 @@ from typing import Any
 
 from patches.order.variant import Variant
 
-MODULES = ("patches.order.gemm_gpu", "patches.order.collectives_gpu")
+MODULES = tuple(
+    f"patches.order.{name}_gpu" for name in ("gemm", "collectives", "sums", "norm", "softmax", "embedding", "squares")
+)
+# Additions and multiplications that the assembler may contract to one rounding.
+CONTRACTIBLE = re.compile(r"\b(?:add|sub|mul)(?:\.ftz)?\.f32")
 TABLE = Path(__file__).parent / "kernels" / "static.json"
 SHARED_LIMIT = 227 * 1024  # bytes that a block may have on sm_90 and sm_100
 STACK_LIMIT = {90: 256}
@@ -37,7 +41,8 @@ class Facts:
     """Registers per thread, bytes of stack per thread, bytes of shared memory per block, waits for tensor cores.
 
     `waits` are the assembler's wgmma waits for everything in flight: more than the compiler asked for (`asked`)
-    mean that it found the asynchronous instructions unsafe and put them one after the other.
+    mean that it found the asynchronous instructions unsafe and put them one after the other. `contractible` are
+    float additions and multiplications that may still become one.
     """
 
     registers: int
@@ -46,6 +51,7 @@ class Facts:
     mma: bool
     asked: int = 0
     waits: int = 0
+    contractible: int = 0
 
 
 def main() -> int:
@@ -95,6 +101,7 @@ def broken_rules(name: str, case: tuple[Variant, int], facts: Facts) -> list[str
         f"takes {facts.shared} bytes of shared memory": facts.shared <= SHARED_LIMIT,
         "does not use the tensor cores": facts.mma or variant.expects != "mma",
         "waits for every wgmma": facts.waits <= facts.asked,
+        "may round a multiplication and an addition as one": variant.fp_fusion or not facts.contractible,
     }
     return [f"{name} {rule}" for rule, kept in rules.items() if not kept]
 
@@ -122,7 +129,9 @@ def facts_of(variant: Variant, family: int) -> Facts:
     from triton.compiler import ASTSource
 
     source = ASTSource(variant.kernel, variant.signature, variant.constexprs, variant.attrs)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages} | (
+        {} if variant.fp_fusion else {"enable_fp_fusion": False}
+    )
     compiled: Any = triton.compile(source, target=GPUTarget("cuda", family, 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -137,6 +146,7 @@ def facts_of(variant: Variant, family: int) -> Facts:
         shared=compiled.metadata.shared,
         mma=("wgmma.mma_async" if family == 90 else "tcgen05.mma") in ptx,
         asked=ptx.count("wgmma.wait_group.sync.aligned 0"),
+        contractible=len(CONTRACTIBLE.findall(ptx)),
         waits=len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", code)),
     )
 

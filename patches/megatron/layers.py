@@ -10,7 +10,9 @@ from torch import Tensor
 from patches.contract import UnsupportedError
 from patches.megatron.context import mark_complete, over_tp, tp_group, whole
 from patches.ops.bias import bias_per_token
+from patches.ops.embedding import embedding
 from patches.ops.linear import column_parallel, row_parallel
+from patches.order import kernels
 from patches.registry import attribute
 
 __all__ = ["PATCHES", "draw_shard"]
@@ -61,6 +63,24 @@ def _column_forward_impl(original: Any) -> Any:
     return _forward_impl
 
 
+def _embedding_forward(original: Any) -> Any:
+    def forward(self: Any, input_: Tensor) -> Tensor:
+        if not kernels.serve(self.weight.device):
+            return original(self, input_)
+        from megatron.core.tensor_parallel import mappings
+
+        if getattr(self, "gtp_remat_size", 1) > 1:
+            raise UnsupportedError("an embedding spread over more than tensor-parallel ranks (GTP) is not covered")
+        group = tp_group(self)
+        partial = embedding(self.weight, input_, over_tp(group))
+        if self.reduce_scatter_embeddings:
+            partial = partial.transpose(0, 1).contiguous()
+            return mappings.reduce_scatter_to_sequence_parallel_region(partial, group=group)
+        return mappings.reduce_from_tensor_model_parallel_region(partial, group=group)
+
+    return forward
+
+
 def _initialize_on_device(original: Any) -> Any:
     def initialize(
         weight: Tensor, init_method: Any, partition_dim: int, stride: int = 1, is_expert: bool = False
@@ -108,6 +128,13 @@ PATCHES = [
         "dgrad sums over output features spread over ranks (QKV, fc1, output layer)",
         _column_forward_impl,
         parameters="input weight args kwargs",
+    ),
+    attribute(
+        "embedding",
+        f"{MODULE}:VocabParallelEmbedding.forward",
+        "on a GPU, the order of a row's gradient depends on the rank's other tokens; a CPU adds in token order",
+        _embedding_forward,
+        parameters="input_",
     ),
     attribute(
         "device-init",

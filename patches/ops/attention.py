@@ -16,8 +16,9 @@ from torch import Tensor
 
 from patches.ops.sharded import Shards
 from patches.order.collectives import all_gather
-from patches.order.exact import exact_sum, rounded
-from patches.order.tree import tree_of_sums, tree_sum
+from patches.order.exact import rounded
+from patches.order.sums import row_sums, tree_of_sums
+from patches.order.tree import tree_sum
 
 __all__ = ["repeat_for_heads"]
 
@@ -46,7 +47,7 @@ class _RepeatForHeads(torch.autograd.Function):
         shards: Shards = ctx.shards
         sharers = max(1, shards.size // ctx.groups)
         if shards.contract.strategy == "gather":
-            total = exact_sum(torch.cat(_from_sharers(heads, shards, sharers, 3), 3), 3).float()
+            total = row_sums(torch.cat(_from_sharers(heads, shards, sharers, 3), 3), (3,)).float()
         else:
             leaves = max(1, shards.contract.leaves // ctx.groups) // sharers
             total = tree_sum(_from_sharers(tree_of_sums(heads, 3, leaves), shards, sharers, 2))

@@ -2,7 +2,8 @@
 
     loss = log Σ_v exp(z_v - max z) - (z_target - max z)      z: logits, v spread over ranks
 
-The maximum is exact; the target's logit is one term among zeros, exact as well.
+The maximum is exact; the target's logit is one term among zeros, exact as well. On a GPU one kernel reads the logits
+and leaves a few numbers per token and leaf; backward computes the softmax again, from the logits.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from patches.ops.sharded import Shards
+from patches.order import kernels
+from patches.order.collectives import all_gather
+from patches.order.exact import rounded
 
 __all__ = ["cross_entropy"]
 
@@ -25,7 +29,8 @@ def cross_entropy(logits_sbV: Tensor, target_sb: Tensor, shards: Shards) -> Tens
         logits_sbV: [s, b, V/t], this rank's share of the vocabulary.
         target_sb: [s, b], ids in the whole vocabulary.
     """
-    loss: Tensor = _CrossEntropy.apply(logits_sbV, target_sb, shards)
+    function = _FusedCrossEntropy if kernels.serve(logits_sbV.device) else _CrossEntropy
+    loss: Tensor = function.apply(logits_sbV, target_sb, shards)
     return loss
 
 
@@ -56,3 +61,35 @@ class _CrossEntropy(torch.autograd.Function):
         hit = (~elsewhere).float().unsqueeze(-1)
         dz = softmax.scatter_add(-1, local, -hit) * dloss.unsqueeze(-1)
         return dz.to(ctx.dtype), None, None
+
+
+class _FusedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, shards: Shards) -> Tensor:
+        from patches.order import softmax_gpu
+
+        z_TV = logits.flatten(0, -2)
+        share = z_TV.shape[1]
+        local_T = target.flatten() - shards.rank * share
+        elsewhere = (local_T < 0) | (local_T >= share)
+        picked = z_TV.gather(1, local_T.masked_fill(elsewhere, 0).unsqueeze(1)).squeeze(1)
+        picked = picked.float().masked_fill_(elsewhere, 0.0)
+        gather = shards.contract.strategy == "gather"
+        whole = all_gather(z_TV, shards.group, 1) if gather else z_TV
+        tops, sums = softmax_gpu.exponentials(whole, shards.contract.leaves_of_rank(shards.size))
+        top = tops.amax((1, 2))
+        if shards.size > 1:
+            dist.all_reduce(picked, group=shards.group)
+            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shards.group)
+        root = softmax_gpu.joined(tops, sums, top)[1]
+        total = rounded(root, torch.float32) if gather else shards.meet(root, torch.float32)
+        ctx.save_for_backward(z_TV, local_T, top, total)
+        ctx.shape = logits.shape
+        return (torch.log(total) - (picked - top)).view(target.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
+        from patches.order import softmax_gpu
+
+        z, local, top, total = ctx.saved_tensors
+        return softmax_gpu.logits_gradient(z, local, top, total, dloss.flatten()).view(ctx.shape), None, None

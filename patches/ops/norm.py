@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from patches.ops.sharded import Shards
-from patches.order.exact import exact_sum, rounded
+from patches.order import kernels
+from patches.order import norm as norm_on_cpu
 
 __all__ = ["norm"]
 
@@ -40,39 +41,42 @@ class _Norm(torch.autograd.Function):
         ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, centered: bool, leaf_dim: int,
         shards: Shards,
     ) -> Tensor:  # fmt: skip
-        mean = _row_mean(x) if centered else None
-        rstd = 1.0 / torch.sqrt(_row_mean(_centered(x, mean).square()) + eps)
+        y, mean, rstd = _rows(x).normalised(x, gamma, beta, eps, centered)
         ctx.save_for_backward(x, gamma, mean, rstd)
         ctx.has_beta, ctx.leaf_dim, ctx.shards = beta is not None, leaf_dim, shards
-        y = _normalised(x, mean, rstd) * gamma.float()
-        return rounded(y if beta is None else y + beta.float(), x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, gamma, mean, rstd = ctx.saved_tensors
-        x_hat, dy32 = _normalised(x, mean, rstd), dy.float()
         dx = dgamma = dbeta = None
         if ctx.needs_input_grad[0]:
-            g = (dy32 * gamma.float()).double()
-            dx = g - x_hat * _row_mean(g * x_hat)
-            if mean is not None:
-                dx = dx - _row_mean(g)
-            dx = rounded(dx * rstd, x.dtype)
+            dx = _rows(x).input_gradient(dy, x, gamma, mean, rstd)
         whole = tuple(d for d in range(x.dim() - 1) if d != ctx.leaf_dim)
         if ctx.needs_input_grad[1]:
-            dgamma = ctx.shards.total(dy32 * x_hat, ctx.leaf_dim, gamma.dtype, whole)
+            dgamma = _gamma_gradient(dy, x, mean, rstd, gamma.dtype, ctx.leaf_dim, whole, ctx.shards)
         if ctx.has_beta and ctx.needs_input_grad[2]:
-            dbeta = ctx.shards.total(dy32, ctx.leaf_dim, gamma.dtype, whole)
+            dbeta = ctx.shards.total(dy, ctx.leaf_dim, gamma.dtype, whole)
         return dx, dgamma, dbeta, None, None, None, None
 
 
-def _row_mean(x: Tensor) -> Tensor:
-    return exact_sum(x, -1, keepdim=True) / x.shape[-1]
+def _gamma_gradient(
+    dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, dtype: torch.dtype, leaf_dim: int,
+    whole: tuple[int, ...], shards: Shards,
+) -> Tensor:  # fmt: skip
+    """Σ dy·x̂; kernels of the tree multiply as they sum."""
+    if kernels.serve(x.device) and shards.contract.strategy == "tree":
+        from patches.order import sums_gpu
+
+        leaves = shards.contract.leaves_of_rank(shards.size)
+        return shards.meet(sums_gpu.tree_of_sums(dy, leaf_dim, leaves, whole, (x, mean, rstd)), dtype)
+    return shards.total(dy.float() * norm_on_cpu.x_hat(x, mean, rstd), leaf_dim, dtype, whole)
 
 
-def _normalised(x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
-    return (_centered(x, mean) * rstd).float()
+def _rows(x: Tensor) -> Any:
+    """What normalises rows where `x` lies."""
+    if not kernels.serve(x.device):
+        return norm_on_cpu
+    from patches.order import norm_gpu
 
-
-def _centered(x: Tensor, mean: Tensor | None) -> Tensor:
-    return x.double() if mean is None else x.double() - mean
+    return norm_gpu

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from patches.contract import Contract
 from patches.order.collectives import Pending, all_gather, begin_all_reduce, begin_reduce_scatter
-from patches.order.exact import exact_sum, rounded
+from patches.order.exact import rounded
 from patches.order.products import product, tree_product
-from patches.order.tree import tree_of_sums
+from patches.order.sums import row_sums, tree_of_sums
 
 __all__ = ["Shards"]
 
@@ -70,8 +70,12 @@ class Shards:
         """Σx over the sharded `dim` of all ranks (and `exact_dims`, which are whole), rounded once to `dtype`."""
         if self.contract.strategy == "gather":
             whole = all_gather(x, self.group, dim % x.dim())
-            return rounded(exact_sum(whole, (dim, *exact_dims)).float(), dtype)
+            return rounded(row_sums(whole, (dim, *exact_dims)).float(), dtype)
         root = tree_of_sums(x, dim, self.contract.leaves_of_rank(self.size), exact_dims)
+        return self.meet(root, dtype)
+
+    def meet(self, root: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tree's upper levels: the float32 roots of all ranks summed, rounded once to `dtype`."""
         return self._meet(root, dtype, scatter=False)()
 
     def _meet(self, root: Tensor, dtype: torch.dtype, scatter: bool) -> Pending:

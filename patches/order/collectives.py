@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from patches.contract import UnsupportedError
+from patches.order import kernels
 from patches.order.exact import rounded, sum_of_squares
 from patches.order.tree import tree_sum
 
@@ -130,6 +131,13 @@ def gradient_norm(grads: list[Tensor], groups: list[dist.ProcessGroup], device: 
 
     Infinities and NaNs come through as they are.
     """
+    if kernels.serve(device):
+        from patches.order import squares_gpu
+
+        bins = squares_gpu.squares(grads, device)
+        for group in groups:
+            dist.all_reduce(bins, group=group)
+        return squares_gpu.root(bins)
     tops = [grad.detach().abs().amax() for grad in grads if grad.numel()]
     top = torch.stack([t.float() for t in tops]).amax() if tops else torch.zeros((), device=device)
     top = torch.where(top.isnan(), torch.inf, top)

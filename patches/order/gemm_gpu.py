@@ -1,11 +1,8 @@
-"""Leaf and tree products on a GPU: one Triton kernel whose every element depends on its own row and column alone.
-
-    one program ─ tiles p, p+P, p+2P, …          every tile: the leaves of K in order, each its own accumulator
-                    └─ subtree 0 ─ subtree 1 ─ …   pending sums of a subtree stay in registers,
-                         └─ leaf 0 ─ leaf 1 ─ …    those above it wait in a float32 scratch buffer
+"""Leaf and tree products on a GPU: one Triton kernel (`gemm_kernel`) for all layouts, batches and numbers of leaves.
 
 No split of K, no autotuning by shape: the k step and the MMA, which set the bits, are fixed per dtype and
-architecture family (`contract`); tiles only cut M and N. Legend: M, N result, K summed, L leaves, B batch.
+architecture family (`contract`). Tiles only cut M and N. Legend: M, N result, K summed, B batch, R rows of an
+operand, be they M or N.
 """
 
 from __future__ import annotations
@@ -19,11 +16,11 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from patches.contract import UnsupportedError
+from patches.order.gemm_kernel import COUNTS, kernel
 from patches.order.tree import cuts, tree_sum
 from patches.order.variant import Variant
 
@@ -33,7 +30,6 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 INTERPRETED_PROGRAMS = 3
 GROUP_M = 8
 FAMILIES = {9: 90, 10: 100}
-COUNTS = ("steps", "tiles_m", "tiles_n", "tiles")  # arguments whose value no kernel is compiled for
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -163,7 +159,7 @@ def _variant(title: str, dtype: torch.dtype, layout: str, leaves: int, pieces: i
     if leaves >> tile.register_levels <= 1:
         constexprs["scratch"] = None
     pointers = {"a": NAMES[dtype], "b": NAMES[dtype], "out": result, "scratch": "fp32"}
-    signature = dict.fromkeys(_product.arg_names, "i32")
+    signature = dict.fromkeys(kernel.arg_names, "i32")
     signature |= {argument: "*" + element.replace("added", "fp32") for argument, element in pointers.items()}
     signature |= dict.fromkeys(constexprs, "constexpr")
     if tma:
@@ -172,7 +168,7 @@ def _variant(title: str, dtype: torch.dtype, layout: str, leaves: int, pieces: i
             signature[argument] = f"tensordesc<{NAMES[dtype]}[{block}]>"
     return Variant(
         name=title,
-        kernel=_product,
+        kernel=kernel,
         signature=signature,
         constexprs=constexprs,
         # Sizes and strides of models are multiples of 16; one that is not compiles a variant of its own.
@@ -185,197 +181,6 @@ def _variant(title: str, dtype: torch.dtype, layout: str, leaves: int, pieces: i
         num_stages=tile.stages,
         expects="" if dtype == torch.float32 else "mma",
     )
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def _product(
-    a,
-    b,
-    out,
-    scratch,
-    M,
-    N,
-    K,
-    steps,
-    tiles_m,
-    tiles_n,
-    tiles,
-    a_B,
-    a_M,
-    a_K,
-    b_B,
-    b_K,
-    b_N,
-    out_B,
-    out_M,
-    out_N,
-    LEAVES: tl.constexpr,
-    PIECES: tl.constexpr,
-    TMA: tl.constexpr,
-    A_ALONG_K: tl.constexpr,
-    B_ALONG_K: tl.constexpr,
-    ADD: tl.constexpr,
-    WIDEN: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_K: tl.constexpr,
-    REGISTER_LEVELS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """a, b: TMA descriptors or pointers. K: length of a piece. steps: k steps of a leaf's piece.
-
-    scratch: [programs, levels above the registers', TILE_M, TILE_N].
-    """
-    SUBTREE: tl.constexpr = min(LEAVES, 1 << REGISTER_LEVELS)
-    SUBTREES: tl.constexpr = LEAVES // SUBTREE
-    LEVELS: tl.constexpr = SUBTREES.bit_length() - 1
-    TILE: tl.constexpr = TILE_M * TILE_N
-    if LEVELS > 0:
-        pending = scratch + tl.cast(tl.program_id(0), tl.int64) * (LEVELS * TILE)
-        pending += tl.arange(0, TILE_M)[:, None] * TILE_N + tl.arange(0, TILE_N)[None, :]
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        # Tiles that run at the same time share rows and columns: GROUP rows of tiles at a time, column by column.
-        batch = tile // (tiles_m * tiles_n)
-        in_batch = tile % (tiles_m * tiles_n)
-        first = in_batch // (GROUP * tiles_n) * GROUP
-        in_group = in_batch % (GROUP * tiles_n)
-        height = min(tiles_m - first, GROUP)
-        m = (first + in_group % height) * TILE_M
-        n = in_group // height * TILE_N
-        operands = (a, b, batch, m, n, M, N, K, steps, (a_B, a_M, a_K), (b_B, b_N, b_K))
-        root = tl.zeros((TILE_M, TILE_N), tl.float32)
-        for subtree in range(SUBTREES):
-            root = _subtree(
-                operands, subtree * SUBTREE, SUBTREE, LEAVES, PIECES,
-                TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K,
-            )  # fmt: skip
-            if LEVELS > 0:
-                # A binary counter: the trailing ones of `subtree` are the levels that this subtree completes.
-                level = 0
-                while (subtree >> level) & 1 != 0:
-                    root = tl.load(pending + level * TILE) + root
-                    level += 1
-                if subtree != SUBTREES - 1:
-                    tl.store(pending + level * TILE, root)
-        _store(root, out + tl.cast(batch, tl.int64) * out_B, m, n, M, N, out_M, out_N, ADD, TILE_M, TILE_N)
-
-
-@triton.jit
-def _store(
-    root, out, m, n, M, N, out_M, out_N, ADD: tl.constexpr, TILE_M: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """Round and store, or add, at most 64 columns at a time: what addresses and old values take is registers."""
-    if COLUMNS > 64:
-        HALF: tl.constexpr = COLUMNS // 2
-        left, right = root.reshape(TILE_M, 2, HALF).permute(0, 2, 1).split()
-        _store(left, out, m, n, M, N, out_M, out_N, ADD, TILE_M, HALF)
-        _store(right, out, m, n + HALF, M, N, out_M, out_N, ADD, TILE_M, HALF)
-    else:
-        rows = m + tl.arange(0, TILE_M)
-        columns = n + tl.arange(0, COLUMNS)
-        inside = (rows < M)[:, None] & (columns < N)[None, :]
-        at = out + rows.to(tl.int64)[:, None] * out_M + columns.to(tl.int64)[None, :] * out_N
-        if ADD:
-            tl.store(at, tl.load(at, mask=inside) + root, mask=inside)
-        else:
-            tl.store(at, root.to(out.dtype.element_ty) + 0.0, mask=inside)
-
-
-@triton.jit
-def _subtree(
-    operands, leaf, SUBTREE: tl.constexpr, LEAVES: tl.constexpr, PIECES: tl.constexpr,
-    TMA: tl.constexpr, A_ALONG_K: tl.constexpr, B_ALONG_K: tl.constexpr, WIDEN: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
-):  # fmt: skip
-    """Root of the tree over SUBTREE leaves from `leaf` on; what is pending stays in registers."""
-    if SUBTREE > 2:
-        HALF: tl.constexpr = SUBTREE // 2
-        left = _subtree(operands, leaf, HALF, LEAVES, PIECES, TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K)
-        right = _subtree(
-            operands, leaf + HALF, HALF, LEAVES, PIECES, TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K
-        )
-        root = left + right
-    else:
-        root = _leaves(
-            operands, leaf, SUBTREE, LEAVES, PIECES, TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K
-        )
-    return root
-
-
-@triton.jit
-def _leaves(
-    operands, leaf, COUNT: tl.constexpr, LEAVES: tl.constexpr, PIECES: tl.constexpr,
-    TMA: tl.constexpr, A_ALONG_K: tl.constexpr, B_ALONG_K: tl.constexpr, WIDEN: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
-):  # fmt: skip
-    """A leaf, or two side by side, so that loads run dry half as often: k in order, TILE_K at a time.
-
-    Returns float32 [TILE_M, TILE_N]. A ragged end is filled with zeros.
-    """
-    left = tl.zeros((TILE_M, TILE_N), tl.float32)
-    right = tl.zeros((TILE_M, TILE_N), tl.float32)
-    for step in range(PIECES * operands[8]):
-        x_MK, y_KN = _step(
-            operands, leaf, step, LEAVES, PIECES, TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K
-        )
-        left = tl.dot(x_MK, y_KN, left, input_precision="ieee")
-        if COUNT == 2:
-            x_MK, y_KN = _step(
-                operands, leaf + 1, step, LEAVES, PIECES, TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K
-            )
-            right = tl.dot(x_MK, y_KN, right, input_precision="ieee")
-    return left + right if COUNT == 2 else left
-
-
-@triton.jit
-def _step(
-    operands, leaf, step, LEAVES: tl.constexpr, PIECES: tl.constexpr,
-    TMA: tl.constexpr, A_ALONG_K: tl.constexpr, B_ALONG_K: tl.constexpr, WIDEN: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
-):  # fmt: skip
-    """[TILE_M, TILE_K] and [TILE_K, TILE_N] of a leaf's k step; its gate comes before its up."""
-    a, b, batch, m, n, M, N, K, steps, a_strides, b_strides = operands
-    start = tl.cast(tl.cast(leaf, tl.int64) * K // LEAVES, tl.int32)
-    end = tl.cast(tl.cast(leaf + 1, tl.int64) * K // LEAVES, tl.int32)
-    piece = step // steps if PIECES > 1 else 0
-    k = start + (step - piece * steps) * TILE_K
-    if TMA:
-        x_MK = _block(a, batch, m, piece * K + k, A_ALONG_K, TILE_M, TILE_K)
-        y_NK = _block(b, batch, n, piece * K + k, B_ALONG_K, TILE_N, TILE_K)
-    else:
-        x_MK = _masked_block(a, batch, m, M, k, end, piece * K, a_strides, TILE_M, TILE_K)
-        y_NK = _masked_block(b, batch, n, N, k, end, piece * K, b_strides, TILE_N, TILE_K)
-    if WIDEN:
-        x_MK = _widened(x_MK)
-        y_NK = _widened(y_NK)
-    return x_MK, y_NK.T
-
-
-@triton.jit
-def _block(x, batch, row, k, ALONG_K: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr):
-    """[ROWS, TILE_K] by TMA, which fills with zeros what is outside the tensor."""
-    if ALONG_K:
-        block = x.load([batch, row, k]).reshape(ROWS, TILE_K)
-    else:
-        block = x.load([batch, k, row]).reshape(TILE_K, ROWS).T
-    return block
-
-
-@triton.jit
-def _masked_block(x, batch, row, rows, k, end, skip, strides, ROWS: tl.constexpr, TILE_K: tl.constexpr):
-    """[ROWS, TILE_K] of any strides; zeros beyond `rows` and the leaf's `end`."""
-    stride_B, stride_R, stride_K = strides
-    at_row = row + tl.arange(0, ROWS)
-    at_k = k + tl.arange(0, TILE_K)
-    at = x + tl.cast(batch, tl.int64) * stride_B + tl.cast(skip, tl.int64) * stride_K
-    at += at_row.to(tl.int64)[:, None] * stride_R + at_k.to(tl.int64)[None, :] * stride_K
-    return tl.load(at, mask=(at_row < rows)[:, None] & (at_k < end)[None, :], other=0.0)
-
-
-@triton.jit
-def _widened(x):
-    """bfloat16 as float32, bit by bit: the interpreter's own product and conversion of bfloat16 are wrong."""
-    return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
 
 
 def _launch(a_BMK: Tensor, b_BKN: Tensor, out_BMN: Tensor, leaves: int, pieces: int, add: bool) -> None:
@@ -393,7 +198,7 @@ def _launch(a_BMK: Tensor, b_BKN: Tensor, out_BMN: Tensor, leaves: int, pieces: 
     if levels > 0:
         scratch = torch.empty(programs * levels * tile.m * tile.n, dtype=torch.float32, device=device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        _product[(programs,)](
+        kernel[(programs,)](
             _descriptor(a_BMK, a_along_k, tile.m, tile.k) if tma else a_BMK,
             _descriptor(b_BNK, b_along_k, tile.n, tile.k) if tma else b_BKN,
             out_BMN,

@@ -2,18 +2,19 @@
 
 Tensor parallelism changes the shapes that a rank's kernels see, and libraries choose their order of summation
 by shape. While `LocalInvariance` is on, every call below (Python, autograd's backward or C++) goes through
-`exact` or `elementwise` for float32, bfloat16 and float16; every other dtype runs ATen's own kernel.
+`products`, `sums` or `elementwise` for float32, bfloat16 and float16; every other dtype runs ATen's own kernel.
 
 Covered, each with its in-place and `out=` forms where ATen has them:
     products      mm, bmm, addmm, baddbmm, mv, addmv, dot, vdot (linear, matmul and einsum are made of these)
     row sums      sum, mean, softmax, log_softmax and the last two's backwards
     elementwise   exp, exp2, expm1, log, log2, log1p, sin, cos, tanh, sigmoid, silu, gelu, elu, mish, softplus, erf,
                   rsqrt, reciprocal, pow by a number, their backwards, and lerp, addcmul, addcdiv (the optimizer's)
+On a GPU `elementwise` is left to ATen, whose kernels there have no tail: one function computes every element.
 Refused by name: ATen's fused attention, and products with scales, groups, an activation or a result of another dtype,
 whose sums are out of reach.
 Exact by themselves: +, -, ×, ÷, sqrt, max, min, comparisons, indexing. Not covered: var, norm, cumsum, glu, sinh,
 cosh, atan2, logaddexp, pow by a tensor, convolutions, `add(alpha=…)` in bfloat16, and embedding and scatter sums,
-which ATen adds in index order at every shape.
+which ATen adds in index order at every shape on a CPU (on a GPU, `ops.embedding` does).
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patches.order import kernels
 from patches.order.elementwise import without_tail
 from patches.order.exact import OPERANDS, exact_sum, rounded
 from patches.order.products import product
+from patches.order.sums import row_sums
 
 __all__ = ["LocalInvariance"]
 
@@ -83,8 +86,9 @@ class LocalInvariance:
             warnings.filterwarnings("ignore", message="Warning only once for all operators")
             for name, function in {**PRODUCTS, **REDUCTIONS}.items():
                 self._override_forms(name, function)
-            for name in ELEMENTWISE:
-                self._override_forms(name, self._elementwise(name))
+            if device == "CPU":  # CUDA has one function for every element
+                for name in ELEMENTWISE:
+                    self._override_forms(name, self._elementwise(name))
             for name in REFUSED:
                 if _has_kernel(name, device):
                     self._library.impl(name, _refusal(name, refuse), device, **ON_TOP)
@@ -199,36 +203,50 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 def _sum_dim(
     x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    return rounded(exact_sum(x, list(dim) if dim else list(range(x.dim())), keepdim), dtype or x.dtype)
+    return rounded(row_sums(x, list(dim) if dim else list(range(x.dim())), keepdim), dtype or x.dtype)
 
 
 def _mean_dim(
     x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    total = exact_sum(x, list(dim) if dim else list(range(x.dim())), keepdim)
+    total = row_sums(x, list(dim) if dim else list(range(x.dim())), keepdim)
     return rounded(total / (x.numel() / max(total.numel(), 1)), dtype or x.dtype)
 
 
 def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
     dtype = torch.float32 if half_to_float else x.dtype
+    if kernels.serve(x.device):
+        return _softmax_kernels().softmax(x, dim, dtype)
     weights = torch.exp(x.float() - x.float().amax(dim, keepdim=True))
     return (weights / exact_sum(weights, dim, keepdim=True).float()).to(dtype)
 
 
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
     dtype = torch.float32 if half_to_float else x.dtype
+    if kernels.serve(x.device):
+        return _softmax_kernels().softmax(x, dim, dtype, log=True)
     shifted = x.float() - x.float().amax(dim, keepdim=True)
     return (shifted - torch.log(exact_sum(torch.exp(shifted), dim, keepdim=True).float())).to(dtype)
 
 
 def _softmax_backward(grad: Tensor, y: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+    if kernels.serve(y.device):
+        return _softmax_kernels().softmax_gradient(grad, y, dim, input_dtype)
     weighted = grad.float() * y.float()
     return (weighted - y.float() * exact_sum(weighted, dim, keepdim=True).float()).to(input_dtype)
 
 
 def _log_softmax_backward(grad: Tensor, y: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+    if kernels.serve(y.device):
+        return _softmax_kernels().softmax_gradient(grad, y, dim, input_dtype, log=True)
     total = exact_sum(grad, dim, keepdim=True).float()
     return (grad.float() - torch.exp(y.float()) * total).to(input_dtype)
+
+
+def _softmax_kernels() -> Any:
+    from patches.order import softmax_gpu
+
+    return softmax_gpu
 
 
 PRODUCTS: dict[str, Kernel] = {

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from patches.contract import UnsupportedError
+from patches.order import kernels
 from patches.order.exact import exact_product, rounded
 from patches.order.tree import tree_of_products
 
@@ -36,8 +37,10 @@ def keep_to(device: str | None) -> None:
 
 
 def describe(device: str) -> dict[str, Any]:
-    """What the bits of a product on `device` depend on besides its operands, for the manifest."""
-    facts: dict[str, Any] = _gemm().contract() if device == "cuda" else {"leaf": "exact"}
+    """What the bits of products and other sums on `device` depend on besides their operands, for the manifest."""
+    facts: dict[str, Any] = (
+        {**_gemm().contract(), "sums": kernels.contract()} if device == "cuda" else {"leaf": "exact"}
+    )
     return facts
 
 

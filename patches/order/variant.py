@@ -20,6 +20,7 @@ class Variant:
         attrs: argument index, as a tuple, to attributes: {(0,): [["tt.divisibility", 16]]}.
         expects: "mma" where the tensor cores must be used.
         families: the architectures it is launched on, by compute capability.
+        fp_fusion: whether the compiler may contract a multiplication and an addition.
     """
 
     name: str
@@ -31,3 +32,4 @@ class Variant:
     num_stages: int = 3
     expects: str = ""
     families: tuple[int, ...] = (90, 100)
+    fp_fusion: bool = True

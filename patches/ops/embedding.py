@@ -1,0 +1,40 @@
+"""Vocab-parallel embedding on a GPU: a row's gradient is the sum over its own tokens, in token order, on its own rank.
+
+ATen's kernel would order a rank's tokens by their ids, where those of other ranks stand as id 0 with zero gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patches.ops.sharded import Shards
+
+__all__ = ["embedding"]
+
+
+def embedding(weight_tVH: Tensor, ids: Tensor, shards: Shards) -> Tensor:
+    """[.., H]: the rows of `ids` in the whole vocabulary that lie on this rank, +0 for the others."""
+    result: Tensor = _Embedding.apply(weight_tVH, ids, shards)
+    return result
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, shards: Shards) -> Tensor:
+        rows = weight.shape[0]
+        local = ids - shards.rank * rows
+        elsewhere = (local < 0) | (local >= rows)
+        ctx.save_for_backward(local)
+        ctx.rows, ctx.dtype = rows, weight.dtype
+        found = weight[local.masked_fill(elsewhere, 0)].masked_fill_(elsewhere.unsqueeze(-1), 0.0)
+        return found.add_(0.0)  # as the sum over ranks would make of -0
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        from patches.order.embedding_gpu import embedding_gradient
+
+        (local,) = ctx.saved_tensors
+        return embedding_gradient(dy.flatten(0, -2), local.flatten(), ctx.rows, ctx.dtype), None, None

@@ -1,0 +1,192 @@
+"""The Triton kernel behind `gemm_gpu`: every element depends on its own row and column alone.
+
+    one program ─ tiles p, p+P, p+2P, …               P programs share the tiles
+                    └─ subtree 0 ─ subtree 1 ─ …       sums above a subtree wait in a float32 scratch buffer,
+                         └─ leaves 0, 1 ─ leaves 2, 3   those within it in registers; two leaves share a loop,
+                              └─ k step 0 ─ 1 ─ …       each with an accumulator of its own
+
+A loop over all leaves would be one loop to fill with loads, not one per pair of leaves. But an accumulator set to
+zero within a loop makes the assembler wait for every wgmma on sm_90 (the static check looks for that).
+Legend: M, N result, K summed, B batch, R rows of an operand, be they M or N.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["COUNTS", "kernel"]
+
+COUNTS = ("steps", "tiles_m", "tiles_n", "tiles")  # arguments whose value no kernel is compiled for
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def kernel(
+    a,
+    b,
+    out,
+    scratch,
+    M,
+    N,
+    K,
+    steps,
+    tiles_m,
+    tiles_n,
+    tiles,
+    a_B,
+    a_M,
+    a_K,
+    b_B,
+    b_K,
+    b_N,
+    out_B,
+    out_M,
+    out_N,
+    LEAVES: tl.constexpr,
+    PIECES: tl.constexpr,
+    TMA: tl.constexpr,
+    A_ALONG_K: tl.constexpr,
+    B_ALONG_K: tl.constexpr,
+    ADD: tl.constexpr,
+    WIDEN: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    REGISTER_LEVELS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """a, b: TMA descriptors or pointers. K: length of a piece. steps: k steps of a leaf's piece.
+
+    scratch: [programs, levels above the registers', TILE_M, TILE_N].
+    """
+    SUBTREE: tl.constexpr = min(LEAVES, 1 << REGISTER_LEVELS)
+    SUBTREES: tl.constexpr = LEAVES // SUBTREE
+    LEVELS: tl.constexpr = SUBTREES.bit_length() - 1
+    TILE: tl.constexpr = TILE_M * TILE_N
+    HOW: tl.constexpr = (LEAVES, PIECES, TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K)
+    if LEVELS > 0:
+        pending = scratch + tl.cast(tl.program_id(0), tl.int64) * (LEVELS * TILE)
+        pending += tl.arange(0, TILE_M)[:, None] * TILE_N + tl.arange(0, TILE_N)[None, :]
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        # Tiles that run at the same time share rows and columns: GROUP rows of tiles at a time, column by column.
+        batch = tile // (tiles_m * tiles_n)
+        in_batch = tile % (tiles_m * tiles_n)
+        first = in_batch // (GROUP * tiles_n) * GROUP
+        in_group = in_batch % (GROUP * tiles_n)
+        height = min(tiles_m - first, GROUP)
+        m = (first + in_group % height) * TILE_M
+        n = in_group // height * TILE_N
+        operands = (a, b, batch, m, n, M, N, K, (a_B, a_M, a_K), (b_B, b_N, b_K))
+        root = tl.zeros((TILE_M, TILE_N), tl.float32)
+        for subtree in range(SUBTREES):
+            root = _subtree(operands, steps, subtree * SUBTREE, SUBTREE, HOW)
+            if LEVELS > 0:
+                # A binary counter: the trailing ones of `subtree` are the levels that this subtree completes.
+                level = 0
+                while (subtree >> level) & 1 != 0:
+                    root = tl.load(pending + level * TILE) + root
+                    level += 1
+                if subtree != SUBTREES - 1:
+                    tl.store(pending + level * TILE, root)
+                tl.debug_barrier()  # another thread may be the one that reads, or next writes, an element
+        _store(root, out + tl.cast(batch, tl.int64) * out_B, m, n, M, N, out_M, out_N, ADD, TILE_M, TILE_N)
+
+
+@triton.jit
+def _store(
+    root, out, m, n, M, N, out_M, out_N, ADD: tl.constexpr, TILE_M: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Round and store, or add, at most 64 columns at a time: what addresses and old values take is registers."""
+    if COLUMNS > 64:
+        HALF: tl.constexpr = COLUMNS // 2
+        left, right = root.reshape(TILE_M, 2, HALF).permute(0, 2, 1).split()
+        _store(left, out, m, n, M, N, out_M, out_N, ADD, TILE_M, HALF)
+        _store(right, out, m, n + HALF, M, N, out_M, out_N, ADD, TILE_M, HALF)
+    else:
+        rows = m + tl.arange(0, TILE_M)
+        columns = n + tl.arange(0, COLUMNS)
+        inside = (rows < M)[:, None] & (columns < N)[None, :]
+        at = out + rows.to(tl.int64)[:, None] * out_M + columns.to(tl.int64)[None, :] * out_N
+        if ADD:
+            tl.store(at, tl.load(at, mask=inside) + root, mask=inside)
+        else:
+            tl.store(at, root.to(out.dtype.element_ty) + 0.0, mask=inside)
+
+
+@triton.jit
+def _subtree(operands, steps, leaf, SUBTREE: tl.constexpr, HOW: tl.constexpr):
+    """Root of the tree over SUBTREE leaves from `leaf` on; what is pending stays in registers."""
+    if SUBTREE > 2:
+        HALF: tl.constexpr = SUBTREE // 2
+        left = _subtree(operands, steps, leaf, HALF, HOW)
+        right = _subtree(operands, steps, leaf + HALF, HALF, HOW)
+        root = left + right
+    else:
+        root = _leaves(operands, steps, leaf, SUBTREE, HOW)
+    return root
+
+
+@triton.jit
+def _leaves(operands, steps, leaf, COUNT: tl.constexpr, HOW: tl.constexpr):
+    """A leaf, or two side by side, so that loads run dry half as often: k in order, TILE_K at a time.
+
+    Returns float32 [TILE_M, TILE_N]. A ragged end is filled with zeros.
+    """
+    _, PIECES, _, _, _, _, TILE_M, TILE_N, _ = HOW
+    left = tl.zeros((TILE_M, TILE_N), tl.float32)
+    right = tl.zeros((TILE_M, TILE_N), tl.float32)
+    for step in range(PIECES * steps):
+        x_MK, y_KN = _step(operands, steps, leaf, step, HOW)
+        left = tl.dot(x_MK, y_KN, left, input_precision="ieee")
+        if COUNT == 2:
+            x_MK, y_KN = _step(operands, steps, leaf + 1, step, HOW)
+            right = tl.dot(x_MK, y_KN, right, input_precision="ieee")
+    return left + right if COUNT == 2 else left
+
+
+@triton.jit
+def _step(operands, steps, leaf, step, HOW: tl.constexpr):
+    """[TILE_M, TILE_K] and [TILE_K, TILE_N] of a leaf's k step; its gate comes before its up."""
+    a, b, batch, m, n, M, N, K, a_strides, b_strides = operands
+    LEAVES, PIECES, TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K = HOW
+    start = tl.cast(tl.cast(leaf, tl.int64) * K // LEAVES, tl.int32)
+    end = tl.cast(tl.cast(leaf + 1, tl.int64) * K // LEAVES, tl.int32)
+    piece = step // steps if PIECES > 1 else 0
+    k = start + (step - piece * steps) * TILE_K
+    if TMA:
+        x_MK = _block(a, batch, m, piece * K + k, A_ALONG_K, TILE_M, TILE_K)
+        y_NK = _block(b, batch, n, piece * K + k, B_ALONG_K, TILE_N, TILE_K)
+    else:
+        x_MK = _masked_block(a, batch, m, M, k, end, piece * K, a_strides, TILE_M, TILE_K)
+        y_NK = _masked_block(b, batch, n, N, k, end, piece * K, b_strides, TILE_N, TILE_K)
+    if WIDEN:
+        x_MK = _widened(x_MK)
+        y_NK = _widened(y_NK)
+    return x_MK, y_NK.T
+
+
+@triton.jit
+def _block(x, batch, row, k, ALONG_K: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr):
+    """[ROWS, TILE_K] by TMA, which fills with zeros what is outside the tensor."""
+    if ALONG_K:
+        block = x.load([batch, row, k]).reshape(ROWS, TILE_K)
+    else:
+        block = x.load([batch, k, row]).reshape(TILE_K, ROWS).T
+    return block
+
+
+@triton.jit
+def _masked_block(x, batch, row, rows, k, end, skip, strides, ROWS: tl.constexpr, TILE_K: tl.constexpr):
+    """[ROWS, TILE_K] of any strides; zeros beyond `rows` and the leaf's `end`."""
+    stride_B, stride_R, stride_K = strides
+    at_row = row + tl.arange(0, ROWS)
+    at_k = k + tl.arange(0, TILE_K)
+    at = x + tl.cast(batch, tl.int64) * stride_B + tl.cast(skip, tl.int64) * stride_K
+    at += at_row.to(tl.int64)[:, None] * stride_R + at_k.to(tl.int64)[None, :] * stride_K
+    return tl.load(at, mask=(at_row < rows)[:, None] & (at_k < end)[None, :], other=0.0)
+
+
+@triton.jit
+def _widened(x):
+    """bfloat16 as float32, bit by bit: the interpreter's own product and conversion of bfloat16 are wrong."""
+    return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)

@@ -1,8 +1,8 @@
-"""Lets stock megatron-core train on CPU and gloo; leaves a machine with a GPU alone.
+"""Lets stock megatron-core train on CPU and gloo; on a machine with a GPU it only mends what breaks there as well.
 
 megatron-core writes "cuda" where it means "this rank's device". `enable()` makes those places mean the
-CPU, and mends what only breaks where neither Apex nor Transformer Engine is installed: torch norms under
-sequence parallelism, and the distributed optimizer's checkpoints. No section changes the bits of a sum.
+CPU, and mends, on a GPU too, what only breaks where neither Apex nor Transformer Engine is installed: torch norms
+under sequence parallelism, and the distributed optimizer's checkpoints. No section changes the bits of a sum.
 Each section names one obstacle; megatron-core may be imported before or after the call.
 """
 
@@ -29,15 +29,14 @@ FACTORIES = (
 
 @functools.cache
 def enable() -> None:
-    """Make megatron-core use the CPU. Does nothing where torch sees a GPU; a second call does nothing."""
-    if torch.cuda.is_available():
-        return
-    _no_compiler()
-    _device_is_cpu()
-    _nccl_is_gloo()
-    _streams_are_no_ops()
-    _one_generator()
-    _parameters_look_like_cuda()
+    """Make megatron-core use the CPU where torch sees no GPU, and mend it; a second call does nothing."""
+    if not torch.cuda.is_available():
+        _no_compiler()
+        _device_is_cpu()
+        _nccl_is_gloo()
+        _streams_are_no_ops()
+        _one_generator()
+        _parameters_look_like_cuda()
     _norms_take_sequence_parallel()
     _distributed_optimizer_reloads()
 

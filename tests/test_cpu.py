@@ -1,4 +1,4 @@
-"""`patches.cpu.enable()`: stock megatron-core on CPU, whenever it is called; nothing where there is a GPU."""
+"""`patches.cpu.enable()`: stock megatron-core on CPU, whenever it is called; torch as it is where there is a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 from typing import Any
 
 import pytest
-import torch
 from ranks import on_ranks
 
 from patches import cpu
@@ -59,8 +58,21 @@ def test_norms_are_marked_for_the_reduction_of_their_gradients(
     assert marked == dict.fromkeys(names, sequence_parallel)
 
 
-def test_nothing_is_touched_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = torch.zeros, torch.Tensor.to, torch.Tensor.type, torch.cuda.current_device
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    cpu.enable.__wrapped__()
-    assert before == (torch.zeros, torch.Tensor.to, torch.Tensor.type, torch.cuda.current_device)
+ON_A_GPU = """
+import torch
+torch.cuda.is_available = lambda: True
+touched = lambda: (torch.zeros, torch.Tensor.to, torch.Tensor.type, torch.cuda.current_device, torch.cuda.Stream)
+before = touched()
+from patches import cpu
+cpu.enable()
+assert before == touched()
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, tensor_model_parallel_size=2,
+                           sequence_parallel=True, persist_layer_norm=False)
+assert WrappedTorchNorm(config, 8).weight.sequence_parallel
+"""
+
+
+def test_torch_is_left_alone_where_there_is_a_gpu_and_megatron_mended() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", ON_A_GPU], check=True, timeout=120)

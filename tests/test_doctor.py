@@ -71,6 +71,15 @@ def test_a_stock_run_that_cannot_run_is_a_no(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "cannot run here: stock; see flash"
 
 
+def test_products_that_fail_are_a_line_of_the_table(monkeypatch: pytest.MonkeyPatch):
+    def fails(device: torch.device) -> None:
+        raise OSError("no C\ncompiler")
+
+    monkeypatch.setattr("patches.order.products.check", fails)
+    (found,) = doctor._sums(parse_run(TINY))
+    assert (found.name, found.verdict, found.why) == ("products", "no", "OSError: no C compiler")
+
+
 def test_bad_input_is_answered_in_one_line(capsys: pytest.CaptureFixture[str]):
     assert main(["doctor", "qwen4-tiny"]) == 2
     assert "qwen4-tiny: neither a preset (qwen3-tiny," in capsys.readouterr().err

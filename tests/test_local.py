@@ -156,6 +156,24 @@ def test_fused_attention_is_refused_by_name(on):
         F.scaled_dot_product_attention(q, q, q, is_causal=True)
 
 
+def test_products_whose_sums_are_out_of_reach_are_refused_by_name(on):
+    with pytest.raises(UnsupportedError, match=r"aten::_addmm_activation \(a fused product\).*use torch.mm"):
+        torch._addmm_activation(torch.ones(2), torch.ones(2, 3), torch.ones(3, 2))
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+def test_kernels_that_torch_overrides_itself_are_overridden_too():
+    """From 2.12 on it overrides some of CUDA's in Python, and may not let them be overridden unasked."""
+    x, theirs = torch.zeros(2, 2), torch.library.Library("aten", "IMPL")
+    theirs.impl("_softmax", lambda x, dim, half_to_float: torch.full_like(x, 7.0), "CPU")
+    ours = LocalInvariance("CPU", _refuse)
+    assert torch.softmax(x, 0)[0, 0] == 0.5
+    ours.remove()
+    assert torch.softmax(x, 0)[0, 0] == 7
+    theirs._destroy()
+    assert torch.softmax(x, 0)[0, 0] == 0.5
+
+
 def test_other_dtypes_run_atens_own_kernels(on):
     x = torch.arange(12).view(3, 4)
     assert torch.equal(x @ x.t(), torch.tensor([[14, 38, 62], [38, 126, 214], [62, 214, 366]]))

@@ -249,6 +249,12 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
         launch(run(output), resume=True)
 
 
+def test_ranks_are_not_forked_once_cuda_has_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(TpcheckError, match="torchrun --nproc-per-node=2 -m tpcheck train"):
+        launch(run(tmp_path / "run", tp=2))
+
+
 def test_rank_of_another_world_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")

@@ -46,6 +46,7 @@ ALIKE = {
     "ATEN_CPU_CAPABILITY": "it picks the CPU's exp and silu",
     "TRITON_DEFAULT_FP_FUSION": "it decides where multiplications and additions are fused",
 }
+MOST_CHARACTERS = 500  # of somebody else's error message
 NVTE_BACKENDS = ("flash", "fused", "unfused")
 
 
@@ -141,6 +142,11 @@ def _sums(config: RunConfig) -> Iterator[Finding]:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         products.check(device)
         made_of = products.describe(device.type)
+    except Exception as error:  # Triton has many: no C compiler, no driver, a kernel that does not compile
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        yield Finding("sums", "products", "cannot be made", unless_stock(config), why[:MOST_CHARACTERS])
+        return
+    try:
         yield Finding("sums", "products", ", ".join(f"{name}: {_short(value)}" for name, value in made_of.items()))
         with patches.enabled(strategy, config.leaves, config.attention or "unfused", config.symmetric_memory):
             applied = sum(row.applied for row in patches.status())

@@ -135,12 +135,18 @@ def _check_before_forking(config: RunConfig) -> Any:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asks for GPUs without starting CUDA
     with _quiet_imports():
         import psutil  # noqa: F401  without it Megatron's checkpoint writer hangs
+        import torch
 
         import tpcheck.train  # noqa: F401
         from tpcheck.data import open_data
         from tpcheck.model import transformer_config
 
         transformer_config(config)
+    if torch.cuda.is_initialized():  # by an import: Transformer Engine asks the GPU what flash-attn can do on it
+        raise TpcheckError(
+            "an import has started CUDA, which ranks forked from here could not use: start them with "
+            f"torchrun --nproc-per-node={config.world_size} -m tpcheck train …"
+        )
     return open_data(config)
 
 

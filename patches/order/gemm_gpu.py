@@ -107,10 +107,13 @@ def check(device: torch.device) -> None:
     """Compare, on this very `device`, bits that must not depend on tiles, loads, or what else is in a call.
 
     Raises:
-        UnsupportedError: they do.
+        UnsupportedError: they do, or it is no GPU that products are made for.
     """
-    generator = torch.Generator().manual_seed(0)
-    a_MK, b_NK = (torch.randn(size, 1024, generator=generator).to(device, torch.bfloat16) for size in (200, 328))
+    _family(device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    a_MK, b_NK = (
+        torch.randn(size, 1024, generator=generator, device="cpu").to(device, torch.bfloat16) for size in (200, 328)
+    )
     whole = product(a_MK, b_NK.T, leaves=8)
     for what, count in (("a leaf alone", 8), ("half of the leaves", 2)):
         parts = cuts(1024, count)

@@ -10,7 +10,8 @@ Covered, each with its in-place and `out=` forms where ATen has them:
     elementwise   exp, exp2, expm1, log, log2, log1p, sin, cos, tanh, sigmoid, silu, gelu, elu, mish, softplus, erf,
                   rsqrt, reciprocal, pow by a number, their backwards, and lerp, addcmul, addcdiv (the optimizer's)
 On a GPU `elementwise` is left to ATen, whose kernels there have no tail: one function computes every element.
-Refused by name: ATen's fused attention, whose sums are out of reach.
+Refused by name: ATen's fused attention, and products with scales, groups, an activation or a result of another dtype,
+whose sums are out of reach.
 Exact by themselves: +, -, ×, ÷, sqrt, max, min, comparisons, indexing. Not covered: var, norm, cumsum, glu, sinh,
 cosh, atan2, logaddexp, pow by a tensor, convolutions, `add(alpha=…)` in bfloat16, and embedding and scatter sums,
 which ATen adds in index order at every shape on a CPU (on a GPU, `ops.embedding` does).
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -41,12 +43,29 @@ ELEMENTWISE = (
     "softplus_backward lerp.Scalar lerp.Tensor addcmul addcdiv"
 ).split()
 
-REFUSED = (
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
+# operator: what it is, the way out
+_ATTENTION = (
+    "torch.nn.functional.scaled_dot_product_attention",
+    "use Megatron's DotProductAttention, or torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
 )
+_PRODUCT = ("a fused product", "use torch.mm, torch.bmm or torch.nn.functional.linear")
+REFUSED: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(
+        "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
+        "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
+        "_flash_attention_forward _efficient_attention_forward _cudnn_attention_forward".split(),
+        _ATTENTION,
+    ),
+    **dict.fromkeys(
+        "mm.dtype mm.dtype_out bmm.dtype bmm.dtype_out addmm.dtype addmm.dtype_out baddbmm.dtype baddbmm.dtype_out "
+        "_addmm_activation _addmm_activation.out _scaled_mm _scaled_mm.out _scaled_mm_v2 _scaled_mm_v2.out "
+        "_grouped_mm _scaled_grouped_mm _scaled_grouped_mm_v2".split(),
+        _PRODUCT,
+    ),
+}
+
+# torch overrides some kernels of CUDA in Python itself, and takes another override of these on request only.
+ON_TOP = {"allow_override": True} if "allow_override" in signature(torch.library.Library.impl).parameters else {}
 
 
 class LocalInvariance:
@@ -72,7 +91,7 @@ class LocalInvariance:
                     self._override_forms(name, self._elementwise(name))
             for name in REFUSED:
                 if _has_kernel(name, device):
-                    self._library.impl(name, _refusal(name, refuse), device)
+                    self._library.impl(name, _refusal(name, refuse), device, **ON_TOP)
 
     def remove(self) -> None:
         """Give ATen its own kernels back."""
@@ -84,7 +103,7 @@ class LocalInvariance:
             if not _has_kernel(form, self._key):
                 continue
             override = _dispatching(self._own_kernel(form), function, is_out, is_inplace, name in PRODUCTS)
-            self._library.impl(form, override, self._key)
+            self._library.impl(form, override, self._key, **ON_TOP)
 
     def _elementwise(self, name: str) -> Kernel:
         own = self._own_kernel(name)
@@ -152,11 +171,10 @@ def _floating(kwargs: dict[str, Any]) -> bool:
 
 
 def _refusal(name: str, refuse: Callable[[str], None]) -> Kernel:
+    what, way_out = REFUSED[name]
+
     def override(*args: Any, **kwargs: Any) -> Any:
-        refuse(
-            f"aten::{name} (torch.nn.functional.scaled_dot_product_attention) picks its sums by shape: "
-            "use Megatron's DotProductAttention, or torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-        )
+        refuse(f"aten::{name} ({what}) picks its sums by shape: {way_out}")
 
     return override
 
@@ -168,9 +186,9 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 def _addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     total = product(a, b)
     if alpha != 1:
-        total = total * alpha
+        total.mul_(alpha)
     if beta != 0:
-        total = total + (c.float() if beta == 1 else c.float() * beta)
+        total.add_(c.float() if beta == 1 else c.float() * beta)
     return total.to(a.dtype)
 
 

@@ -246,6 +246,13 @@ def test_check_finds_products_that_depend_on_what_else_is_in_a_call(monkeypatch,
             gemm_gpu.check(device)
 
 
+def test_check_refuses_a_gpu_that_products_are_not_made_for(monkeypatch):
+    monkeypatch.setattr(gemm_gpu, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(UnsupportedError, match=r"9.x and 10.x, not 8.0"):
+        gemm_gpu.check(torch.device("cuda", 7))
+
+
 @pytest.mark.gpu
 def test_offsets_beyond_31_bits(device):
     a = torch.randn(3, 1 << 30, dtype=torch.bfloat16, device=device)[:, :256]

@@ -29,7 +29,7 @@ __all__ = ["check", "contract", "product", "variants"]
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 INTERPRETED_PROGRAMS = 3
 GROUP_M = 8
-FAMILIES = {9: 90, 10: 100}
+FAMILIES = (9, 10)
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -46,13 +46,18 @@ class Tile:
 
 
 @lru_cache
-def tile_of(dtype: torch.dtype, leaves: int, tma: bool) -> Tile:
-    """The tile for operands of `dtype`, one or several leaves, loads by TMA or by pointers (which take registers)."""
+def tile_of(dtype: torch.dtype, leaves: int, tma: bool, narrow: bool = False) -> Tile:
+    """The tile for operands of `dtype`, one or several leaves, loads by TMA or by pointers (which take registers).
+
+    `narrow`: N is at most 128, as of attention's products with values.
+    """
     if dtype == torch.float32:
         return Tile(64, 64, 32, 4, 2, 1)
     if not tma:
         return Tile(128, 128, 64, 8, 3, 1)
-    return Tile(128, 256, 64, 8, 4, 0) if leaves == 1 else Tile(128, 128, 64, 8, 3, 2)
+    if leaves == 1:
+        return Tile(128, 128 if narrow else 256, 64, 8, 4, 0)
+    return Tile(128, 128, 64, 8, 3, 2)
 
 
 def product(
@@ -149,11 +154,17 @@ def variants() -> Iterator[Variant]:
             how = "tma" if tma else "pointers"
             title = f"gemm {name} {layout} leaves={leaves} pieces={pieces} {how} {result}"
             yield _variant(title, dtype, layout, leaves, pieces, tma, result)
+    for layout, result in combinations(("ab", "aᵀb"), ("bf16", "fp32")):  # attention: P·V, dQ, dK, dV
+        yield _variant(
+            f"gemm bf16 {layout} narrow tma {result}", torch.bfloat16, layout, 1, 1, True, result, narrow=True
+        )
 
 
-def _variant(title: str, dtype: torch.dtype, layout: str, leaves: int, pieces: int, tma: bool, result: str) -> Variant:
+def _variant(
+    title: str, dtype: torch.dtype, layout: str, leaves: int, pieces: int, tma: bool, result: str, narrow: bool = False
+) -> Variant:
     a_along_k, b_along_k = "aᵀ" not in layout, "bᵀ" in layout
-    tile = tile_of(dtype, leaves, tma)
+    tile = tile_of(dtype, leaves, tma, narrow)
     constexprs = _constexprs(tile, leaves, pieces, tma, a_along_k, b_along_k, result == "added", dtype)
     constexprs |= {"a_K" if a_along_k else "a_M": 1, "b_K" if b_along_k else "b_N": 1, "out_N": 1}
     if leaves >> tile.register_levels <= 1:
@@ -190,7 +201,7 @@ def _launch(a_BMK: Tensor, b_BKN: Tensor, out_BMN: Tensor, leaves: int, pieces: 
     b_BNK = b_BKN.transpose(1, 2)
     a_along_k, b_along_k = (_along_k(x) for x in (a_BMK, b_BNK))
     tma = _suits_tma(a_BMK, a_along_k, leaves, pieces) and _suits_tma(b_BNK, b_along_k, leaves, pieces)
-    tile = tile_of(a_BMK.dtype, leaves, tma)
+    tile = tile_of(a_BMK.dtype, leaves, tma, N <= 128)
     tiles_m, tiles_n = ceil_div(M, tile.m), ceil_div(N, tile.n)
     programs = min(_programs(device), B * tiles_m * tiles_n)
     levels = leaves.bit_length() - 1 - tile.register_levels
@@ -275,7 +286,7 @@ def _family(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     if major not in FAMILIES:
         raise UnsupportedError(f"products are made for compute capability 9.x and 10.x, not {major}.{minor}")
-    return FAMILIES[major]
+    return 10 * major + minor
 
 
 @lru_cache

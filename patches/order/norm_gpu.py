@@ -98,10 +98,10 @@ def _forward(
     at = row[:, None] * h + column[None, :]
     hat = widened(tl.load(x + at, mask=inside, other=0.0))
     if CENTERED:
-        middle = tl.div_rn(pairs(hat, ROWS, BLOCK), h.to(tl.float32))
+        middle = tl.div_rn(pairs(hat, ROWS, BLOCK), tl.cast(h, tl.float32))
         tl.store(mean + row, middle, mask=row < rows)
         hat = tl.where(inside, hat - middle[:, None], 0.0)
-    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(pairs(hat * hat, ROWS, BLOCK), h.to(tl.float32)) + eps))
+    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(pairs(hat * hat, ROWS, BLOCK), tl.cast(h, tl.float32)) + eps))
     tl.store(rstd + row, scale, mask=row < rows)
     out = hat * scale[:, None] * widened(tl.load(gamma + column, mask=column < h, other=0.0))[None, :]
     if BETA:
@@ -122,7 +122,7 @@ def _backward(dy, x, gamma, mean, rstd, dx, rows, h, CENTERED: tl.constexpr, ROW
     if CENTERED:
         hat = tl.where(inside, hat - tl.load(mean + row, mask=row < rows, other=0.0)[:, None], 0.0)
     hat *= scale
-    out = g - hat * tl.div_rn(pairs(g * hat, ROWS, BLOCK), h.to(tl.float32))[:, None]
+    out = g - hat * tl.div_rn(pairs(g * hat, ROWS, BLOCK), tl.cast(h, tl.float32))[:, None]
     if CENTERED:
-        out -= tl.div_rn(pairs(g, ROWS, BLOCK), h.to(tl.float32))[:, None]
+        out -= tl.div_rn(pairs(g, ROWS, BLOCK), tl.cast(h, tl.float32))[:, None]
     tl.store(dx + at, narrowed(out * scale, dx.dtype.element_ty), mask=inside)

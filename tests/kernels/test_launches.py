@@ -73,12 +73,14 @@ def main():
     gemm_gpu._programs = lambda device: 132
     gemm_gpu._family = lambda device: 90
     suits_tma = gemm_gpu._suits_tma
-    T, N, K, checked = 256, 768, 1024, 0
-    for name, layout, leaves, how in combinations(
-        ("bf16", "fp16", "fp32"), ("abᵀ", "ab", "aᵀb"), (1, 8), ("tma", "pointers")
+    T, K, checked = 256, 1024, 0
+    for name, layout, leaves, how, N in combinations(
+        ("bf16", "fp16", "fp32"), ("abᵀ", "ab", "aᵀb"), (1, 8), ("tma", "pointers"), (768, 128)
     ):
         result = "added" if layout == "aᵀb" else name
         title = f"gemm {name} {layout} leaves={leaves} pieces=1 {how} {result}"
+        if N == 128:
+            title = f"gemm {name} {layout} narrow {how} {result}" if leaves == 1 else ""
         if title not in variants:
             continue
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
@@ -89,7 +91,7 @@ def main():
         gemm_gpu._launch(a_MK.unsqueeze(0), b_KN.unsqueeze(0), out, leaves, 1, result == "added")
         checked += 1
         assert launched.key == variants[title], f"launched: {launched.key}\nchecked: {variants[title]}"
-    assert checked == 20
+    assert checked == 21
 
 
 if __name__ == "__main__":

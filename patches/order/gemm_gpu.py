@@ -175,7 +175,7 @@ def _variant(
     signature |= dict.fromkeys(constexprs, "constexpr")
     if tma:
         for argument, rows, along_k in (("a", tile.m, a_along_k), ("b", tile.n, b_along_k)):
-            block = f"1,{rows},{tile.k}" if along_k else f"1,{tile.k},{rows}"
+            block = f"1,1,{rows},{tile.k}" if along_k else f"1,1,{tile.k},{rows}"
             signature[argument] = f"tensordesc<{NAMES[dtype]}[{block}]>"
     return Variant(
         name=title,
@@ -200,7 +200,8 @@ def _launch(a_BMK: Tensor, b_BKN: Tensor, out_BMN: Tensor, leaves: int, pieces: 
     device = a_BMK.device
     b_BNK = b_BKN.transpose(1, 2)
     a_along_k, b_along_k = (_along_k(x) for x in (a_BMK, b_BNK))
-    tma = _suits_tma(a_BMK, a_along_k, leaves, pieces) and _suits_tma(b_BNK, b_along_k, leaves, pieces)
+    parts = leaves * pieces
+    tma = _suits_tma(a_BMK, a_along_k, parts) and _suits_tma(b_BNK, b_along_k, parts)
     tile = tile_of(a_BMK.dtype, leaves, tma, N <= 128)
     tiles_m, tiles_n = ceil_div(M, tile.m), ceil_div(N, tile.n)
     programs = min(_programs(device), B * tiles_m * tiles_n)
@@ -210,8 +211,8 @@ def _launch(a_BMK: Tensor, b_BKN: Tensor, out_BMN: Tensor, leaves: int, pieces: 
         scratch = torch.empty(programs * levels * tile.m * tile.n, dtype=torch.float32, device=device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(programs,)](
-            _descriptor(a_BMK, a_along_k, tile.m, tile.k) if tma else a_BMK,
-            _descriptor(b_BNK, b_along_k, tile.n, tile.k) if tma else b_BKN,
+            _descriptor(a_BMK, a_along_k, parts, tile.m, tile.k) if tma else a_BMK,
+            _descriptor(b_BNK, b_along_k, parts, tile.n, tile.k) if tma else b_BKN,
             out_BMN,
             scratch,
             M,
@@ -258,25 +259,26 @@ def _along_k(x_BRK: Tensor) -> bool:
     return x_BRK.stride(2) == 1 or x_BRK.stride(1) != 1
 
 
-def _suits_tma(x_BRK: Tensor, along_k: bool, leaves: int, pieces: int) -> bool:
-    """TMA wants tensor cores' dtypes, whole k steps in every leaf, one unit stride, others of multiples of 16 bytes."""
-    ragged = x_BRK.shape[2] % (leaves * pieces * tile_of(x_BRK.dtype, leaves, True).k)
-    if x_BRK.dtype == torch.float32 or (ragged and leaves * pieces > 1):
+def _suits_tma(x_BRK: Tensor, along_k: bool, parts: int) -> bool:
+    """TMA wants tensor cores' dtypes, K in equal parts, one unit stride, others of multiples of 16 bytes."""
+    if x_BRK.dtype == torch.float32 or x_BRK.shape[2] % parts or x_BRK.stride(2 if along_k else 1) != 1:
         return False
-    inner, outer = (2, 1) if along_k else (1, 2)
-    apart = [x_BRK.stride(d) * x_BRK.element_size() for d in (0, outer) if x_BRK.shape[d] > 1]
-    return (
-        x_BRK.stride(inner) == 1
-        and x_BRK.data_ptr() % 16 == 0
-        and all(0 < stride < 1 << 40 and stride % 16 == 0 for stride in apart)
-    )
+    *apart, _ = _by_leaf(x_BRK, along_k, parts)[1]
+    bytes_apart = [stride * x_BRK.element_size() for stride in apart]
+    return x_BRK.data_ptr() % 16 == 0 and all(0 < each < 1 << 40 and each % 16 == 0 for each in bytes_apart)
 
 
-def _descriptor(x_BRK: Tensor, along_k: bool, rows: int, k: int) -> TensorDescriptor:
-    x = x_BRK if along_k else x_BRK.transpose(1, 2)
-    line = 16 // x.element_size()  # stands for the stride of a dimension of size 1, which says nothing
-    strides = [x.stride(d) if x.shape[d] > 1 else line for d in (0, 1)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, k] if along_k else [1, k, rows])
+def _descriptor(x_BRK: Tensor, along_k: bool, parts: int, rows: int, k: int) -> TensorDescriptor:
+    return TensorDescriptor(x_BRK, *_by_leaf(x_BRK, along_k, parts), [1, 1, rows, k] if along_k else [1, 1, k, rows])
+
+
+def _by_leaf(x_BRK: Tensor, along_k: bool, parts: int) -> tuple[list[int], list[int]]:
+    """Sizes and strides of [B, parts, R, K/parts], or with the last two swapped where rows lie side by side."""
+    (B, R, K), (by_B, by_R, by_K) = x_BRK.shape, x_BRK.stride()
+    inside = [(R, by_R), (K // parts, by_K)]
+    dims = [(B, by_B), (parts, K // parts * by_K), *(inside if along_k else reversed(inside))]
+    line = 16 // x_BRK.element_size()  # stands for the stride of a dimension of size 1, which says nothing
+    return [size for size, _ in dims], [*(by if size > 1 else line for size, by in dims[:3]), 1]
 
 
 @lru_cache

@@ -149,16 +149,16 @@ def _step(operands, steps, leaf, step, HOW: tl.constexpr):
     """[TILE_M, TILE_K] and [TILE_K, TILE_N] of a leaf's k step; its gate comes before its up."""
     a, b, batch, m, n, M, N, K, a_strides, b_strides = operands
     LEAVES, PIECES, TMA, A_ALONG_K, B_ALONG_K, WIDEN, TILE_M, TILE_N, TILE_K = HOW
-    start = tl.cast(tl.cast(leaf, tl.int64) * K // LEAVES, tl.int32)
-    end = tl.cast(tl.cast(leaf + 1, tl.int64) * K // LEAVES, tl.int32)
     piece = step // steps if PIECES > 1 else 0
-    k = start + (step - piece * steps) * TILE_K
+    k = (step - piece * steps) * TILE_K
     if TMA:
-        x_MK = _block(a, batch, m, piece * K + k, A_ALONG_K, TILE_M, TILE_K)
-        y_NK = _block(b, batch, n, piece * K + k, B_ALONG_K, TILE_N, TILE_K)
+        x_MK = _block(a, batch, piece * LEAVES + leaf, m, k, A_ALONG_K, TILE_M, TILE_K)
+        y_NK = _block(b, batch, piece * LEAVES + leaf, n, k, B_ALONG_K, TILE_N, TILE_K)
     else:
-        x_MK = _masked_block(a, batch, m, M, k, end, piece * K, a_strides, TILE_M, TILE_K)
-        y_NK = _masked_block(b, batch, n, N, k, end, piece * K, b_strides, TILE_N, TILE_K)
+        start = tl.cast(tl.cast(leaf, tl.int64) * K // LEAVES, tl.int32)
+        end = tl.cast(tl.cast(leaf + 1, tl.int64) * K // LEAVES, tl.int32)
+        x_MK = _masked_block(a, batch, m, M, start + k, end, piece * K, a_strides, TILE_M, TILE_K)
+        y_NK = _masked_block(b, batch, n, N, start + k, end, piece * K, b_strides, TILE_N, TILE_K)
     if WIDEN:
         x_MK = _widened(x_MK)
         y_NK = _widened(y_NK)
@@ -166,12 +166,12 @@ def _step(operands, steps, leaf, step, HOW: tl.constexpr):
 
 
 @triton.jit
-def _block(x, batch, row, k, ALONG_K: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr):
-    """[ROWS, TILE_K] by TMA, which fills with zeros what is outside the tensor."""
+def _block(x, batch, leaf, row, k, ALONG_K: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr):
+    """[ROWS, TILE_K] of a leaf by TMA, which fills with zeros what is beyond the leaf or the rows."""
     if ALONG_K:
-        block = x.load([batch, row, k]).reshape(ROWS, TILE_K)
+        block = x.load([batch, leaf, row, k]).reshape(ROWS, TILE_K)
     else:
-        block = x.load([batch, k, row]).reshape(TILE_K, ROWS).T
+        block = x.load([batch, leaf, k, row]).reshape(TILE_K, ROWS).T
     return block
 
 

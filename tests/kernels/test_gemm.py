@@ -116,13 +116,15 @@ def test_gated_leaves_are_gate_then_up_in_one_accumulator(device):
 
 @pytest.mark.parametrize(("leaves", "pieces"), ((1, 1), (4, 1), (2, 2)))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_tma_and_pointers_have_same_bits(layout, leaves, pieces, device, monkeypatch):
-    a, b = operands(136, 264, 512, device, layout=layout)
+@pytest.mark.parametrize("K", (512, 4 * 72))
+def test_tma_and_pointers_have_same_bits(K, layout, leaves, pieces, device, monkeypatch):
+    a, b = operands(136, 264, K, device, layout=layout)
+    suits_tma, chosen = gemm_gpu._suits_tma, []
+    monkeypatch.setattr(gemm_gpu, "_suits_tma", lambda *args: chosen.append(suits_tma(*args)) or chosen[-1])
     by_tma = product(a, b, leaves, pieces)
-    chosen = []
-    monkeypatch.setattr(gemm_gpu, "_suits_tma", lambda *_: chosen.append(1))
+    assert chosen == [True, True]
+    monkeypatch.setattr(gemm_gpu, "_suits_tma", lambda *_: False)
     assert_same_bits(product(a, b, leaves, pieces), by_tma)
-    assert chosen
 
 
 @pytest.mark.parametrize("layout", ("abᵀ", "aᵀb"))

@@ -176,5 +176,5 @@ clean:
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	@echo "==> removing $(VENV)"
-	@rm -rf $(VENV)
+	@echo "==> removing $(VENV) and $(WHEELS)"
+	@rm -rf $(VENV) $(WHEELS)

@@ -28,8 +28,8 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 NEEDED = """
-    blake3 click cloudpickle megatron.core packaging psutil pydantic pytest pytest_timeout rich safetensors submitit
-    xdist yaml
+    blake3 click cloudpickle hypothesis megatron.core packaging psutil pydantic pytest pytest_timeout rich safetensors
+    submitit xdist yaml
 """.split()
 MARGIN = 20  # seconds that a part has to end by itself, and to be ended
 WORKERS = 6  # share the GPU; most of the time goes to compiling

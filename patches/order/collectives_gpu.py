@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from patches.contract import UnsupportedError
 from patches.order.collectives import WAY_OUT, Pending
 from patches.order.exact import rounded
+from patches.order.pairs_gpu import on, power_of_two
 from patches.order.variant import Variant
 
 __all__ = ["begin_reading_peers", "rounded_tree_sum", "sum_of_peers", "variants"]
@@ -57,7 +57,7 @@ def _launch(parts: Tensor, size: int, dtype: torch.dtype = torch.float32, divide
     # The interpreter does not round to bfloat16 correctly: there torch does.
     out = torch.empty(size, dtype=torch.float32 if INTERPRETED else dtype, device=parts.device)
     if size:
-        with torch.cuda.device(parts.device) if parts.is_cuda else nullcontext():
+        with on(parts):
             tree_sum_kernel[(triton.cdiv(size, BLOCK),)](
                 parts, out, size, start, divide_by,
                 RANKS=len(parts), PEERS=parts.dtype == torch.int64, DIVIDE=divide_by > 1, BLOCK=BLOCK, num_warps=WARPS,
@@ -75,7 +75,8 @@ def begin_reading_peers(root: Tensor, group: dist.ProcessGroup, dtype: torch.dty
     source of torch 2.11 to 2.13, and not run yet: it needs two GPUs that reach each other.
     """
     size, rank, share = group.size(), group.rank(), root.numel() // group.size()
-    buffer, handle, addresses_t = _buffer(group, _power_of_two(root.numel()), root.device)
+    # Buffers are kept: few sizes, however many shapes.
+    buffer, handle, addresses_t = _buffer(group, power_of_two(root.numel()), root.device)
     here, aside = torch.cuda.current_stream(root.device), _aside(root.device)
     here.wait_stream(aside)
     buffer[: root.numel()].copy_(root.reshape(-1))
@@ -115,11 +116,6 @@ def _buffer(group: dist.ProcessGroup, count: int, device: torch.device) -> tuple
 @functools.cache
 def _aside(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def _power_of_two(count: int) -> int:
-    """Few sizes, however many shapes: buffers are kept."""
-    return 1 << max(count - 1, 0).bit_length()
 
 
 @triton.jit

@@ -8,7 +8,6 @@ operand, be they M or N.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product as combinations
@@ -21,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from patches.contract import UnsupportedError
 from patches.order.gemm_kernel import COUNTS, kernel
+from patches.order.pairs_gpu import on
 from patches.order.tree import cuts, tree_sum
 from patches.order.variant import Variant
 
@@ -203,13 +203,13 @@ def _launch(a_BMK: Tensor, b_BKN: Tensor, out_BMN: Tensor, leaves: int, pieces: 
     parts = leaves * pieces
     tma = _suits_tma(a_BMK, a_along_k, parts) and _suits_tma(b_BNK, b_along_k, parts)
     tile = tile_of(a_BMK.dtype, leaves, tma, N <= 128)
-    tiles_m, tiles_n = ceil_div(M, tile.m), ceil_div(N, tile.n)
+    tiles_m, tiles_n = triton.cdiv(M, tile.m), triton.cdiv(N, tile.n)
     programs = min(_programs(device), B * tiles_m * tiles_n)
     levels = leaves.bit_length() - 1 - tile.register_levels
     scratch = None
     if levels > 0:
         scratch = torch.empty(programs * levels * tile.m * tile.n, dtype=torch.float32, device=device)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on(a_BMK):
         kernel[(programs,)](
             _descriptor(a_BMK, a_along_k, parts, tile.m, tile.k) if tma else a_BMK,
             _descriptor(b_BNK, b_along_k, parts, tile.n, tile.k) if tma else b_BKN,
@@ -218,7 +218,7 @@ def _launch(a_BMK: Tensor, b_BKN: Tensor, out_BMN: Tensor, leaves: int, pieces: 
             M,
             N,
             K,
-            ceil_div(ceil_div(K, leaves), tile.k),
+            triton.cdiv(triton.cdiv(K, leaves), tile.k),
             tiles_m,
             tiles_n,
             B * tiles_m * tiles_n,
@@ -229,10 +229,6 @@ def _launch(a_BMK: Tensor, b_BKN: Tensor, out_BMN: Tensor, leaves: int, pieces: 
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-
-
-def ceil_div(x: int, y: int) -> int:
-    return -(-x // y)
 
 
 def _constexprs(

@@ -6,6 +6,7 @@ from patches.megatron import (
     attention,
     clip_grads,
     cross_entropy,
+    distrib_optimizer,
     finalize_model_grads,
     initial_weights,
     layers,
@@ -33,4 +34,5 @@ PATCHES: list[Patch] = [
     *param_and_grad_buffer.PATCHES,
     *finalize_model_grads.PATCHES,
     *clip_grads.PATCHES,
+    *distrib_optimizer.PATCHES,
 ]

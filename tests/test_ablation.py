@@ -10,7 +10,7 @@ from ranks import on_ranks
 from test_megatron import differences, run
 
 import patches
-from patches.megatron import PATCHES
+from patches.megatron import PATCHES, initial_weights
 from patches.registry import REGISTRY, check_versions
 
 # name: (TP sizes to compare, data-parallel size, options)
@@ -19,7 +19,6 @@ FEELS_IT: dict[str, tuple[int, int, dict[str, Any]]] = {
     "gated-fc1": (2, 1, {}),
     "row-parallel": (8, 1, {}),
     "column-parallel": (8, 1, {}),
-    "device-init": (2, 1, {"model": {"use_cpu_initialization": False}}),
     "qk-layernorm": (8, 1, {}),
     "shared-kv": (8, 1, {"model": {"num_query_groups": 4}}),
     "cross-entropy": (8, 1, {"vocab": 1000}),
@@ -36,6 +35,8 @@ ELSEWHERE = {"settings", "layer-modules", "block-modules", "optimizer-settings"}
 ELSEWHERE |= {"masked-softmax"}  # tests/test_patches.py
 ELSEWHERE |= {"padded-vocabulary", "padded-vocabulary-0.17"}  # tests/test_patches.py
 ELSEWHERE |= {"saved-optimizer"}  # tests/test_fully_reshardable.py
+ELSEWHERE |= {patch.name for patch in initial_weights.PATCHES}  # tests/test_initial_weights.py
+ELSEWHERE |= {"fused-norm"}  # tests/test_patches.py
 ELSEWHERE |= {"embedding"}  # tests/kernels: it changes nothing on a CPU
 
 NEEDED = check_versions(PATCHES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import inspect
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import megatron.core
 import plain_megatron
 import pytest
 import torch
@@ -188,38 +190,116 @@ def test_changed_target_is_refused_and_nothing_stays_half_patched(target, messag
     assert Library.__dict__["known"] is original and REGISTRY.contract is None
 
 
-MEGATRON_LM = """
-import math
-
-def _vocab_size_with_padding(orig_vocab_size, args, logging_enabled=True):
-    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-    return math.ceil(orig_vocab_size / multiple) * multiple
-"""
+STAND_IN = Path(__file__).parent / "megatron_lm"
+TOKENIZER = "megatron.training.tokenizer.tokenizer"
 
 
-def padded_vocabularies(package: str) -> dict[str, list[int]]:
-    sys.path.insert(0, package)
-    importlib.invalidate_caches()
-
-    tokenizer = importlib.import_module("megatron.training.tokenizer.tokenizer")
-
+def padded_vocabularies(package: str, early: bool) -> dict[str, list[int]]:
     def sizes() -> list[int]:
         args = [SimpleNamespace(make_vocab_size_divisible_by=128, tensor_model_parallel_size=tp) for tp in (1, 2, 4, 8)]
-        return [tokenizer._vocab_size_with_padding(50257, a) for a in args]
+        return [importlib.import_module(TOKENIZER)._vocab_size_with_padding(50257, a) for a in args]
 
-    stock = sizes()
+    def state() -> str:
+        return {row.name: row.state for row in patches.status()}["padded-vocabulary"]
+
+    found = {}
+    if early:
+        sys.path.insert(0, package)
+        found["stock"] = sizes()
     with patches.enabled():
-        patched = sizes()
+        assert early or (state() == "waits for its import" and TOKENIZER not in sys.modules)
+        sys.path.insert(0, package)
+        found["patched"] = sizes()
+        assert state() == "applied"
+    found["afterwards"] = sizes()
     with patches.enabled("gather"), pytest.raises(patches.UnsupportedError, match="--make-vocab-size-divisible-by 384"):
-        tokenizer._vocab_size_with_padding(
+        importlib.import_module(TOKENIZER)._vocab_size_with_padding(
             50257, SimpleNamespace(make_vocab_size_divisible_by=128, tensor_model_parallel_size=3)
         )
-    return {"stock": stock, "patched": patched}
+    return found
 
 
-def test_padded_vocabulary_of_megatrons_own_scripts_does_not_depend_on_tp(tmp_path):
-    folder = tmp_path / "megatron" / "training" / "tokenizer"
-    folder.mkdir(parents=True)
-    (folder / "tokenizer.py").write_text(MEGATRON_LM)
-    sizes = on_ranks(1, padded_vocabularies, str(tmp_path))[0]
-    assert len(set(sizes["stock"])) > 1 and set(sizes["patched"]) == {51200}
+@pytest.mark.parametrize("early", (True, False), ids=("found before", "found after"))
+def test_padded_vocabulary_does_not_depend_on_tp_whenever_megatrons_scripts_are_found(early):
+    found = on_ranks(1, padded_vocabularies, str(STAND_IN), early)[0]
+    assert set(found["patched"]) == {51200} and len(set(found["afterwards"])) > 1
+    assert found.get("stock", found["afterwards"]) == found["afterwards"]
+
+
+def import_once_called_off(package: str) -> bool:
+    finders = list(sys.meta_path)
+    with patches.enabled():
+        pass
+    sys.path.insert(0, package)
+    importlib.import_module(TOKENIZER)
+    return sys.meta_path == finders and not any(row.applied for row in patches.status())
+
+
+def test_a_module_that_comes_after_disable_is_left_alone():
+    assert on_ranks(1, import_once_called_off, str(STAND_IN)) == [True]
+
+
+def test_a_late_module_with_another_signature_is_refused_when_it_is_imported(tmp_path):
+    (tmp_path / "late.py").write_text("def function(x, y): return x\n")
+    patch = attribute("late", "late:function", "", lambda f: f, parameters="x", lazy=True)
+
+    @in_a_rank_of_its_own
+    def _() -> None:
+        REGISTRY.apply(patches.Contract(), [patch])
+        sys.path.insert(0, str(tmp_path))
+        with pytest.raises(patches.UnsupportedError, match="parameters that the patches do not know: y"):
+            importlib.import_module("late")
+
+
+def test_the_version_that_counts_is_that_of_the_imported_package(monkeypatch):
+    """A checkout that pip knows nothing of, or with metadata of another copy."""
+
+    def unknown(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(registry, "version", unknown)
+    with patches.enabled():
+        assert {row.version for row in patches.status() if row.library == "megatron-core"} == {
+            megatron.core.__version__
+        }
+    monkeypatch.setattr(registry, "version", lambda name: "0.16.0")
+    monkeypatch.setattr(megatron.core, "__version__", "0.13.1")
+    with pytest.raises(patches.UnsupportedError, match="megatron-core 0.13.1 is not known"):
+        patches.enable()
+
+
+def test_a_package_that_megatron_misses_is_named(tmp_path, monkeypatch):
+    (tmp_path / "needy.py").write_text("import no_such_package\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(patches.UnsupportedError, match="needy needs no_such_package, which is not installed"):
+        REGISTRY.apply(patches.Contract(), [attribute("needy", "needy:f", "", lambda f: f)])
+
+
+def fused_norms(tp: int) -> dict[str, torch.Tensor]:
+    """Apex's layer norm as Megatron builds it; its kernel itself is never called."""
+    from megatron.core import parallel_state
+    from megatron.core.fusions import fused_layer_norm
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    patches.enable()
+    parallel_state.initialize_model_parallel(tp)
+    fused_layer_norm.HAVE_FUSED_LAYER_NORM = True
+    config = TransformerConfig(
+        num_layers=1, hidden_size=64, num_attention_heads=8, tensor_model_parallel_size=tp, sequence_parallel=tp > 1
+    )
+    x = torch.randn(16, 2, 64, generator=torch.Generator().manual_seed(0)).chunk(tp)[torch.distributed.get_rank()]
+    found = {}
+    for cls in (fused_layer_norm.FusedLayerNorm, WrappedTorchNorm):
+        norm = cls(config, 64)
+        y = norm(x)
+        (y * x).sum().backward()
+        found |= {f"{cls.__name__} {name}": p.grad for name, p in norm.named_parameters()}
+    return found
+
+
+def test_apexs_layer_norm_sums_in_the_order_of_torchs_at_every_tp():
+    one, two = on_ranks(1, fused_norms, 1)[0], on_ranks(2, fused_norms, 2)[1]
+    for name in ("weight", "bias"):
+        expected = one[f"WrappedTorchNorm {name}"]
+        assert all(torch.equal(found[f"FusedLayerNorm {name}"], expected) for found in (one, two))

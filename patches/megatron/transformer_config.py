@@ -21,7 +21,6 @@ COVERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_moe_experts": ((), "train a dense model"),
     "multi_latent_attention": ((False,), "use multi-head or grouped-query attention"),
     "context_parallel_size": ((1,), "set it to 1"),
-    "pipeline_model_parallel_size": ((1,), "set it to 1"),
     "tp_comm_overlap": ((False,), "set it to False"),
     "cpu_offloading": ((False,), "set it to False"),
     "gtp_weight_remat_size": ((1,), "set it to 1"),

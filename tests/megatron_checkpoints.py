@@ -34,9 +34,9 @@ def _save(output: Path, settings: dict[str, Any]) -> Path:
 
     config = parse_run(settings)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tp)
-    gpt, ddp = build_model(config)
-    optimizer = build_optimizer(config, ddp)
-    for parameter in ddp.parameters():
+    bare, pieces = build_model(config)
+    optimizer = build_optimizer(config, pieces)
+    for parameter in (parameter for piece in pieces for parameter in piece.parameters()):
         parameter.main_grad.fill_(0.5)
     optimizer.step()
-    return saving.save(output, 1, gpt, optimizer)
+    return saving.save(output, 1, bare, optimizer)

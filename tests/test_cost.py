@@ -83,14 +83,14 @@ def counted(config: RunConfig) -> Counts:
     """One training step of megatron-core's own model on this rank."""
     enable_patches(config)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tp)
-    _, ddp = build_model(config)
-    optimizer = build_optimizer(config, ddp)
+    _, pieces = build_model(config)
+    optimizer = build_optimizer(config, pieces)
     counts = Counts()
     if config.strategy != "stock":
         count_patches(counts)
     tokens = torch.randint(0, config.model.vocab_size, (config.micro_batch_size, config.seq_length + 1))
     with Counting(counts, config.strategy):
-        train_step(config, ddp, optimizer, [tokens] * config.microbatches)
+        train_step(config, pieces, optimizer, [tokens] * config.microbatches)
     return counts
 
 

@@ -196,6 +196,13 @@ def test_command_answers_in_json(capsys: Any) -> None:
     assert tree["bytes_ms"] == pytest.approx(tree["bytes"] / 900e9 * 1e3)
 
 
+def test_stages_of_a_model_are_not_counted(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: qwen3-8b\npp: 2\n")
+    assert main(["cost", str(path)]) == 2
+    assert "a whole model's cost is counted, not that of pp=2 stages of one: use pp=1" in capsys.readouterr().err
+
+
 def test_command_takes_a_run_file(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model: qwen3-0.6b\ntp: 2\nrecompute: true\nseq_length: 1024\n")

@@ -119,6 +119,11 @@ def test_a_tp_group_stays_in_its_node_wherever_it_can(tp: int, dp: int, nodes: i
     assert (shape.nodes, shape.ranks_per_node) == (nodes, ranks)
 
 
+def test_pipeline_stages_may_lie_on_different_nodes() -> None:
+    shape = shape_of(cell(8, pp=2), profile(architectures={"h100": {**H100, "nodes": 8}}))
+    assert (shape.nodes, shape.ranks_per_node) == (2, 8)
+
+
 def test_cells_without_an_arch_go_to_the_only_machines_there_are() -> None:
     assert shape_of(cell(1, arch=None), profile()).arch == "h100"
 

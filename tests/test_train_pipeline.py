@@ -24,7 +24,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp4": {"pp": 4},
     "vpp2": {"pp": 2, "vpp": 2},
     "tp2-pp2": {"tp": 2, "pp": 2, "sequence_parallel": True},
-    "vpp2-sharded": {"pp": 2, "vpp": 2, "dp": 2, "distributed_optimizer": True},
+    "vpp2-sharded": {"pp": 2, "vpp": 2, "distributed_optimizer": True},
 }
 
 
@@ -56,6 +56,12 @@ def test_run_has_the_bits_of_a_single_rank_at_any_number_of_stages(one: Path, tm
     assert outcome(train(tmp_path / layout, **LAYOUTS[layout])) == outcome(one)
 
 
+def test_data_parallel_run_has_the_same_bits_at_any_number_of_stages(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", dp=2)
+    stages = train(tmp_path / "stages", dp=2, pp=2, vpp=2, distributed_optimizer=True)
+    assert outcome(stages) == outcome(whole)
+
+
 def test_run_goes_on_at_other_numbers_of_stages_with_the_bits_of_an_uninterrupted_one(
     one: Path, tmp_path: Path
 ) -> None:
@@ -63,7 +69,7 @@ def test_run_goes_on_at_other_numbers_of_stages_with_the_bits_of_an_uninterrupte
     whole = train(tmp_path / "whole", steps=4)
     for step, layout in enumerate(layouts, 1):
         train(tmp_path / "parts", resume=True, steps=4, stop_after=step, **layout)
-    train(tmp_path / "parts", resume=True, steps=4, pp=2, vpp=2, dp=2, distributed_optimizer=True)
+    train(tmp_path / "parts", resume=True, steps=4, pp=2, vpp=2, distributed_optimizer=True)
     assert outcome(tmp_path / "parts") == outcome(whole)
 
 

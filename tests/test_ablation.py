@@ -36,6 +36,7 @@ ELSEWHERE = {"settings", "layer-modules", "block-modules", "optimizer-settings"}
 ELSEWHERE |= {"shared-embedding"}  # tests/test_refusals.py
 ELSEWHERE |= {"masked-softmax"}  # tests/test_patches.py
 ELSEWHERE |= {"padded-vocabulary", "padded-vocabulary-0.17"}  # tests/test_patches.py
+ELSEWHERE |= {"saved-optimizer"}  # tests/test_fully_reshardable.py
 ELSEWHERE |= {"embedding"}  # tests/kernels: it changes nothing on a CPU
 
 NEEDED = check_versions(PATCHES)

@@ -4,7 +4,8 @@
 
 A rank holds `vpp` pieces of the model, one unless its pipeline stages are virtual: piece v of pipeline rank r is stage
 v * pp + r. Layers are Transformer Engine's or Megatron's local ones (`layers_of`), without fused kernels whose bits
-would depend on what happens to be installed. Initial weights are made on the CPU, whole, then cut.
+would depend on what happens to be installed. Initial weights are drawn by name, stock runs' too, so that all start
+alike.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -32,9 +32,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import layers, model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from patches.megatron import initial_weights
 from tpcheck.config import RunConfig
 from tpcheck.errors import TpcheckError
 
@@ -131,34 +131,22 @@ def _build_piece(config: RunConfig, settings: TransformerConfig, virtual_stage: 
     else:
         spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
     seed_everything(config.seed)
-    if stage:
-        _draw_earlier_stages(config, settings, spec, model.num_layers // stages * stage)
-    piece = GPTModel(
-        settings,
-        spec,
-        vocab_size=model.padded_vocab_size,
-        max_sequence_length=model.max_positions,
-        pre_process=stage == 0,
-        post_process=stage == stages - 1,
-        position_embedding_type=_positions(config),
-        rotary_base=model.rope_base,
-        share_embeddings_and_output_weights=model.tied,
-        parallel_output=True,
-        vp_stage=virtual_stage if config.vpp > 1 else None,
-    )
+    with initial_weights.by_name():
+        piece = GPTModel(
+            settings,
+            spec,
+            vocab_size=model.padded_vocab_size,
+            max_sequence_length=model.max_positions,
+            pre_process=stage == 0,
+            post_process=stage == stages - 1,
+            position_embedding_type="rope" if model.positions == "rope" else "learned_absolute",
+            rotary_base=model.rope_base,
+            share_embeddings_and_output_weights=model.tied,
+            parallel_output=True,
+            vp_stage=virtual_stage if config.vpp > 1 else None,
+        )
     piece.cuda()
     return piece
-
-
-def _draw_earlier_stages(config: RunConfig, settings: TransformerConfig, spec: ModuleSpec, num_layers: int) -> None:
-    """Draw what a whole model draws before its layer `num_layers`, so that a stage begins with that model's weights."""
-    LanguageModelEmbedding(settings, config.model.padded_vocab_size, config.model.max_positions, _positions(config))
-    for _ in range(num_layers):
-        build_module(spec, config=settings, vp_stage=0)
-
-
-def _positions(config: RunConfig) -> Literal["rope", "learned_absolute"]:
-    return "rope" if config.model.positions == "rope" else "learned_absolute"
 
 
 def _attention_asked_for(config: RunConfig) -> AttnBackend:

@@ -33,8 +33,8 @@ def check(cells: Sequence[Cell], profile: Profile) -> list[str]:
 
 
 def flops(config: RunConfig) -> float:
-    """Floating-point operations of one rank in the whole run, with its strategy's repeated ones."""
-    return config.steps * cost.total(cost.step(config), "flops", config.strategy)
+    """Floating-point operations of one rank in the whole run, with its strategy's repeated ones; stages share alike."""
+    return config.steps * cost.total(cost.step(config), "flops", config.strategy) / config.pp
 
 
 def _refuse_too_much(cell: Cell, arch: Arch, shape: Shape) -> None:
@@ -89,7 +89,8 @@ def _warnings(config: RunConfig, profile: Profile, arch: Arch, shape: Shape) -> 
             f"{room:.0f}; recompute=true or a smaller micro_batch_size takes less"
         )
     if arch.tflops:
-        minutes = flops(config) / (arch.tflops * 1e12) / 60
+        idle = (config.pp - 1) / (config.vpp * config.microbatches)  # while a step's pipeline fills and drains
+        minutes = flops(config) * (1 + idle) / (arch.tflops * 1e12) / 60
         starts = 1 + int(minutes // profile.time)
         if starts > 1 + profile.max_retries:
             yield (

@@ -2,6 +2,7 @@
 
 tp=4, dp=4 on nodes of 8 GPUs ── 2 nodes of 8 ranks ── a TP group never leaves its node
 tp=4, dp=3                    ── 3 nodes of 4 ranks ── for the same reason
+tp=8, pp=2                    ── 2 nodes of 8 ranks ── stages may lie on different nodes
 tp=16                         ── 2 nodes of 8 ranks ── it must, and is warned of
 """
 
@@ -48,8 +49,9 @@ def by_shape(cells: Sequence[Cell], profile: Profile) -> list[tuple[list[Cell], 
 
 def _too_many(cell: Cell, nodes: int, name: str, arch: Arch) -> str:
     what = "GPUs" if arch.gpus_per_node else "ranks"
+    layout = f"tp * pp * dp = {cell.config.tp} * {cell.config.pp} * {cell.config.dp}"
     return (
-        f"cell {cell.name} needs {cell.config.world_size} {what} (tp * dp = {cell.config.tp} * {cell.config.dp}) on "
+        f"cell {cell.name} needs {cell.config.world_size} {what} ({layout}) on "
         f"{nodes} nodes, the profile has {arch.nodes} {name} nodes of {arch.per_node}: "
-        "exclude it, or use a smaller tp or dp"
+        "exclude it, or use a smaller tp, pp or dp"
     )

@@ -37,25 +37,25 @@ def load_and_save(source: Path, output: Path, *, bucket_size: int | None = None,
 
 
 def _save(output: Path, settings: dict[str, Any], bucket_size: int | None, patched: bool) -> Path:
-    gpt, ddp, optimizer = _build(settings, bucket_size)
+    bare, pieces, optimizer = _build(settings, bucket_size)
     import patches
     from tpcheck import saving
 
-    for parameter in ddp.parameters():
+    for parameter in (parameter for piece in pieces for parameter in piece.parameters()):
         parameter.main_grad.fill_(0.5)
     optimizer.step()
     with patches.enabled() if patched else nullcontext():
-        return saving.save(output, 1, gpt, optimizer)
+        return saving.save(output, 1, bare, optimizer)
 
 
 def _load_and_save(source: Path, output: Path, settings: dict[str, Any], bucket_size: int | None) -> Path:
-    gpt, _, optimizer = _build({**settings, "seed": 99}, bucket_size)
+    bare, _, optimizer = _build({**settings, "seed": 99}, bucket_size)
     import patches
     from tpcheck import saving
 
-    saving.load(source, 1, gpt, optimizer)
+    saving.load(source, 1, bare, optimizer)
     with patches.enabled():
-        return saving.save(output, 1, gpt, optimizer)
+        return saving.save(output, 1, bare, optimizer)
 
 
 def _build(settings: dict[str, Any], bucket_size: int | None) -> tuple[Any, Any, Any]:
@@ -73,5 +73,5 @@ def _build(settings: dict[str, Any], bucket_size: int | None) -> tuple[Any, Any,
         )
     config = parse_run(settings)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tp)
-    gpt, ddp = model.build_model(config)
-    return gpt, ddp, model.build_optimizer(config, ddp)
+    bare, pieces = model.build_model(config)
+    return bare, pieces, model.build_optimizer(config, pieces)

@@ -49,6 +49,8 @@ SHARED = {
 def train(
     tp: int = 1,
     sp: bool = False,
+    pp: int = 1,
+    vpp: int = 1,
     dtype: str = "bf16",
     shape: str = "qwen3",
     vocab: int = 200,
@@ -64,72 +66,120 @@ def train(
     model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train in an initialised process group; the result is the same on every rank."""
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+    virtual_stages = vpp if vpp > 1 else None
+    parallel_state.initialize_model_parallel(tp, pp, virtual_stages)
     torch.manual_seed(1234)
     model_parallel_cuda_manual_seed(1234)
     torch.manual_seed(1234)
     ddp_options = ddp or {}
+    ddp_settings = {"grad_reduce_in_fp32": True, "check_for_nan_in_grad": True, **ddp_options}
     bf16 = dtype == "bf16"
     params_dtype = torch.bfloat16 if bf16 else torch.float32
     shared = {**SHARED, "attention_backend": AttnBackend.unfused} if te else SHARED
     config = TransformerConfig(
         **{**shared, **(GPT2 if shape == "gpt2" else QWEN3), **(model or {})},
         tensor_model_parallel_size=tp, sequence_parallel=sp and tp > 1, bf16=bf16, params_dtype=params_dtype,
+        pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=virtual_stages,
+        overlap_p2p_comm=vpp > 1, batch_p2p_comm=vpp == 1,  # as Megatron-LM's arguments set them
         pipeline_dtype=params_dtype, finalize_model_grads_func=finalize_model_grads,
     )  # fmt: skip
     if te:
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     else:
         spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    gpt = GPTModel(
-        config,
-        spec,
-        vocab_size=vocab,
-        max_sequence_length=seq,
-        position_embedding_type="learned_absolute" if shape == "gpt2" else "rope",
-        share_embeddings_and_output_weights=tied,
-    )
-    gpt.to(device())
-    if negative_zeros:
-        gpt.embedding.word_embeddings.weight.data[:, ::2] = -0.0
+    stage, last = parallel_state.get_pipeline_model_parallel_rank(), pp * vpp - 1
+    gpts = [
+        GPTModel(
+            config,
+            spec,
+            vocab_size=vocab,
+            max_sequence_length=seq,
+            position_embedding_type="learned_absolute" if shape == "gpt2" else "rope",
+            share_embeddings_and_output_weights=tied,
+            pre_process=virtual * pp + stage == 0,
+            post_process=virtual * pp + stage == last,
+            vp_stage=virtual if virtual_stages else None,
+        )
+        for virtual in range(vpp)
+    ]
     distributed_optimizer = ddp_options.get("use_distributed_optimizer", False)
-    chunk = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True, "check_for_nan_in_grad": True, **ddp_options}),
-        Float16Module(config, gpt) if bf16 else gpt,
-    )
-    chunk.broadcast_params()
+    chunks = []
+    for gpt in gpts:
+        gpt.to(device())
+        if negative_zeros:
+            gpt.embedding.word_embeddings.weight.data[:, ::2] = -0.0
+        chunk = DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(**ddp_settings),
+            Float16Module(config, gpt) if bf16 else gpt,
+            disable_bucketing=bool(chunks),
+        )
+        chunk.broadcast_params()
+        chunks.append(chunk)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam", lr=1e-2, weight_decay=0.1, bf16=bf16, params_dtype=params_dtype, clip_grad=clip,
             use_distributed_optimizer=distributed_optimizer,
             overlap_param_gather=ddp_options.get("overlap_param_gather", False),
         ),
-        [chunk],
+        chunks,
     )  # fmt: skip
     for group in optimizer.param_groups:
         group["lr"] = 1e-2
-    record: dict[str, Any] = {"initial": digest({n: whole(p, p.data) for n, p in gpt.named_parameters()})}
+    parameters = named_parameters(gpts)
+    record: dict[str, Any] = {"initial": {n: digest({n: whole(p, p.data)}) for n, p in parameters.items()}}
     for step in range(steps):
-        chunk.zero_grad_buffer()
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
         optimizer.zero_grad()
+        iterators = [batches(step, vocab, seq, micro_batch, microbatches) for _ in chunks]
         losses = get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=batches(step, vocab, seq, micro_batch, microbatches),
-            model=[chunk], num_microbatches=microbatches, seq_length=seq, micro_batch_size=micro_batch,
+            forward_step_func=forward_step, data_iterator=iterators if virtual_stages else iterators[0],
+            model=chunks, num_microbatches=microbatches, seq_length=seq, micro_batch_size=micro_batch,
             forward_only=False,
         )  # fmt: skip
         record[f"step{step} loss"] = [float(loss).hex() for loss in losses]
         if not distributed_optimizer:
-            grads = {n: whole(p, p.main_grad) for n, p in gpt.named_parameters()}
+            grads = {n: whole(p, p.main_grad) for n, p in parameters.items()}
             record[f"step{step} gradients"] = {n: digest({n: g}) for n, g in grads.items()}
         _, norm, _ = optimizer.step()
         record[f"step{step} gradient norm"] = float(norm).hex()
     if ddp_options.get("overlap_param_gather"):
-        chunk.start_param_sync(force_sync=True)
+        for chunk in chunks:
+            chunk.start_param_sync(force_sync=True)
     named = {n: whole(p, getattr(p, "main_param", None) if not distributed_optimizer else p.data, p.data)
-             for n, p in gpt.named_parameters()}  # fmt: skip
+             for n, p in parameters.items()}  # fmt: skip
     record["final"] = {n: digest({n: p}) for n, p in named.items()}
-    return record
+    return of_all_stages(record)
+
+
+def named_parameters(gpts: list[GPTModel]) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters under the names that they have in the whole model: a stage counts its layers from 0."""
+    found = {}
+    for gpt in gpts:
+        for name, parameter in gpt.named_parameters():
+            if name.startswith("decoder.layers."):
+                number, _, rest = name.removeprefix("decoder.layers.").partition(".")
+                name = f"decoder.layers.{gpt.decoder.layers[int(number)].layer_number - 1}.{rest}"
+            found[name] = parameter
+    return found
+
+
+def of_all_stages(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of the whole model: each stage has other tensors, the last one the losses."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    records: list[Any] = [None] * group.size()
+    dist.all_gather_object(records, record, group=group)
+    whole_model = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            whole_model[key] = {name: one[key][name] for one in records for name in one[key]}
+        elif "loss" in key:
+            whole_model[key] = records[-1][key]
+        else:
+            assert all(one[key] == value for one in records), f"{key} differs between stages"
+            whole_model[key] = value
+    return whole_model
 
 
 def device() -> str:

@@ -32,6 +32,7 @@ REFUSED_WITHOUT = {
     "wgrad-fusion": ({"model": {"gradient_accumulation_fusion": True}}, "you must install APEX"),
 }
 ELSEWHERE = {"settings", "layer-modules", "block-modules", "optimizer-settings"}  # tests/test_refusals.py
+ELSEWHERE |= {"shared-embedding"}  # tests/test_refusals.py
 ELSEWHERE |= {"masked-softmax"}  # tests/test_patches.py
 ELSEWHERE |= {"padded-vocabulary", "padded-vocabulary-0.17"}  # tests/test_patches.py
 ELSEWHERE |= {"saved-optimizer"}  # tests/test_fully_reshardable.py

@@ -83,14 +83,14 @@ def counted(config: RunConfig) -> Counts:
     """One training step of megatron-core's own model on this rank."""
     enable_patches(config)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tp)
-    _, ddp = build_model(config)
-    optimizer = build_optimizer(config, ddp)
+    _, pieces = build_model(config)
+    optimizer = build_optimizer(config, pieces)
     counts = Counts()
     if config.strategy != "stock":
         count_patches(counts)
     tokens = torch.randint(0, config.model.vocab_size, (config.micro_batch_size, config.seq_length + 1))
     with Counting(counts, config.strategy):
-        train_step(config, ddp, optimizer, [tokens] * config.microbatches)
+        train_step(config, pieces, optimizer, [tokens] * config.microbatches)
     return counts
 
 
@@ -194,6 +194,13 @@ def test_command_answers_in_json(capsys: Any) -> None:
     assert tree["flops"] == total(step(config), "flops", "tree")
     assert tree["flops_ms"] == pytest.approx(tree["flops"] / 2250e12 * 1e3)
     assert tree["bytes_ms"] == pytest.approx(tree["bytes"] / 900e9 * 1e3)
+
+
+def test_stages_of_a_model_are_not_counted(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: qwen3-8b\npp: 2\n")
+    assert main(["cost", str(path)]) == 2
+    assert "a whole model's cost is counted, not that of pp=2 stages of one: use pp=1" in capsys.readouterr().err
 
 
 def test_command_takes_a_run_file(tmp_path: Path, capsys: Any) -> None:

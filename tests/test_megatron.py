@@ -57,6 +57,24 @@ DATA_PARALLEL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+FOUR_LAYERS: dict[str, Any] = {"model": {"num_layers": 4}, "seq": 16, "micro_batch": 1, "microbatches": 4}
+# name: (the layouts to compare with a single rank, options)
+PIPELINES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "qwen3": (
+        [{"tp": 1, "pp": 2}, {"tp": 1, "pp": 4}, {"tp": 1, "pp": 2, "vpp": 2}, {"tp": 2, "sp": True, "pp": 2}],
+        FOUR_LAYERS,
+    ),
+    "gpt-2 shape fp32": (
+        [{"tp": 2, "pp": 2, "vpp": 2}],
+        {**FOUR_LAYERS, "shape": "gpt2", "dtype": "fp32"},
+    ),
+    "distributed optimizer": (
+        [{"tp": 1, "pp": 2}],
+        {**FOUR_LAYERS, "dp": 2, "microbatches": 2, "ddp": {"use_distributed_optimizer": True}},
+    ),
+}
+
+
 SHARED_GROUPS = Version(version("megatron-core")) >= Version(
     "0.16"
 )  # before, Megatron refuses fewer KV groups than ranks
@@ -68,11 +86,15 @@ def sizes(options: dict[str, Any], *candidates: tuple[int, bool]) -> list[tuple[
     return [(tp, sp) for tp, sp in candidates if SHARED_GROUPS or tp <= groups]
 
 
-def run(strategy: str, tp: int, sp: bool = False, dp: int = 1, threads: int = 1, **options: Any) -> dict[str, Any]:
-    """Rank 0's record, after checking that every tensor-parallel rank saw the same losses and norms."""
-    records = on_ranks(tp * dp, patched_training, strategy, {"tp": tp, "sp": sp, **options}, threads=threads)
-    for record in records[:tp]:
-        assert record == records[0]
+def run(
+    strategy: str, tp: int, sp: bool = False, dp: int = 1, threads: int = 1, pp: int = 1, **options: Any
+) -> dict[str, Any]:
+    """Rank 0's record, after checking that every rank of its model saw the same losses, norms and tensors."""
+    options = {"tp": tp, "sp": sp, "pp": pp, **options}
+    records = on_ranks(tp * dp * pp, patched_training, strategy, options, threads=threads)
+    for stage in range(pp):
+        for record in records[stage * tp * dp :][:tp]:
+            assert record == records[0]
     return records[0]
 
 
@@ -113,6 +135,22 @@ def test_training_under_gather_has_same_bits_at_every_tp(name):
 def test_data_parallel_training_has_same_bits_at_every_tp(name):
     one = run("tree", 1, **DATA_PARALLEL[name])
     assert not differences(one, run("tree", 2, True, **DATA_PARALLEL[name]))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_training_under_tree_has_same_bits_at_every_pp(name):
+    layouts, options = PIPELINES[name]
+    one = run("tree", 1, **options)
+    assert any(".layers.3." in parameter for parameter in one["final"])
+    for layout in layouts:
+        assert not differences(one, run("tree", **layout, **options)), layout
+
+
+def test_training_under_gather_has_same_bits_at_every_pp():
+    layouts, options = PIPELINES["gpt-2 shape fp32"]
+    one = run("gather", 1, **options)
+    for layout in layouts:
+        assert not differences(one, run("gather", **layout, **options)), layout
 
 
 @pytest.mark.parametrize("dtype", ("bf16", "fp32"))

@@ -40,6 +40,27 @@ def test_setting_is_refused_by_name(name):
         on_ranks(1, train, options)
 
 
+# Of a model that is cut into two pipeline stages.
+REFUSED_IN_A_PIPELINE: dict[str, tuple[dict[str, Any], str]] = {
+    "tied embeddings": (
+        {"tied": True},
+        "share_embeddings_and_output_weights=True with pipeline_model_parallel_size=2 .*: set it to False",
+    ),
+    "multi-token prediction": (
+        {"model": {"mtp_num_layers": 1}},
+        "mtp_num_layers=1 with pipeline_model_parallel_size=2 is not covered.*: set it to None",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_IN_A_PIPELINE)
+def test_setting_is_refused_by_name_in_a_pipeline(name):
+    options, message = REFUSED_IN_A_PIPELINE[name]
+    options = {"pp": 2, **options, "model": {"num_layers": 2, **options.get("model", {})}}
+    with pytest.raises(AssertionError, match=message):
+        on_ranks(2, train, options)
+
+
 def build_with_uncovered_module() -> None:
     import torch
     from megatron.core import parallel_state

@@ -46,6 +46,8 @@ def test_the_parameters_of_published_models_are_counted(model: str, billions: fl
         ({"dp": 4}, 18),
         ({"tp": 4}, 4.5),
         ({"tp": 2, "dp": 4, "distributed_optimizer": True}, 4.5),
+        ({"pp": 2}, 9),
+        ({"tp": 2, "pp": 4, "vpp": 3}, 2.59),  # (6.95 / 4 + 0.62) of 8.19 billion, times 18 / 2
     ],
 )
 def test_adam_takes_its_bytes_per_parameter(settings: dict[str, Any], bytes_per_parameter: float) -> None:
@@ -59,6 +61,13 @@ def test_recompute_keeps_fewer_activations_and_sequence_parallel_fewer_yet() -> 
         memory(run(tp=4, recompute=True, sequence_parallel=True), True).activations,
     ]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > 3 * sizes[1]
+
+
+def test_a_stage_keeps_the_activations_of_the_microbatches_that_later_stages_have_not_given_back() -> None:
+    whole, two, virtual = (memory(run(recompute=False, **s), True) for s in ({}, {"pp": 2}, {"pp": 2, "vpp": 2}))
+    assert two.activations == pytest.approx(whole.activations)  # half the layers, twice
+    assert virtual.activations == pytest.approx(whole.activations * 5 / 4)
+    assert memory(run(pp=2, global_batch_size=1), True).activations < two.activations
 
 
 def test_qwen3_8b_on_one_80_gb_card_is_refused_with_what_would_fit() -> None:
@@ -110,6 +119,7 @@ def test_ranks_share_the_flops_of_tree_and_repeat_some_under_gather() -> None:
     alone = flops(run())
     assert flops(run(tp=8)) == pytest.approx(alone / 8)
     assert flops(run(tp=8, dp=2)) == pytest.approx(alone / 16)
+    assert flops(run(tp=8, pp=2)) == pytest.approx(alone / 16)
     assert flops(run(tp=8, strategy="gather")) > 3 * flops(run(tp=8))
 
 

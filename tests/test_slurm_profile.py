@@ -119,6 +119,11 @@ def test_a_tp_group_stays_in_its_node_wherever_it_can(tp: int, dp: int, nodes: i
     assert (shape.nodes, shape.ranks_per_node) == (nodes, ranks)
 
 
+def test_pipeline_stages_may_lie_on_different_nodes() -> None:
+    shape = shape_of(cell(8, pp=2), profile(architectures={"h100": {**H100, "nodes": 8}}))
+    assert (shape.nodes, shape.ranks_per_node) == (2, 8)
+
+
 def test_cells_without_an_arch_go_to_the_only_machines_there_are() -> None:
     assert shape_of(cell(1, arch=None), profile()).arch == "h100"
 
@@ -128,7 +133,7 @@ def test_cells_without_an_arch_go_to_the_only_machines_there_are() -> None:
     [
         (cell(1, arch="a100"), "cell tp1-dp1 wants arch a100, the cluster has h100, b300"),
         (cell(1, arch=None), "may run anywhere, the cluster has h100, b300: add arch: [h100, b300] to the matrix"),
-        (cell(8, 4), "needs 32 GPUs (tp * dp = 8 * 4) on 4 nodes, the profile has 2 h100 nodes of 8"),
+        (cell(8, 4), "needs 32 GPUs (tp * pp * dp = 8 * 1 * 4) on 4 nodes, the profile has 2 h100 nodes of 8"),
     ],
 )
 def test_what_the_cluster_does_not_have_is_refused(wanted: Cell, message: str) -> None:

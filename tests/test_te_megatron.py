@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_megatron import FULL_RECOMPUTE, differences, run
+from test_megatron import FULL_RECOMPUTE, PIPELINES, differences, run
 
 CASES: dict[str, dict[str, Any]] = {
     "qwen3": {"steps": 5},
@@ -27,6 +27,13 @@ def test_training_has_same_bits_at_every_tp(name):
     one = run("tree", 1, te=True, **CASES[name])
     for tp, sp in EVERY_SIZE if name in FIVE_STEPS else ((2, False), (4, True)):
         assert not differences(one, run("tree", tp, sp, te=True, **CASES[name])), f"tp={tp} sp={sp}"
+
+
+def test_training_has_same_bits_at_every_pp():
+    _, options = PIPELINES["qwen3"]
+    one = run("tree", 1, te=True, **options)
+    for tp, layout in ((1, {"pp": 2, "vpp": 2}), (2, {"sp": True, "pp": 2})):
+        assert not differences(one, run("tree", tp, te=True, **layout, **options)), f"tp={tp} {layout}"
 
 
 @pytest.mark.parametrize("name", FIVE_STEPS)

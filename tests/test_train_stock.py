@@ -258,7 +258,7 @@ def test_ranks_are_not_forked_once_cuda_has_started(tmp_path: Path, monkeypatch:
 def test_rank_of_another_world_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(TpcheckError, match=r"4 ranks were started, tp \* dp = 2 \* 1 needs 2"):
+    with pytest.raises(TpcheckError, match=r"4 ranks were started, tp \* pp \* dp = 2 \* 1 \* 1 needs 2"):
         launch(run(tmp_path / "run", tp=2))
 
 

@@ -4,7 +4,7 @@
     base: {model: qwen3-tiny, steps: 20}      # a run, or the path of a run file beside this one
     matrix: {strategy: [stock, tree], tp: [1, 2]}
     exclude: [{strategy: stock, tp: 2}]       # optional
-    invariant: [tp, sequence_parallel, arch]  # what must not change a bit (these are the default)
+    invariant: [tp, pp, vpp, sequence_parallel, arch]  # what must not change a bit (these are the default)
     output: results/qwen3-tiny-cpu            # the default; one result directory per cell in it
 
 A cell is named after its settings, `tree-tp2`. Cells that differ only in invariant settings form a group.
@@ -28,11 +28,12 @@ from tpcheck.config import RunConfig, parse_run, read_yaml
 from tpcheck.config import _override as override
 from tpcheck.errors import TpcheckError
 
-__all__ = ["ARCH", "Cell", "Sweep", "label", "load_sweep"]
+__all__ = ["ARCH", "Cell", "Sweep", "label", "load_sweep", "only_size"]
 
 Scalar = bool | int | float | str
 ARCH = "arch"
-INVARIANT = ("tp", "sequence_parallel", ARCH)
+SIZES = ("tp", "pp", "vpp")  # shown as TP=2
+INVARIANT = (*SIZES, "sequence_parallel", ARCH)
 
 
 class SweepFile(BaseModel):
@@ -75,7 +76,7 @@ class Cell:
     def variant(self) -> str:
         """The cell among those of its group: `TP=4`, `TP=4 sequence_parallel`."""
         rest = {key: value for key, value in self.settings.items() if key not in self.group}
-        parts = [f"TP={value}" if key == "tp" else label({key: value}) for key, value in rest.items()]
+        parts = [f"{key.upper()}={value}" if key in SIZES else label({key: value}) for key, value in rest.items()]
         return " ".join(parts) or self.name
 
 
@@ -122,6 +123,13 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), anywhere: bool = False
 def label(settings: Mapping[str, Scalar]) -> str:
     """Settings as a name: `tree-tp4`; words stand for themselves, other values behind the last part of their key."""
     return "-".join(_word(key.rpartition(".")[2], value) for key, value in settings.items())
+
+
+def only_size(variants: Sequence[str]) -> str | None:
+    """`TP` of the variants `TP=1`, `TP=2`, …; None where anything else sets them apart."""
+    matches = (re.fullmatch(r"([A-Z]+)=\S+", variant) for variant in variants)
+    names = {match and match[1] for match in matches}
+    return names.pop() if len(names) == 1 else None
 
 
 def _word(key: str, value: Scalar) -> str:

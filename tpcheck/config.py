@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -122,6 +122,8 @@ class RunConfig(Section):
     attention: Literal["unfused", "flash", "fused"] | None = None  # null: unfused; in a stock run what TE chooses
     symmetric_memory: bool = False  # ranks read each other's sums instead of sending them; the same bits
     tp: int = Field(1, gt=0)
+    pp: int = Field(1, gt=0)
+    vpp: int = Field(1, gt=0)  # pieces of the model that each pipeline stage holds: virtual stages
     dp: int = Field(1, gt=0)
     sequence_parallel: bool = False
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -155,7 +157,7 @@ class RunConfig(Section):
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.dp
+        return self.tp * self.pp * self.dp
 
     @property
     def microbatches(self) -> int:
@@ -234,6 +236,7 @@ def check(config: RunConfig) -> None:
         problems.append(f"tp={tp} and num_query_groups={model.num_query_groups}: one must be a multiple of the other")
     if config.sequence_parallel:
         must_divide("tp", tp, "seq_length", config.seq_length, "sequence_parallel cuts the sequence")
+    problems += _of_the_pipeline(config)
     if config.global_batch_size % (config.micro_batch_size * config.dp):
         problems.append(
             f"global_batch_size={config.global_batch_size} is not a multiple of micro_batch_size * dp = "
@@ -252,6 +255,27 @@ def check(config: RunConfig) -> None:
             problems.append(f"attention={config.attention} has no {config.dtype}: use dtype=bf16")
     if problems:
         raise TpcheckError("; ".join(problem.rstrip(": ") for problem in problems))
+
+
+def _of_the_pipeline(config: RunConfig) -> Iterator[str]:
+    """What pipeline stages cannot be made of."""
+    model, pp, vpp = config.model, config.pp, config.vpp
+    if model.num_layers % (pp * vpp):
+        yield f"pp * vpp = {pp} * {vpp} does not divide num_layers={model.num_layers}: every stage has as many layers"
+    if pp == 1 and vpp > 1:
+        yield f"vpp={vpp} cuts pipeline stages and pp=1 makes none: use vpp=1, or a larger pp"
+    if pp > 1 and model.tied and config.strategy != "stock":
+        yield (
+            f"model.tied=true with pp={pp} is not covered, the embedding's gradient is then a sum over stages: "
+            "use model.tied=false, pp=1, or strategy=stock"
+        )
+    if pp > 1 and config.trace is not None:
+        yield f"trace records whole models, not pp={pp} stages of one: use pp=1, or trace=null"
+    if vpp > 1 and config.microbatches % pp:
+        yield (
+            f"pp={pp} does not divide the {config.microbatches} microbatches of a step, which vpp={vpp} needs: "
+            "use another global_batch_size or micro_batch_size, or vpp=1"
+        )
 
 
 def _override(settings: dict[str, Any], override: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tpcheck.config import RunConfig, load_run_or_preset
 from tpcheck.cost import LEGEND, STRATEGIES, Quantity, Strategy, Term, step, symbols, total
+from tpcheck.errors import TpcheckError
 from tpcheck.gpus import BOARD, GPUS, Gpu
 from tpcheck.memory import GIB, memory
 from tpcheck.presets import PRESETS
@@ -47,7 +48,10 @@ def _config(model: str, options: dict[str, Any]) -> RunConfig:
     sequences = given.get("micro_batch_size", 1)
     of_preset = {"tp": TP, "seq_length": length, "micro_batch_size": sequences, "global_batch_size": sequences}
     overrides = [f"{name}={json.dumps(value)}" for name, value in given.items()]
-    return load_run_or_preset(model, ["strategy=stock", *overrides], of_preset)
+    config = load_run_or_preset(model, ["strategy=stock", *overrides], of_preset)
+    if config.pp > 1:
+        raise TpcheckError(f"a whole model's cost is counted, not that of pp={config.pp} stages of one: use pp=1")
+    return config
 
 
 def _totals(terms: list[Term], config: RunConfig, strategy: Strategy, gpu: Gpu) -> dict[str, float]:

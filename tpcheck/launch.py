@@ -1,6 +1,6 @@
 """Starting the ranks of a run: forked from this process after one import, or as torchrun or srun started them.
 
-    launch ── import torch and megatron-core once ── fork tp * dp ranks ── wait
+    launch ── import torch and megatron-core once ── fork tp * pp * dp ranks ── wait
                                                          └─ the first that fails takes the others with it
 
 A forked rank leads its own process group and dies with its parent, so nothing is left behind.

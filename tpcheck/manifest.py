@@ -25,6 +25,8 @@ CODE = "code.json"  # beside the packages, where they are a copy
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "numpy", "tpcheck")
 MAY_CHANGE = {
     "tp",
+    "pp",
+    "vpp",
     "dp",
     "sequence_parallel",
     "distributed_optimizer",

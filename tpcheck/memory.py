@@ -39,25 +39,31 @@ class Memory:
 
 
 def memory(config: RunConfig, on_gpu: bool) -> Memory:
-    """What one rank takes."""
+    """What the fullest rank takes: one of the first pipeline stage, or of the last."""
+    stages = (_of_stage(config, stage, on_gpu) for stage in {0, config.pp - 1})
+    return max(stages, key=lambda size: size.likely)
+
+
+def _of_stage(config: RunConfig, stage: int, on_gpu: bool) -> Memory:
     tokens = config.micro_batch_size * config.seq_length
     logits = tokens * config.model.padded_vocab_size / config.tp * 12  # bf16, their float32 copy, its gradient
     return Memory(
-        parameters(config) * bytes_per_parameter(config) / GIB,
-        logits / GIB,
-        _activations(config) / GIB,
+        parameters(config, stage) * bytes_per_parameter(config) / GIB,
+        (logits if stage == config.pp - 1 else 0) / GIB,
+        _activations(config, stage) / GIB,
         GPU_LIBRARIES_GIB if on_gpu else CPU_LIBRARIES_GIB,
     )
 
 
-def parameters(config: RunConfig) -> float:
-    """Parameters of one rank; norms and some biases are not sharded, and small."""
-    model = config.model
+def parameters(config: RunConfig, stage: int = 0) -> float:
+    """Parameters of one rank of a pipeline stage; norms and some biases are not sharded, and small."""
+    model, first, last = config.model, stage == 0, stage == config.pp - 1
     heads = model.head_dim * (2 * model.num_attention_heads + 2 * model.num_query_groups)
     mlp = model.ffn_hidden_size * (3 if model.activation == "swiglu" else 2)
-    embeddings = model.padded_vocab_size * model.hidden_size * (1 if model.tied else 2)
-    learned = model.max_positions * model.hidden_size if model.positions == "learned" else 0
-    return (model.num_layers * model.hidden_size * (heads + mlp) + embeddings) / config.tp + learned
+    matrices = 1 if model.tied and first and last else first + last
+    embeddings = model.padded_vocab_size * model.hidden_size * matrices
+    learned = model.max_positions * model.hidden_size if model.positions == "learned" and first else 0
+    return (model.num_layers / config.pp * model.hidden_size * (heads + mlp) + embeddings) / config.tp + learned
 
 
 def bytes_per_parameter(config: RunConfig) -> float:
@@ -65,7 +71,7 @@ def bytes_per_parameter(config: RunConfig) -> float:
     return kept + shared / (config.dp if config.distributed_optimizer else 1)
 
 
-def _activations(config: RunConfig) -> float:
+def _activations(config: RunConfig, stage: int) -> float:
     """Bytes kept for the backward pass; with recompute, every layer's input and the insides of one layer."""
     model, tokens = config.model, config.micro_batch_size * config.seq_length
     size = 2 if config.dtype == "bf16" else 4
@@ -78,4 +84,12 @@ def _activations(config: RunConfig) -> float:
     unfused = config.attention in (None, "unfused")
     scores = unfused * 2 * size * tokens * config.seq_length * model.num_attention_heads / config.tp
     inside = 4 * whole + sharded + scores
-    return model.num_layers * whole + inside if config.recompute else model.num_layers * inside
+    layers = model.num_layers / config.pp * _in_flight(config, stage)
+    return layers * whole + inside if config.recompute else layers * inside
+
+
+def _in_flight(config: RunConfig, stage: int) -> float:
+    """Microbatches that a stage keeps activations of at once: as many as it starts before its first backward pass."""
+    later = config.pp - 1 - stage
+    pieces = later + 1 if config.vpp == 1 else 2 * later + (config.vpp - 1) * config.pp + 1
+    return min(pieces / config.vpp, config.microbatches)

@@ -2,8 +2,10 @@
 
     GPTModel -> Float16Module (bf16) -> DistributedDataParallel -> Adam
 
-Layers are Transformer Engine's or Megatron's local ones (`layers_of`), without fused kernels whose bits would
-depend on what happens to be installed. Initial weights are drawn by name, stock runs' too, so that all start alike.
+A rank holds `vpp` pieces of the model, one unless its pipeline stages are virtual: piece v of pipeline rank r is stage
+v * pp + r. Layers are Transformer Engine's or Megatron's local ones (`layers_of`), without fused kernels whose bits
+would depend on what happens to be installed. Initial weights are drawn by name, stock runs' too, so that all start
+alike.
 """
 
 from __future__ import annotations
@@ -85,6 +87,10 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
             attention_dropout=model.dropout,
             tensor_model_parallel_size=config.tp,
             sequence_parallel=config.sequence_parallel and config.tp > 1,
+            pipeline_model_parallel_size=config.pp,
+            virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
+            overlap_p2p_comm=config.vpp > 1,  # a batch mixes up what two ranks send each other in both directions
+            batch_p2p_comm=config.vpp == 1,
             params_dtype=dtype,
             pipeline_dtype=dtype,
             bf16=config.dtype == "bf16",
@@ -103,34 +109,44 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         raise TpcheckError(f"megatron-core refuses this model: {error}") from error
 
 
-def build_model(config: RunConfig) -> tuple[GPTModel, DistributedDataParallel]:
-    """The bare model, whose state is saved, and the same model as it is trained."""
+def build_model(config: RunConfig) -> tuple[list[GPTModel], list[DistributedDataParallel]]:
+    """The bare pieces of the model that this rank holds, whose state is saved, and the same as they are trained."""
     settings = transformer_config(config)
-    model = config.model
-    seed_everything(config.seed)
-    if layers_of(config) == "te":
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
-    else:
-        spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
-    with initial_weights.by_name():
-        gpt = GPTModel(
-            settings,
-            spec,
-            vocab_size=model.padded_vocab_size,
-            max_sequence_length=model.max_positions,
-            position_embedding_type="rope" if model.positions == "rope" else "learned_absolute",
-            rotary_base=model.rope_base,
-            share_embeddings_and_output_weights=model.tied,
-            parallel_output=True,
-        )
-    gpt.cuda()
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.distributed_optimizer,
         check_for_nan_in_grad=True,
     )
-    module = Float16Module(settings, gpt) if config.dtype == "bf16" else gpt
-    return gpt, DistributedDataParallel(settings, ddp_config, module)
+    pieces = [_build_piece(config, settings, virtual_stage) for virtual_stage in range(config.vpp)]
+    modules = [Float16Module(settings, piece) if config.dtype == "bf16" else piece for piece in pieces]
+    return pieces, [DistributedDataParallel(settings, ddp_config, module) for module in modules]
+
+
+def _build_piece(config: RunConfig, settings: TransformerConfig, virtual_stage: int) -> GPTModel:
+    model = config.model
+    stage = virtual_stage * config.pp + parallel_state.get_pipeline_model_parallel_rank()
+    stages = config.pp * config.vpp
+    if layers_of(config) == "te":
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
+    else:
+        spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
+    seed_everything(config.seed)
+    with initial_weights.by_name():
+        piece = GPTModel(
+            settings,
+            spec,
+            vocab_size=model.padded_vocab_size,
+            max_sequence_length=model.max_positions,
+            pre_process=stage == 0,
+            post_process=stage == stages - 1,
+            position_embedding_type="rope" if model.positions == "rope" else "learned_absolute",
+            rotary_base=model.rope_base,
+            share_embeddings_and_output_weights=model.tied,
+            parallel_output=True,
+            vp_stage=virtual_stage if config.vpp > 1 else None,
+        )
+    piece.cuda()
+    return piece
 
 
 def _attention_asked_for(config: RunConfig) -> AttnBackend:
@@ -162,7 +178,7 @@ def seed_everything(seed: int) -> None:
     model_parallel_cuda_manual_seed(seed)
 
 
-def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Any:
+def build_optimizer(config: RunConfig, pieces: list[DistributedDataParallel]) -> Any:
     """Megatron's Adam with its gradient norm, clipping and float32 main parameters."""
     settings = config.optimizer
     return get_megatron_optimizer(
@@ -179,7 +195,7 @@ def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Any:
             params_dtype=DTYPES[config.dtype],
             use_distributed_optimizer=config.distributed_optimizer,
         ),
-        [ddp],
+        pieces,
     )
 
 
@@ -202,22 +218,24 @@ def set_learning_rate(config: RunConfig, optimizer: Any, step: int) -> float:
 
 
 def train_step(
-    config: RunConfig, ddp: DistributedDataParallel, optimizer: Any, batches: list[torch.Tensor]
+    config: RunConfig, pieces: list[DistributedDataParallel], optimizer: Any, batches: list[torch.Tensor]
 ) -> tuple[float, float]:
     """One step on this rank's microbatches: the global batch's mean loss, and the gradient norm."""
-    ddp.zero_grad_buffer()
+    for piece in pieces:
+        piece.zero_grad_buffer()
     optimizer.zero_grad()
+    iterators = [iter(batches) for _ in pieces]
     losses = get_forward_backward_func()(
         forward_step_func=_forward,
-        data_iterator=iter(batches),
-        model=[ddp],
+        data_iterator=iterators if config.vpp > 1 else iterators[0],
+        model=pieces,
         num_microbatches=len(batches),
         seq_length=config.seq_length,
         micro_batch_size=config.micro_batch_size,
         forward_only=False,
     )
     _, grad_norm, _ = optimizer.step()
-    return global_mean(losses), float(grad_norm)
+    return _from_last_stage(losses), float(grad_norm)
 
 
 def _forward(batches: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
@@ -244,3 +262,13 @@ def global_mean(losses: list[torch.Tensor]) -> float:
     every = torch.cat(gathered)
     mean = math.fsum(every.tolist()) / (len(every) * samples.shape[1])
     return torch.tensor(mean, dtype=torch.float32).item()
+
+
+def _from_last_stage(losses: list[torch.Tensor]) -> float:
+    """The global mean on every rank; only the last pipeline stage has losses."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1:
+        return global_mean(losses)
+    mean = torch.tensor([global_mean(losses) if losses else 0.0], dtype=torch.float64).cuda()
+    torch.distributed.broadcast(mean, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return mean.item()

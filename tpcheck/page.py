@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from tpcheck import plot
-from tpcheck.cells import Sweep
+from tpcheck.cells import Sweep, only_size
 from tpcheck.verdict import Verdict
 
 __all__ = ["PAGE", "PICTURE", "document", "image", "table", "write"]
@@ -40,7 +40,7 @@ def write(sweep: Sweep, verdict: Verdict) -> list[Path]:
 
 
 def _title(found: list[plot.Curve]) -> str:
-    only_tp = all(curve.variant.startswith("TP=") and " " not in curve.variant for curve in found)
+    only_tp = only_size([curve.variant for curve in found]) == "TP"
     return f"Same model, data and seed; only the {'tensor-parallel size' if only_tp else 'parallel layout'} differs"
 
 

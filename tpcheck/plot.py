@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tpcheck import result
-from tpcheck.cells import Cell, Sweep, label
+from tpcheck.cells import Cell, Sweep, label, only_size
 
 __all__ = ["COLOURS", "FAINT", "INK", "Curve", "curves", "draw"]
 
@@ -149,8 +149,9 @@ def _tally(mine: Sequence[Curve]) -> str:
     steps = sum(len(curve.distance) for curve in mine)
     equal = sum(value == 0 for curve in mine for value in curve.distance)
     if steps and equal == steps:
-        names = ", ".join(curve.variant.removeprefix("TP=") for curve in mine)
-        return f"TP={names}: 0 at every step" if all(c.variant.startswith("TP=") for c in mine) else "0 at every step"
+        size = only_size([curve.variant for curve in mine])
+        names = ", ".join(curve.variant.removeprefix(f"{size}=") for curve in mine)
+        return f"{size}={names}: 0 at every step" if size else "0 at every step"
     return f"{equal} of {steps} steps equal"
 
 

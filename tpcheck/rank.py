@@ -22,7 +22,8 @@ def rank_from_environment(config: RunConfig) -> dict[str, str] | None:
     else:
         return None
     if found != config.world_size:
-        raise TpcheckError(f"{found} ranks were started, tp * dp = {config.tp} * {config.dp} needs {config.world_size}")
+        layout = f"tp * pp * dp = {config.tp} * {config.pp} * {config.dp}"
+        raise TpcheckError(f"{found} ranks were started, {layout} needs {config.world_size}")
     return settings
 
 

@@ -3,7 +3,7 @@
     checkpoints/.new-step-00000020/   while it is written
     checkpoints/step-00000020/        renamed into place once every byte is on disk
 
-A checkpoint loads at any tensor- and data-parallel size, with the distributed optimizer or without,
+A checkpoint loads at any tensor-, pipeline- and data-parallel size, with the distributed optimizer or without,
 whichever way it was saved.
 """
 
@@ -13,6 +13,7 @@ import errno
 import os
 import queue
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -55,16 +56,20 @@ def discard_unfinished(output: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def save(output: Path, step: int, gpt: Any, optimizer: Any) -> Path:
-    """Write the state after `step` steps and put it into place; every rank calls this, at the same step."""
+def save(output: Path, step: int, pieces: Sequence[Any], optimizer: Any) -> Path:
+    """Write the state after `step` steps and put it into place; every rank calls this, at the same step.
+
+    Args:
+        pieces: of the model, those that this rank holds.
+    """
     final = result.checkpoint_path(output, step)
     new = final.with_name(UNFINISHED + final.name)
     if dist.get_rank() == 0:
         new.mkdir(parents=True)
     dist.barrier()
-    model_state, optimizer_state = _state(gpt, optimizer, is_loading=False)
+    model_state, optimizer_state = _state(pieces, optimizer, is_loading=False)
     try:
-        _write({"model": model_state, "optimizer": optimizer_state, "step": step}, new)
+        _write({**model_state, "optimizer": optimizer_state, "step": step}, new)
     except (Exception, CheckpointException) as error:
         if shutil.disk_usage(new).free < FULL:  # torch says "iostream error"
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(new)) from error
@@ -92,10 +97,10 @@ def _write(state: dict[str, Any], folder: Path) -> None:
     request.execute_sync()
 
 
-def load(path: Path, step: int, gpt: Any, optimizer: Any) -> None:
+def load(path: Path, step: int, pieces: Sequence[Any], optimizer: Any) -> None:
     """Fill model and optimizer from the checkpoint at `path`; every rank calls this."""
     try:
-        _load(path, step, gpt, optimizer)
+        _load(path, step, pieces, optimizer)
     except TpcheckError:
         raise
     except (Exception, CheckpointException) as error:
@@ -103,23 +108,28 @@ def load(path: Path, step: int, gpt: Any, optimizer: Any) -> None:
         raise TpcheckError(f"{path} does not load into this model: {reason[:300]}") from error
 
 
-def _load(path: Path, step: int, gpt: Any, optimizer: Any) -> None:
+def _load(path: Path, step: int, pieces: Sequence[Any], optimizer: Any) -> None:
     """Only tensors come from the checkpoint: the rest of the optimizer's state follows from config and step."""
-    model_state, optimizer_state = _state(gpt, optimizer, is_loading=True)
+    model_state, optimizer_state = _state(pieces, optimizer, is_loading=True)
     wanted, rest = extract_matching_values(optimizer_state, _is_placeholder)
     stored = dist_checkpointing.load_tensors_metadata(str(path))
     wanted = dict_list_map_outplace(lambda value: _as_stored(value, stored), wanted)
-    gpt.load_state_dict(dist_checkpointing.load({"model": model_state}, str(path))["model"])
+    loaded = dist_checkpointing.load(model_state, str(path))
+    for key, piece in zip(model_state, pieces, strict=True):
+        piece.load_state_dict(loaded[key])
     tensors = dist_checkpointing.load({"resumed": wanted}, str(path))["resumed"]
     optimizer.load_state_dict(_with_step(merge(rest, tensors), step))
 
 
-def _state(gpt: Any, optimizer: Any, is_loading: bool) -> tuple[Any, Any]:
+def _state(pieces: Sequence[Any], optimizer: Any, is_loading: bool) -> tuple[dict[str, Any], Any]:
+    """The pieces' states, under Megatron's names for them, and the optimizer's."""
     metadata = {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         "distrib_optim_sharding_type": "fully_reshardable" if RESHARDABLE else "fully_sharded_model_space",
     }
-    model_state = gpt.sharded_state_dict(metadata=metadata)
+    keys = ["model"] if len(pieces) == 1 else [f"model{number}" for number in range(len(pieces))]
+    states = [piece.sharded_state_dict(metadata=metadata) for piece in pieces]
+    model_state = dict(zip(keys, states, strict=True))
     return model_state, optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
 
 

@@ -47,25 +47,26 @@ def train(
     output = Path(config.output)
     patched = enable_patches(config)
     with process_group(config):
-        gpt, ddp = build_model(config)
-        optimizer = build_optimizer(config, ddp)
+        bare, pieces = build_model(config)
+        optimizer = build_optimizer(config, pieces)
         data = data or open_data(config)
         step = _agreed_start(config, resume)
         if step:
-            saving.load(result.checkpoint_path(output, step), step, gpt, optimizer)
+            saving.load(result.checkpoint_path(output, step), step, bare, optimizer)
         dp_rank = parallel_state.get_data_parallel_rank()
+        stage = parallel_state.get_pipeline_model_parallel_rank()
         main = dist.get_rank() == 0
         if main:
             _prepare_output(output, manifest.describe(config, data, patched), step)
-        with traced(config, ddp, step), Steps(display if main else None, step, config.steps) as steps:
+        with traced(config, pieces[0], step), Steps(display if main else None, step, config.steps) as steps:
             if step:
                 steps.say(f"going on from step {step}")
             while step < config.steps:
                 began = time.perf_counter()
                 rate = set_learning_rate(config, optimizer, step)
                 if config.model.dropout:
-                    seed_everything(config.seed + step)
-                loss, grad_norm = train_step(config, ddp, optimizer, rank_batches(data, config, step, dp_rank))
+                    seed_everything(config.seed + step + config.steps * stage)
+                loss, grad_norm = train_step(config, pieces, optimizer, rank_batches(data, config, step, dp_rank))
                 step += 1
                 if main:
                     _note_attention(output, attention_backend(config))
@@ -75,7 +76,7 @@ def train(
                 leaving = stop.agreed() or step == config.stop_after
                 due = config.checkpoint_every and step % config.checkpoint_every == 0
                 if due or leaving or step == config.steps:
-                    saving.save(output, step, gpt, optimizer)
+                    saving.save(output, step, bare, optimizer)
                 if leaving:
                     break
             if main and step == config.steps:
@@ -129,7 +130,10 @@ def process_group(config: RunConfig) -> Iterator[None]:
         timeout=TIMEOUT,
     )
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.tp, distributed_timeout_minutes=TIMEOUT.seconds // 60
+        tensor_model_parallel_size=config.tp,
+        pipeline_model_parallel_size=config.pp,
+        virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
+        distributed_timeout_minutes=TIMEOUT.seconds // 60,
     )
     yield
     parallel_state.destroy_model_parallel()

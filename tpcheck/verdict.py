@@ -21,7 +21,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from tpcheck import result
-from tpcheck.cells import Cell, Sweep
+from tpcheck.cells import Cell, Sweep, only_size
 
 __all__ = ["VERDICT", "Group", "Verdict", "judge", "write"]
 
@@ -260,8 +260,8 @@ def _names(groups: Sequence[Group]) -> str:
 
 def _over(group: Group) -> str:
     """`TP=1, 2, 4, 8` where only TP varies, else every variant in full."""
-    if all(variant.startswith("TP=") and " " not in variant for variant in group.variants):
-        return "TP=" + ", ".join(variant.removeprefix("TP=") for variant in group.variants)
+    if size := only_size(group.variants):
+        return f"{size}=" + ", ".join(variant.removeprefix(f"{size}=") for variant in group.variants)
     return "; ".join(group.variants)
 
 

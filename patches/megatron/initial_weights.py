@@ -29,6 +29,7 @@ __all__ = ["PATCHES", "by_name", "global_names", "note", "seed"]
 
 LAYERS = "megatron.core.tensor_parallel.layers"
 NOTE = "_patches_draw"
+SHARED = "embedding.word_embeddings.weight"  # the name of both copies, where two pipeline stages hold one
 WHY = "what is drawn from a shared generator follows from all that was drawn before, in shapes that TP changes"
 
 _building: ContextVar[bool] = ContextVar("a model is being built", default=False)
@@ -165,6 +166,8 @@ def _model_init(original: Any) -> Any:
         for name, parameter in global_names(self):
             draw = vars(parameter).pop(NOTE, None)
             if draw is not None:
+                if getattr(parameter, "shared_embedding", False):
+                    name = SHARED
                 draw.into(parameter, seeds[parameter.device.type], name)
         self.patches_seeds = seeds
 

@@ -24,7 +24,6 @@ COVERED: dict[str, tuple[tuple[Any, ...], str]] = {
         "use multi-head or grouped-query attention (without --multi-latent-attention)",
     ),
     "context_parallel_size": ((1,), "set it to 1 (--context-parallel-size 1)"),
-    "pipeline_model_parallel_size": ((1,), "set it to 1 (--pipeline-model-parallel-size 1)"),
     "tp_comm_overlap": ((False,), "set it to False (without --tp-comm-overlap)"),
     "cpu_offloading": ((False,), "set it to False (without --cpu-offloading-num-layers)"),
     "gtp_weight_remat_size": ((1,), "set it to 1"),

@@ -232,7 +232,7 @@ class Capture:
             return
         self._gradients()
         if self.wanted:
-            self.parameters.clip(optimizer)
+            self.parameters.clip(optimizer, self.step)
 
     def _after_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.updated |= self.microbatch >= 0 and self.parameters.owns(optimizer)

@@ -9,11 +9,14 @@ from pathlib import Path
 from tpcheck import page, result
 from tpcheck.trace import pictures
 from tpcheck.trace.judge import Comparison, Row
-from tpcheck.trace.text import sentence, what
+from tpcheck.trace.text import padded, sentence, what
 
 __all__ = ["write"]
 
-MOOD = {"identical": "held", "rounding": "held", "suspect": "broken"}
+MOOD = {
+    "identical": "held", "rounding": "held", "suspect": "broken", "other weights": "broken",
+    "other vocabulary": "broken",
+}  # fmt: skip
 STYLE = """
 figure { margin: 0 } figcaption { font-size: .85rem; color: #555 }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1.5rem }
@@ -49,6 +52,7 @@ def write(comparison: Comparison, a: Path, b: Path, path: Path) -> None:
 <p>{f"The first tensor that differs: {escape(what(first))}." if first else ""}</p>
 <div class="pictures">{figures}</div>
 {"<h2>Suspect, in the order of execution</h2>" + _numbers(suspects[:40]) if suspects else ""}
+{f"<p>Vocabulary: {escape(text)}.</p>" if (text := padded(comparison)) else ""}
 {_unmapped(comparison)}
 <details><summary>All {len(comparison.rows)} tensors</summary>{_numbers(comparison.rows)}</details>"""
     path.write_text(page.document("Rounding or bug?", body, STYLE), encoding="utf-8")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from tpcheck.trace.judge import Comparison, Row
 
-__all__ = ["lines", "sentence", "what"]
+__all__ = ["lines", "padded", "sentence", "what"]
 
 KINDS = {
     "start": "initial weight",
@@ -23,6 +23,7 @@ KINDS = {
     "weight": "updated weight",
 }
 SHOWN = 24
+NAMED = 3
 
 
 def lines(comparison: Comparison, *, show_all: bool = False) -> Iterator[str]:
@@ -37,6 +38,8 @@ def lines(comparison: Comparison, *, show_all: bool = False) -> Iterator[str]:
         if hidden := len(comparison.rows) - len(rows):
             yield f"… {hidden} more tensors, with --all"
         yield ""
+    if vocabulary := padded(comparison):
+        yield f"vocabulary  {vocabulary}"
     for note in comparison.unmapped[: None if show_all else 5]:
         yield f"not compared  {note}"
     if not show_all and len(comparison.unmapped) > 5:
@@ -57,6 +60,8 @@ def sentence(comparison: Comparison) -> str:
         if first.estimate is not None and first.excess > 1 and math.isfinite(first.numbers.max_abs):
             text += f" is off by {first.numbers.relative:.2g}, where rounding explains {first.estimate.overall:.1g}"
         return text + (f"; {first.why}" if first.why else "")
+    if comparison.other_weights or comparison.verdict == "other vocabulary":
+        return f"not rounding: {'; '.join(_other_runs(comparison))}{left_out}"
     if not comparison.rows:
         return "can't tell: no tensor of one trace could be compared with the other's"
     if comparison.verdict == "unknown":
@@ -69,6 +74,30 @@ def sentence(comparison: Comparison) -> str:
         limit = f"the nearest, {what(worst)}, is at {worst.excess:.0%} of the limit"
         return f"rounding: no tensor is beyond what rounding explains; {limit}{left_out}"
     return f"identical: every tensor that has been compared, bit for bit{left_out}"
+
+
+def padded(comparison: Comparison) -> str:
+    """What is said of vocabularies that are padded differently; nothing where they are not."""
+    if comparison.vocabulary is None:
+        return ""
+    a, b = comparison.vocabulary
+    return (
+        f"the vocabularies are padded differently, A's to {a} and B's to {b}: {min(a, b)} are compared; the padded "
+        "logits are in every loss, so that losses and gradients are not the same function's"
+    )
+
+
+def _other_runs(comparison: Comparison) -> Iterator[str]:
+    if other := comparison.other_weights:
+        names = ", ".join(row.key.name for row in other[:NAMED]) + (", …" if len(other) > NAMED else "")
+        yield (
+            f"the runs start from other weights: {len(other)} of {comparison.drawn} parameters that are drawn at "
+            f"random differ ({names}); let B load what A starts from, nothing after it can be judged"
+        )
+    if vocabulary := padded(comparison):
+        yield vocabulary
+        if not comparison.other_weights:
+            yield "before the losses, no tensor is beyond what rounding explains"
 
 
 def what(row: Row) -> str:

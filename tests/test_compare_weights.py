@@ -19,7 +19,7 @@ WIDTH, TRUE = 8, 11
 
 
 class Language(nn.Module):
-    """Embedding, two layers, output layer, losses; its vocabulary is padded to `padded`, the rest does not depend on it."""
+    """Embedding, two layers, output layer, losses; padded to a vocabulary on which nothing else depends."""
 
     def __init__(self, padded: int = 12, width: int = WIDTH) -> None:
         super().__init__()

@@ -133,7 +133,7 @@ class _Judge:
         return self.result
 
     def _start(self) -> None:
-        """Once all initial weights are known: if most of the drawn ones differ, no single one of them is the suspect."""
+        """Once all initial weights are known: where most of the drawn ones differ, none of them is the suspect."""
         self.started, rows = True, self.result.rows
         other = [row for row in rows if row.verdict == "suspect" and row.key.step == 0 and not row.by_itself]
         if not other:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from tpcheck.trace.chunks import Chunk
 from tpcheck.trace.deepspeed import engine_of, full_gradient, full_states, full_weight, is_cut, set_full_gradient
-from tpcheck.trace.names import canonical
 from tpcheck.trace.noise import nudge, spawn
 from tpcheck.trace.rules import Rules
 from tpcheck.trace.shards import Shards, whole
@@ -26,12 +26,12 @@ CLIPPED = 1e-4  # a factor farther from 1 than this is clipping's
 
 
 class Parameters:
-    """Records the parameters of `models`, each under its canonical name, through `record(kind, name, shards)`."""
+    """Records the parameters of `chunks`, each under its canonical name, through `record(kind, name, shards)`."""
 
-    def __init__(self, models: Sequence[torch.nn.Module], rules: Rules, record: Record, perturb: int) -> None:
+    def __init__(self, chunks: Sequence[Chunk], rules: Rules, record: Record, perturb: int) -> None:
         self.rules, self.record, self.perturb = rules, record, perturb
-        self.engine = engine_of(models)
-        self.named = {canonical(name): p for model in models for name, p in model.named_parameters()}
+        self.engine = engine_of([chunk.model for chunk in chunks])
+        self.named = {name: p for chunk in chunks for name, p in chunk.parameters().items()}
         self.optimizers: dict[int, torch.optim.Optimizer] = {}
         self.norms: dict[str, float] = {}
         self.coarse: dict[str, float] = {}  # the same as `norms`, squares of norms, as this device sums them in float32

@@ -112,11 +112,12 @@ class Trace:
                 raise TpcheckError(f"{path}: its ranks do not agree on {key}: they are not of one run")
         self.dtype, self.tp, self.dp, self.sample = first["dtype"], first["tp"], first["dp"], first["sample"]
         self.perturb: int = first["perturb"]
+        self.pp: int = first.get("pp", 1)
         self.steps: list[int] = first["steps"]
         self.cuts: dict[Key, tuple[int, int]] = {}
         self.files: dict[Path, dict[str, Array]] = {}
         self.records: dict[Key, list[tuple[int, int, Json]]] = {}
-        self.order: dict[Key, tuple[int, int, int]] = {}
+        self.order: dict[Key, tuple[int, int, int, int]] = {}
         for rank, description in enumerate(self.ranks):
             self._index(rank, description["records"])
 
@@ -192,7 +193,9 @@ class Trace:
                 key = Key(record["step"], record["kind"], name)
                 self.records.setdefault(key, []).append((rank, number, record))
                 phase = PHASES[key.kind.partition(".")[0]]
-                self.order.setdefault(key, (key.step, phase, number))
+                # Forward through the stages of a pipeline, and back.
+                stage = record.get("stage", 0) * (-1 if phase == PHASES["dout"] else 1)
+                self.order.setdefault(key, (key.step, phase, stage, number))
             except DAMAGE as error:
                 raise TpcheckError(f"{file}:{number + 1} is not a record ({error!r}): damaged") from error
 

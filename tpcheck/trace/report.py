@@ -9,7 +9,7 @@ from pathlib import Path
 from tpcheck import page, result
 from tpcheck.trace import pictures
 from tpcheck.trace.judge import Comparison, Row
-from tpcheck.trace.text import padded, sentence, what
+from tpcheck.trace.text import layout, padded, sentence, what
 
 __all__ = ["write"]
 
@@ -45,7 +45,7 @@ def write(comparison: Comparison, a: Path, b: Path, path: Path) -> None:
     )
     first = comparison.first_difference
     suspects = [row for row in comparison.rows if row.verdict == "suspect"]
-    layouts = [f"{label}: {side.path}, TP={side.tp} DP={side.dp}, {side.dtype}" for label, side in
+    layouts = [f"{label}: {side.path}, {layout(side)}, {side.dtype}" for label, side in
                (("A", comparison.a), ("B", comparison.b))]  # fmt: skip
     body = f"""<p class="verdict {MOOD.get(comparison.verdict, "")}">{escape(sentence(comparison))}</p>
 <p><code>{"<br>".join(map(escape, layouts))}</code></p>

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 from tpcheck.trace.judge import Comparison, Row
+from tpcheck.trace.reader import Trace
 
-__all__ = ["lines", "padded", "sentence", "what"]
+__all__ = ["layout", "lines", "padded", "sentence", "what"]
 
 KINDS = {
     "start": "initial weight",
@@ -29,8 +30,8 @@ NAMED = 3
 def lines(comparison: Comparison, *, show_all: bool = False) -> Iterator[str]:
     """The comparison; without `show_all`, the rows that say most."""
     a, b = comparison.a, comparison.b
-    yield f"A  {a.path}  TP={a.tp} DP={a.dp} {a.dtype}"
-    yield f"B  {b.path}  TP={b.tp} DP={b.dp} {b.dtype}"
+    yield f"A  {a.path}  {layout(a)} {a.dtype}"
+    yield f"B  {b.path}  {layout(b)} {b.dtype}"
     rows = comparison.rows if show_all else _telling(comparison)
     if rows:
         yield ""
@@ -49,6 +50,11 @@ def lines(comparison: Comparison, *, show_all: bool = False) -> Iterator[str]:
     if comparison.first_difference:
         yield f"first that differs  {what(comparison.first_difference)}"
     yield sentence(comparison)
+
+
+def layout(trace: Trace) -> str:
+    """The sizes of parallelism."""
+    return f"TP={trace.tp} DP={trace.dp}" + (f" PP={trace.pp}" if trace.pp > 1 else "")
 
 
 def sentence(comparison: Comparison) -> str:

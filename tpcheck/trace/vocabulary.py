@@ -31,7 +31,7 @@ def padding(a: Trace, b: Trace) -> tuple[int, int] | None:
 
 
 def cut_alike(a: Trace, b: Trace, others: Iterable[Trace] = ()) -> tuple[int, int] | None:
-    """Have both traces, and `others` of A's shapes, end where the smaller vocabulary does; the sizes, if they differ."""
+    """End both traces, and `others` of A's shapes, with the smaller vocabulary; the sizes of both, if they differ."""
     sizes = padding(a, b)
     if sizes is None:
         return None

@@ -112,7 +112,9 @@ def what(row: Row) -> str:
 
 
 def _telling(comparison: Comparison) -> list[Row]:
-    """Of the tensors that differ: those about the first suspect, or else the ones nearest to the limit."""
+    """Of those that differ: those about the first suspect, initial weights, or else those nearest to the limit."""
+    if comparison.first is None and comparison.other_weights:
+        return comparison.other_weights[:SHOWN]
     differing = [row for row in comparison.rows if row.verdict != "identical"]
     if comparison.first is not None:
         place = differing.index(comparison.first)

@@ -73,14 +73,10 @@ class Status(list[Row]):
     """Rows of `status()`; printed as a table."""
 
     def __str__(self) -> str:
-        lines = [("patch", "applied", "library", "target", "why")]
-        lines += [(r.name, _state(r), f"{r.library} {r.version}", r.target, r.why) for r in self]
+        lines = [("patch", "state", "library", "target", "why")]
+        lines += [(r.name, r.state, f"{r.library} {r.version}", r.target, r.why) for r in self]
         widths = [max(len(line[i]) for line in lines) for i in range(4)]
         return "\n".join("  ".join([*map(str.ljust, line[:4], widths), line[4]]) for line in lines)
-
-
-def _state(row: Row) -> str:
-    return "yes" if row.applied else "no" if row.needed else "not needed"
 
 
 def status() -> Status:

@@ -2,22 +2,27 @@
 
 A patch names its target (`module:qualname`), says in one line why it is there, and lists the parameters that its
 target may have. A library version outside `SUPPORTED`, a missing target or an unknown parameter is an error:
-nothing is ever left half patched, and no call falls through to a stock sum unnoticed.
+nothing is ever left half patched, and no call falls through to a stock sum unnoticed. What cannot be imported yet is
+patched, or refused, when a script imports it.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
+import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 from packaging.specifiers import SpecifierSet
 
 from patches.contract import Contract, UnsupportedError
+from patches.imports import when_imported
 
 __all__ = ["REGISTRY", "SUPPORTED", "Patch", "Row", "attribute", "check_versions"]
 
@@ -26,6 +31,8 @@ SUPPORTED = {
     "megatron-core": SpecifierSet(">=0.14,<0.20"),
     "transformer-engine": SpecifierSet(">=2.9,<2.21"),  # 2.9.0, 2.13.0 and 2.20.2 run in the tests
 }
+
+MODULES = {"megatron-core": "megatron.core", "transformer-engine": "transformer_engine"}
 
 ANY_VERSION = SpecifierSet("")
 
@@ -42,8 +49,8 @@ class Patch:
         why: one line.
         install: applies the patch for a contract and returns what undoes it.
         versions: versions of `library` that need it.
-        package: where this is not importable, the patch has nothing to do.
         library: the distribution, a key of `SUPPORTED`, whose version counts.
+        lazy: the target comes with a script, not with the library: it is patched when the script imports it.
         parameters: those that the target may have; None if it is not a function.
     """
 
@@ -52,9 +59,19 @@ class Patch:
     why: str
     install: Callable[[Contract], Undo]
     versions: SpecifierSet = ANY_VERSION
-    package: str = "megatron.core"
     library: str = "megatron-core"
+    lazy: bool = False
     parameters: tuple[str, ...] | None = None
+
+    @property
+    def module(self) -> str:
+        return self.target.partition(":")[0]
+
+    @property
+    def needed(self) -> bool:
+        """Whether the version found of the library needs it; not known where the library has not come yet."""
+        found = _version(self.library)
+        return found is None or self.versions.contains(found, prereleases=True)
 
 
 @dataclass(frozen=True)
@@ -65,9 +82,12 @@ class Row:
     target: str
     library: str
     version: str
-    needed: bool
-    applied: bool
+    state: Literal["applied", "waits for its import", "not needed", "off"]
     why: str
+
+    @property
+    def applied(self) -> bool:
+        return self.state == "applied"
 
 
 def attribute(
@@ -77,8 +97,8 @@ def attribute(
     replacement: Callable[[Any], Any],
     parameters: str | None = None,
     versions: str = "",
-    package: str = "megatron.core",
     library: str = "megatron-core",
+    lazy: bool = False,
 ) -> Patch:
     """A patch that replaces the attribute `target` by `replacement(original)`.
 
@@ -97,46 +117,64 @@ def attribute(
         setattr(holder, attr, replacement(getattr(holder, attr)))
         return (lambda: setattr(holder, attr, original)) if owned else (lambda: delattr(holder, attr))
 
-    return Patch(name, target, why, install, SpecifierSet(versions), package, library, known)
+    return Patch(name, target, why, install, SpecifierSet(versions), library, lazy, known)
 
 
 class Registry:
-    """The patches that are applied, the only global state of this package."""
+    """The patches that are applied, and what they have to remember."""
 
     def __init__(self) -> None:
         self.contract: Contract | None = None
         self.verified: set[Hashable] = set()  # what was seen to keep the promise, by backend and shape
-        self._applied: list[tuple[Patch, Undo]] = []
+        self.unnamed = itertools.count()  # numbers of layers that were built outside a model
+        self._undo: list[Undo] = []
+        self._state: dict[str, Literal["applied", "waits for its import"]] = {}
 
     def apply(self, contract: Contract, patches: Iterable[Patch]) -> None:
         """Apply all of `patches`, or none of them."""
         if self.contract is not None:
             raise RuntimeError(f"already enabled with {self.contract}: call patches.disable() first")
-        self.contract = contract
+        self.contract, self.unnamed = contract, itertools.count()
         try:
             for patch in patches:
-                self._applied.append((patch, patch.install(contract)))
+                if patch.lazy or not _importable(MODULES[patch.library]):
+                    self._wait(patch, contract)
+                else:
+                    self._install(patch, contract)
         except BaseException:
             self.revert()
             raise
 
+    def _wait(self, patch: Patch, contract: Contract) -> None:
+        def act(module: ModuleType) -> None:
+            check_version(patch.library)
+            self._state.pop(patch.name, None)
+            if patch.needed:
+                self._install(patch, contract)
+
+        self._state[patch.name] = "waits for its import"
+        self._undo.append(when_imported(patch.module if patch.lazy else MODULES[patch.library], act))
+
+    def _install(self, patch: Patch, contract: Contract) -> None:
+        self._undo.append(patch.install(contract))
+        self._state[patch.name] = "applied"
+
     def revert(self) -> None:
         """Put every attribute back, latest first."""
-        while self._applied:
-            self._applied.pop()[1]()
+        while self._undo:
+            self._undo.pop()()
         self.contract = None
         self.verified.clear()
+        self._state.clear()
 
     def rows(self, patches: Sequence[Patch]) -> list[Row]:
-        applied = {patch.name for patch, _ in self._applied}
         return [
             Row(
                 p.name,
                 p.target,
                 p.library,
                 _version(p.library) or "not installed",
-                _needed(p),
-                p.name in applied,
+                self._state.get(p.name, "off" if p.needed else "not needed"),
                 p.why,
             )
             for p in patches
@@ -147,42 +185,62 @@ REGISTRY = Registry()
 
 
 def check_versions(patches: Sequence[Patch]) -> list[Patch]:
-    """The patches that the installed libraries need; raise `UnsupportedError` where one is of an unknown version.
+    """The patches that the libraries found need; raise `UnsupportedError` where one is of an unknown version.
 
     Transformer Engine may be missing: a model without its layers needs none of its patches.
     """
-    for library in dict.fromkeys(["megatron-core", *(p.library for p in patches if find_spec(p.package))]):
-        _check_version(library)
-    return [patch for patch in patches if _needed(patch)]
+    for library, module in MODULES.items():
+        if library == "megatron-core" or _importable(module):
+            check_version(library)
+    return [patch for patch in patches if patch.needed]
 
 
-def _needed(patch: Patch) -> bool:
-    found = _version(patch.library)
-    return (
-        found is not None and patch.versions.contains(found, prereleases=True) and find_spec(patch.package) is not None
-    )
-
-
-def _check_version(library: str) -> None:
-    found, supported = _version(library), SUPPORTED[library]
+def check_version(library: str) -> None:
+    """Import `library`; `UnsupportedError` if it is not there, or of a version that the patches don't know."""
+    supported = SUPPORTED[library]
+    if _importable(MODULES[library]):
+        _import(MODULES[library])
+    found = _version(library)
     if found is None:
         raise UnsupportedError(f"{library} is not installed: the patches are for {library} {supported}")
     if not supported.contains(found, prereleases=True):
         raise UnsupportedError(f"{library} {found} is not known to the patches: install {library} {supported}")
 
 
-def _version(package: str) -> str | None:
+def _version(library: str) -> str | None:
+    """What the imported package says of itself, whatever pip has noted of another copy; before, what pip has."""
+    module = sys.modules.get(MODULES[library])
+    if module is not None:
+        return getattr(module, "__version__", None)
     try:
-        return version(package)
+        return version(library)
     except PackageNotFoundError:
         return None
+
+
+def _importable(module: str) -> bool:
+    try:
+        return module in sys.modules or find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
+
+
+def _import(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or module.startswith(error.name):
+            raise
+        raise UnsupportedError(
+            f"{module} needs {error.name}, which is not installed: pip install {error.name}"
+        ) from error
 
 
 def _resolve(target: str) -> tuple[Any, str]:
     module, _, qualname = target.partition(":")
     *path, attr = qualname.split(".")
     try:
-        holder = importlib.import_module(module)
+        holder: Any = _import(module)
         for name in path:
             holder = getattr(holder, name)
         getattr(holder, attr)

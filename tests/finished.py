@@ -31,13 +31,14 @@ def finish(
     cell: Cell,
     losses: Sequence[float] = (3.0, 2.0, 1.0),
     model: str = "aa" * 32,
-    optimizer: str = "bb" * 32,
+    optimizer: str | None = "bb" * 32,
+    notes: Sequence[str] = (),
     **manifest: Any,
 ) -> None:
     """Make `cell` look as if it had been trained to its end with these losses and digests."""
     begin(cell, losses, **manifest)
     digests = {"algorithm": "blake3", "step": cell.config.steps, "model": model, "optimizer": optimizer}
-    result.write_digests(cell.path, {**digests, "tensors": {"model": {}, "optimizer": {}}})
+    result.write_digests(cell.path, {**digests, "tensors": {"model": {}, "optimizer": {}}, "notes": list(notes)})
 
 
 def begin(cell: Cell, losses: Sequence[float] = (), **manifest: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +17,61 @@ SETTINGS = {
 }
 
 
-def save_after_step(output: Path, **settings: Any) -> Path:
-    """The same state whatever the settings' tp and dp: initial weights, and a step along gradients of 0.5."""
+def save_after_step(output: Path, *, bucket_size: int | None = None, patched: bool = False, **settings: Any) -> Path:
+    """The same state whatever the settings' tp and dp: initial weights, and a step along gradients of 0.5.
+
+    Args:
+        bucket_size: elements from which on a DDP bucket is full; None: there is one bucket.
+        patched: save it with the patches enabled, and only that.
+    """
     size = settings.get("tp", 1) * settings.get("dp", 1)
-    path: Path = on_ranks(size, _save, output, {**SETTINGS, **settings})[0]
+    path: Path = on_ranks(size, _save, output, {**SETTINGS, **settings}, bucket_size, patched)[0]
     return path
 
 
-def _save(output: Path, settings: dict[str, Any]) -> Path:
-    import patches.cpu
+def load_and_save(source: Path, output: Path, *, bucket_size: int | None = None, **settings: Any) -> Path:
+    """Load what `save_after_step` saved into a fresh model, as stock does, and save that under the patches."""
+    size = settings.get("tp", 1) * settings.get("dp", 1)
+    path: Path = on_ranks(size, _load_and_save, source, output, {**SETTINGS, **settings}, bucket_size)[0]
+    return path
+
+
+def _save(output: Path, settings: dict[str, Any], bucket_size: int | None, patched: bool) -> Path:
+    gpt, ddp, optimizer = _build(settings, bucket_size)
+    import patches
+    from tpcheck import saving
+
+    for parameter in ddp.parameters():
+        parameter.main_grad.fill_(0.5)
+    optimizer.step()
+    with patches.enabled() if patched else nullcontext():
+        return saving.save(output, 1, gpt, optimizer)
+
+
+def _load_and_save(source: Path, output: Path, settings: dict[str, Any], bucket_size: int | None) -> Path:
+    gpt, _, optimizer = _build({**settings, "seed": 99}, bucket_size)
+    import patches
+    from tpcheck import saving
+
+    saving.load(source, 1, gpt, optimizer)
+    with patches.enabled():
+        return saving.save(output, 1, gpt, optimizer)
+
+
+def _build(settings: dict[str, Any], bucket_size: int | None) -> tuple[Any, Any, Any]:
+    import patches
 
     patches.cpu.enable()
     from megatron.core import parallel_state
 
-    from tpcheck import saving
+    from tpcheck import model
     from tpcheck.config import parse_run
-    from tpcheck.model import build_model, build_optimizer
 
+    if bucket_size:  # in this rank's process alone
+        model.DistributedDataParallelConfig = partial(
+            model.DistributedDataParallelConfig, overlap_grad_reduce=True, bucket_size=bucket_size
+        )
     config = parse_run(settings)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tp)
-    gpt, ddp = build_model(config)
-    optimizer = build_optimizer(config, ddp)
-    for parameter in ddp.parameters():
-        parameter.main_grad.fill_(0.5)
-    optimizer.step()
-    return saving.save(output, 1, gpt, optimizer)
+    gpt, ddp = model.build_model(config)
+    return gpt, ddp, model.build_optimizer(config, ddp)

@@ -35,6 +35,7 @@ REFUSED_WITHOUT = {
 ELSEWHERE = {"settings", "layer-modules", "block-modules", "optimizer-settings"}  # tests/test_refusals.py
 ELSEWHERE |= {"masked-softmax"}  # tests/test_patches.py
 ELSEWHERE |= {"padded-vocabulary", "padded-vocabulary-0.17"}  # tests/test_patches.py
+ELSEWHERE |= {"saved-optimizer"}  # tests/test_fully_reshardable.py
 ELSEWHERE |= {"embedding"}  # tests/kernels: it changes nothing on a CPU
 
 NEEDED = check_versions(PATCHES)

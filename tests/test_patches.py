@@ -29,7 +29,7 @@ SCRIPT = Path(plain_megatron.__file__)
 def targets() -> dict[str, Any]:
     found = {}
     for patch in check_versions(PATCHES):
-        if patch.name != "local-kernels":
+        if patch.name != "local-kernels" and not patch.lazy:
             holder, attr = _resolve(patch.target)
             found[patch.target] = inspect.getattr_static(holder, attr)
     return found

@@ -54,6 +54,18 @@ def test_one_other_optimizer_digest_breaks_the_promise(cells: Sweep) -> None:
     assert judge(cells).exit_code == 1
 
 
+def test_an_optimizer_that_has_no_digest_is_no_difference_but_leaves_no_verdict(cells: Sweep) -> None:
+    for cell in cells.cells:
+        without: dict[str, Any] = {"optimizer": None, "notes": ["it is not to be trusted"]}
+        finish(cell, **(without if cell.name == "tree-tp2" else {}))
+    found = judge(cells)
+    assert found.exit_code == 2
+    assert found.groups[1].status == "identical"
+    assert found.sentence() == "no verdict: tree: one digest of the model, but not every optimizer has one"
+    assert found.details() == ["tree-tp2: it is not to be trusted"]
+    assert found.rows()[1][3] == "one: bbbbbbbbbbbb, 1 without"
+
+
 def test_cells_whose_products_are_of_another_kind_were_not_promised_to_be_equal(tmp_path: Path) -> None:
     of = sweep(tmp_path, matrix={"arch": ["h100", "b300"], "strategy": ["tree"], "tp": [1, 2, 4]})
     for cell in of.cells:

@@ -165,15 +165,18 @@ def _compare_states(report: Report, left: _Side, right: _Side, digest: Digest) -
     report.state = states[0] if states[0] == states[1] else None
     a, b = left.digests(states[0], digest), right.digests(states[1], digest)
     differing: list[tuple[str, str, TensorDigest]] = []
+    undigested = {label: d.notes for label, d in (("A", a), ("B", b)) if d.optimizer is None and d.notes}
+    report.doubts.extend(f"{label}: {note}" for label, notes in undigested.items() for note in notes)
     for part in PARTS:
+        if part == "optimizer" and undigested:
+            report.compared[part] = 0
+            continue
         _check_alike(report, part, a.tensors[part], b.tensors[part])
         alike = [name for name, tensor in a.tensors[part].items() if _kind(tensor) == _kind(b.tensors[part].get(name))]
         report.compared[part] = len(alike)
         for name in alike:
             if a.tensors[part][name] != b.tensors[part][name]:
                 differing.append((part, name, a.tensors[part][name]))
-    if a.optimizer is None and b.optimizer is None:
-        report.doubts.extend(dict.fromkeys(a.notes + b.notes))
     compare_elements = _elements(left.checkpoints.get(states[0]), right.checkpoints.get(states[1]))
     with ThreadPoolExecutor() as pool:
         elements = pool.map(compare_elements, [name for _, name, _ in differing])

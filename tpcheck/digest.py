@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -26,12 +27,14 @@ from blake3 import blake3
 from tpcheck import result
 from tpcheck.checkpoint import Checkpoint, LogicalTensor
 from tpcheck.errors import TpcheckError
+from tpcheck.masters import count_unlike, weight_of
 from tpcheck.unpickle import Stored, number
 
 __all__ = ["PARTS", "Digests", "TensorDigest", "command", "digest_checkpoint", "digest_with_progress"]
 
 ALGORITHM = "blake3"
 PARTS = ("model", "optimizer")
+FULLY_RESHARDABLE = "fully_reshardable"  # Megatron's name of a format
 FLAT_BUFFERS = re.compile(r"(chained_\d+\.)?optimizer\.distributed\.")
 
 
@@ -92,20 +95,26 @@ def digest_checkpoint(path: Path, on_bytes: Callable[[int, int], None] | None = 
     logical = [tensor for name, tensor in checkpoint.tensors.items() if part_of(name)]
     total, done = sum(tensor.nbytes for tensor in logical), 0
     tensors: dict[str, dict[str, TensorDigest]] = {part: {} for part in PARTS}
-    for tensor, digest in _digests(checkpoint, logical):
+    unlike: dict[str, str] = {}
+    for tensor, digest, strangers in _digests(checkpoint, logical):
         tensors[part_of(tensor.name)][tensor.name] = digest
+        if strangers:
+            unlike[tensor.name] = f"{strangers} of {math.prod(tensor.shape)} elements of {tensor.name}"
         done += tensor.nbytes
         if on_bytes:
             on_bytes(done, total)
     if not any(tensors.values()):
         raise TpcheckError(f"{path} holds no tensors: not a checkpoint of a model")
+    misplaced = bool(unlike) and FULLY_RESHARDABLE in _sharding_types(checkpoint)
+    if misplaced:
+        tensors["optimizer"] = {}
     if tensors["optimizer"] and (steps := _optimizer_steps(checkpoint)):
         tensors["optimizer"]["optimizer.step"] = _values(steps)
     return Digests(
         _total(tensors["model"]),
         _total(tensors["optimizer"]) if tensors["optimizer"] else None,
         {part: dict(sorted(by_name.items())) for part, by_name in tensors.items()},
-        tuple(_notes(checkpoint, tensors)),
+        (*_notes(checkpoint, tensors), *_notes_on_weights(unlike, misplaced)),
     )
 
 
@@ -123,14 +132,24 @@ def digest_with_progress(path: Path) -> Digests:
         return digest_checkpoint(path, lambda done, total: progress.update(task, completed=done, total=total))
 
 
-def _digests(checkpoint: Checkpoint, tensors: list[LogicalTensor]) -> Iterator[tuple[LogicalTensor, TensorDigest]]:
-    """Every tensor with its digest, one tensor a thread, the big ones first."""
+def _digests(checkpoint: Checkpoint, tensors: list[LogicalTensor]) -> Iterator[tuple[LogicalTensor, TensorDigest, int]]:
+    """Every tensor with its digest and `count_unlike` of a main weight, one tensor a thread, the big ones first."""
 
-    def digest(tensor: LogicalTensor) -> tuple[LogicalTensor, TensorDigest]:
+    def digest(tensor: LogicalTensor) -> tuple[LogicalTensor, TensorDigest, int]:
         hasher = blake3()  # one thread: the threads of its own pool would not survive a fork
-        for block in checkpoint.blocks(tensor):
-            hasher.update(block)
-        return tensor, TensorDigest(tensor.dtype, tensor.shape, hasher.hexdigest())
+
+        def hashed() -> Iterator[memoryview]:
+            for block in checkpoint.blocks(tensor):
+                hasher.update(block)
+                yield block
+
+        unlike = 0
+        if weight := weight_of(tensor, checkpoint.tensors):
+            unlike = count_unlike(hashed(), checkpoint.blocks(weight), weight.dtype)
+        else:
+            for _ in hashed():
+                pass
+        return tensor, TensorDigest(tensor.dtype, tensor.shape, hasher.hexdigest()), unlike
 
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
@@ -191,20 +210,28 @@ def _values(numbers: list[float]) -> TensorDigest:
 def _optimizer_steps(checkpoint: Checkpoint) -> list[float]:
     """The distinct step counts of the optimizer's parameter groups: one, unless it is a strange run."""
     common, view = checkpoint.common()
-    found = _steps_in(common.get("optimizer")) if isinstance(common, dict) else ()
+    found = _values_in(common, ("step", "common_step"), (Stored, int, float))
     return sorted({number(step, view) if isinstance(step, Stored) else float(step) for step in found})
 
 
-def _steps_in(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if key in ("step", "common_step") and isinstance(inner, (Stored, int, float)):
-                yield inner
-            else:
-                yield from _steps_in(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _steps_in(inner)
+def _sharding_types(checkpoint: Checkpoint) -> set[str]:
+    """The formats in which distributed optimizers say that they were saved."""
+    return set(_values_in(checkpoint.common()[0], ("param_state_sharding_type",), (str,)))
+
+
+def _values_in(common: Any, keys: tuple[str, ...], types: tuple[type, ...]) -> Iterator[Any]:
+    """What the optimizer's part of the common state has under `keys`, at any depth, if it is of `types`."""
+    waiting = [common.get("optimizer")] if isinstance(common, dict) else []
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if key in keys and isinstance(inner, types):
+                    yield inner
+                else:
+                    waiting.append(inner)
+        elif isinstance(value, list):
+            waiting.extend(value)
 
 
 def _notes(checkpoint: Checkpoint, tensors: Mapping[str, Mapping[str, TensorDigest]]) -> Iterator[str]:
@@ -212,7 +239,22 @@ def _notes(checkpoint: Checkpoint, tensors: Mapping[str, Mapping[str, TensorDige
     if any(FLAT_BUFFERS.match(name) for name in names):
         yield (
             "the optimizer was saved as flat buffers, whose layout depends on TP and DP: it has no logical digest; "
-            "save it as fully_reshardable to compare it"
+            f"save it as {FULLY_RESHARDABLE} to compare it"
         )
     elif tensors["optimizer"] and "optimizer.step" not in tensors["optimizer"]:
         yield "the optimizer's step count was not found and is not part of its digest"
+
+
+def _notes_on_weights(unlike: Mapping[str, str], misplaced: bool) -> Iterator[str]:
+    if not unlike:
+        return
+    found = f"{unlike[min(unlike)]} (tensors like it: {len(unlike)}) do not round to the model's weights"
+    if misplaced:
+        yield (
+            f"the optimizer is not to be trusted and has no digest: {found}. Megatron's {FULLY_RESHARDABLE} format "
+            "drops the padding between DDP buckets: save it without --overlap-grad-reduce, with one bucket "
+            "(--ddp-bucket-size above the parameter count), or under the patches; of FP8 weights, or of remainders "
+            "in place of main weights, nothing can be told"
+        )
+    else:
+        yield f"{found}: model and optimizer are of different steps, or the model's weights are quantized"

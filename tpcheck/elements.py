@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from tpcheck.unpickle import ITEMSIZE
 
-__all__ = ["FLOATS", "Difference", "compare", "values"]
+__all__ = ["FLOATS", "Difference", "compare", "side_by_side", "values"]
 
 Array = npt.NDArray[Any]
 PIECE = 4 << 20  # bytes compared at a time
@@ -44,7 +44,7 @@ def compare(a: Iterator[memoryview], b: Iterator[memoryview], dtype: str) -> Dif
     size = ITEMSIZE[dtype]
     bits = f"<u{min(size, 8)}"
     total = Difference(0, 0, None, None)
-    for x, y in _side_by_side(a, b):
+    for x, y in side_by_side(a, b, (size, size)):
         x_bits, y_bits = np.frombuffer(x, bits), np.frombuffer(y, bits)
         unequal = x_bits != y_bits
         if not unequal.any():
@@ -60,19 +60,24 @@ def compare(a: Iterator[memoryview], b: Iterator[memoryview], dtype: str) -> Dif
     return total
 
 
-def _side_by_side(a: Iterator[memoryview], b: Iterator[memoryview]) -> Iterator[tuple[memoryview, memoryview]]:
-    """Pieces of equal length, without a copy, whatever the blocks."""
+def side_by_side(
+    a: Iterator[memoryview], b: Iterator[memoryview], sizes: tuple[int, int]
+) -> Iterator[tuple[memoryview, memoryview]]:
+    """Pieces of equally many elements, of `sizes` bytes on each side, without a copy, whatever the blocks.
+
+    Raises ValueError when one stream has more elements than the other.
+    """
     a, b = filter(len, a), filter(len, b)
     x = y = memoryview(b"")
     while True:
         x, y = x or next(a, x), y or next(b, y)
-        length = min(len(x), len(y), PIECE)
-        if not length and (x or y):
+        elements = min(len(x) // sizes[0], len(y) // sizes[1], PIECE // max(sizes))
+        if not elements and (x or y):
             raise ValueError("the streams are not equally long")
-        if not length:
+        if not elements:
             return
-        yield x[:length], y[:length]
-        x, y = x[length:], y[length:]
+        yield x[: elements * sizes[0]], y[: elements * sizes[1]]
+        x, y = x[elements * sizes[0] :], y[elements * sizes[1] :]
 
 
 def _floats(x_bits: Array, y_bits: Array, dtype: str) -> Difference:

@@ -3,7 +3,7 @@
     GPTModel -> Float16Module (bf16) -> DistributedDataParallel -> Adam
 
 Layers are Transformer Engine's or Megatron's local ones (`layers_of`), without fused kernels whose bits would
-depend on what happens to be installed. Initial weights are made on the CPU, whole, then cut.
+depend on what happens to be installed. Initial weights are drawn by name, stock runs' too, so that all start alike.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from patches.megatron import initial_weights
 from tpcheck.config import RunConfig
 from tpcheck.errors import TpcheckError
 
@@ -111,16 +112,17 @@ def build_model(config: RunConfig) -> tuple[GPTModel, DistributedDataParallel]:
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
     else:
         spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
-    gpt = GPTModel(
-        settings,
-        spec,
-        vocab_size=model.padded_vocab_size,
-        max_sequence_length=model.max_positions,
-        position_embedding_type="rope" if model.positions == "rope" else "learned_absolute",
-        rotary_base=model.rope_base,
-        share_embeddings_and_output_weights=model.tied,
-        parallel_output=True,
-    )
+    with initial_weights.by_name():
+        gpt = GPTModel(
+            settings,
+            spec,
+            vocab_size=model.padded_vocab_size,
+            max_sequence_length=model.max_positions,
+            position_embedding_type="rope" if model.positions == "rope" else "learned_absolute",
+            rotary_base=model.rope_base,
+            share_embeddings_and_output_weights=model.tied,
+            parallel_output=True,
+        )
     gpt.cuda()
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

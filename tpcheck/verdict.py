@@ -6,13 +6,15 @@ Products of another kind (manifest.json: exact on a CPU, another GPU architectur
 
     exit code 0   every cell is complete, everything promised held
               1   cells of a promised group differ: the first step and the tensors are named
-              2   cells are missing, or those of one family of GPUs ran with other products
+              2   cells are missing, those of one family of GPUs ran with other products, or an optimizer was
+                  saved in a way that has no digest
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,10 +35,16 @@ Difference = Callable[[Path, Path], Iterable[str]]
 
 @dataclass(frozen=True)
 class Digests:
-    """One cell's final state; an optimizer whose checkpoint has no logical tensors has no digest."""
+    """One cell's final state; an optimizer that was saved without logical tensors, or wrong, has no digest."""
 
     model: str
     optimizer: str | None
+    notes: tuple[str, ...] = field(default=(), compare=False)  # why there is none
+
+    def differ(self, other: Digests) -> bool:
+        """Whether the two states are known not to be the same."""
+        optimizers = {self.optimizer, other.optimizer} - {None}
+        return self.model != other.model or len(optimizers) > 1
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,14 @@ class Group:
         return [name for name, digests in self.cells.items() if not digests]
 
     @property
+    def undigested(self) -> list[str]:
+        """Why an optimizer that was saved has no digest, by cell."""
+        without = ((name, digests) for name, digests in self.cells.items() if digests and not digests.optimizer)
+        return [f"{name}: {note}" for name, digests in without for note in digests.notes]
+
+    @property
     def status(self) -> Literal["different", "incomplete", "alone", "identical"]:
-        if len(set(self.complete)) > 1:
+        if any(a.differ(b) for a, b in itertools.combinations(self.complete, 2)):
             return "different"
         if self.missing:
             return "incomplete"
@@ -87,8 +101,12 @@ class Verdict:
         return [group for group in self.groups if group.promised and group.mixed]
 
     @property
+    def undigested(self) -> list[Group]:
+        return [group for group in self.groups if group.promised and group.undigested]
+
+    @property
     def exit_code(self) -> int:
-        return 1 if self.broken else 2 if self.missing or self.mixed else 0
+        return 1 if self.broken else 2 if self.missing or self.mixed or self.undigested else 0
 
     def sentence(self) -> str:
         """The verdict in one line."""
@@ -98,6 +116,8 @@ class Verdict:
             return f"no verdict yet: {len(self.missing)} of {sum(len(g.cells) for g in self.groups)} cells are missing"
         if self.mixed:
             return f"no verdict: {_names(self.mixed)} cannot be compared: train the cells of one of them again"
+        if self.undigested:
+            return f"no verdict: {_names(self.undigested)}: one digest of the model, but not every optimizer has one"
         held = [group for group in self.groups if group.promised and group.status == "identical"]
         if not held:
             return "nothing was promised and compared: no group of patched cells differs in an invariant setting"
@@ -131,6 +151,7 @@ class Verdict:
     def details(self) -> list[str]:
         """What a reader needs beyond the table: where promised groups differ, what is missing."""
         lines = [line for group in self.broken for line in group.difference]
+        lines += [line for group in self.groups for line in group.undigested]
         if self.missing:
             lines.append(f"missing: {', '.join(self.missing)}")
         return lines
@@ -146,12 +167,16 @@ class Verdict:
                     "name": group.name,
                     "promised": group.promised,
                     "status": group.status,
-                    "cells": {name: vars(digests) if digests else None for name, digests in group.cells.items()},
+                    "cells": {name: _digests_as_json(digests) for name, digests in group.cells.items()},
                     "difference": list(group.difference),
                 }
                 for group in self.groups
             ],
         }
+
+
+def _digests_as_json(digests: Digests | None) -> dict[str, Any] | None:
+    return {"model": digests.model, "optimizer": digests.optimizer} if digests else None
 
 
 def judge(sweep: Sweep, difference: Difference | None = None) -> Verdict:
@@ -171,7 +196,7 @@ def digests_of(cell: Cell) -> Digests | None:
     found = result.read_digests(cell.path)
     if found is None or found["step"] != cell.config.steps:
         return None
-    return Digests(found["model"], found.get("optimizer"))
+    return Digests(found["model"], found.get("optimizer"), tuple(found.get("notes", ())))
 
 
 def _by_products(name: str, cells: Sequence[Cell]) -> list[tuple[str, list[Cell], bool]]:
@@ -213,11 +238,11 @@ def _distinct(products: dict[str, Any], all_kinds: Sequence[dict[str, Any]]) -> 
 def _judge(name: str, cells: Sequence[Cell], mixed: bool, difference: Difference) -> Group:
     found = {cell.name: digests_of(cell) for cell in cells}
     promised = all(cell.promised for cell in cells)
-    complete = [cell for cell in cells if found[cell.name]]
-    strangers = [cell for cell in complete if found[cell.name] != found[complete[0].name]]
+    complete = [(cell, digests) for cell in cells if (digests := found[cell.name])]
+    strangers = ((a, b) for (a, x), (b, y) in itertools.combinations(complete, 2) if x.differ(y))
     lines: tuple[str, ...] = ()
-    if promised and strangers:
-        a, b = complete[0], strangers[0]
+    if promised and (pair := next(strangers, None)):
+        a, b = pair
         lines = (f"{name}: {a.name} and {b.name} differ", *(f"  {line}" for line in difference(a.path, b.path)))
     return Group(name, promised, tuple(cell.variant for cell in cells), found, lines, mixed)
 
@@ -244,7 +269,8 @@ def _count(digests: Sequence[str | None]) -> str:
     known = {digest for digest in digests if digest}
     if not known:
         return "-"
-    return f"one: {known.pop()[:SHORT]}" if len(known) == 1 else f"{len(known)} different"
+    without = f", {digests.count(None)} without" if None in digests else ""
+    return (f"one: {known.pop()[:SHORT]}" if len(known) == 1 else f"{len(known)} different") + without
 
 
 def _opinion(group: Group) -> str:

@@ -1,10 +1,9 @@
-"""megatron.core.tensor_parallel.layers: the linear layers, and how weights are initialised on a device."""
+"""megatron.core.tensor_parallel.layers: the linear layers and the embedding."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from patches.contract import UnsupportedError
@@ -15,7 +14,7 @@ from patches.ops.linear import column_parallel, row_parallel
 from patches.order import kernels
 from patches.registry import attribute
 
-__all__ = ["PATCHES", "draw_shard"]
+__all__ = ["PATCHES"]
 
 MODULE = "megatron.core.tensor_parallel.layers"
 
@@ -81,30 +80,6 @@ def _embedding_forward(original: Any) -> Any:
     return forward
 
 
-def _initialize_on_device(original: Any) -> Any:
-    def initialize(
-        weight: Tensor, init_method: Any, partition_dim: int, stride: int = 1, is_expert: bool = False
-    ) -> None:
-        from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-
-        set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=partition_dim, stride=stride)
-        draw_shard(weight, init_method, partition_dim, stride)
-
-    return initialize
-
-
-def draw_shard(weight: Tensor, init_method: Any, partition_dim: int, stride: int) -> None:
-    """Draw the whole weight on every rank from the generator that TP ranks share, and keep the own shard."""
-    group = tp_group()
-    shape = list(weight.shape)
-    shape[partition_dim] *= group.size()
-    master = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-    init_method(master)
-    shards = master.chunk(group.size() * stride, partition_dim)[group.rank() :: group.size()]
-    with torch.no_grad():
-        weight.copy_(torch.cat(shards, partition_dim))
-
-
 def _fused(gradient_accumulation_fusion: bool, weight: Tensor) -> bool:
     return gradient_accumulation_fusion and hasattr(weight, "main_grad")
 
@@ -135,13 +110,6 @@ PATCHES = [
         "on a GPU, the order of a row's gradient depends on the rank's other tokens; a CPU adds in token order",
         _embedding_forward,
         parameters="input_",
-    ),
-    attribute(
-        "device-init",
-        f"{MODULE}:_initialize_affine_weight_gpu",
-        "initial weights are drawn from a generator that TP ranks seed differently",
-        _initialize_on_device,
-        parameters="weight init_method partition_dim stride is_expert",
     ),
     attribute(
         "wgrad-fusion",

@@ -37,7 +37,7 @@ PATCHES = [
         _padding,
         parameters="orig_vocab_size args logging_enabled",
         versions="<0.17",
-        package="megatron.training",  # comes with Megatron-LM, not with megatron-core
+        lazy=True,  # comes with Megatron-LM, not with megatron-core
     ),
     attribute(
         "padded-vocabulary-0.17",

@@ -17,7 +17,7 @@ from patches.registry import attribute
 
 __all__ = ["mark_complete", "one_leaf", "over_tp", "refuse_uncovered", "te_attribute", "tokens"]
 
-te_attribute = partial(attribute, package="transformer_engine", library="transformer-engine")
+te_attribute = partial(attribute, library="transformer-engine")
 
 
 def over_tp(module: Any) -> Shards:

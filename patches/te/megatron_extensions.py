@@ -9,7 +9,7 @@ import inspect
 from typing import Any
 
 from patches.contract import UnsupportedError
-from patches.megatron.layers import draw_shard
+from patches.megatron.initial_weights import WHY, note
 from patches.te.context import te_attribute
 
 __all__ = ["PATCHES"]
@@ -28,9 +28,8 @@ def _init(partition_dim: int) -> Any:
                 raise UnsupportedError("init_model_with_meta_device=True is not covered: set it to False")
             if stride > 1:
                 self.weight.partition_stride = stride
-            if not config.perform_initialization or (config.use_cpu_initialization and (knows_stride or stride == 1)):
-                return
-            draw_shard(self.weight, kwargs["init_method"], partition_dim, stride)
+            if config.perform_initialization:
+                note(self.weight, kwargs["init_method"], partition_dim, stride)
 
         return __init__
 
@@ -41,7 +40,7 @@ def _init_patch(name: str, cls: str, partition_dim: int) -> Any:
     return te_attribute(
         name,
         f"megatron.core.extensions.transformer_engine:{cls}.__init__",
-        "initial weights are drawn from a generator that TP ranks seed differently",
+        WHY,
         _init(partition_dim),
     )
 

@@ -3,8 +3,10 @@
     A/noise-1, A/noise-2, A/noise-3      traces of the same run with perturb=1, 2, 3, in A's own folder
 
 A tensor's estimate is the largest distance of these from A; of the coherent distance, which all three may happen to
-have little of, at least what independent roundings leave. Where A is a run of `tpcheck train`, missing ones are made
-here.
+have little of, at least what independent roundings leave. The gradient norm is one float32 sum over everything, which
+misses 1e-5 of a million elements on a CPU: nudged runs clip otherwise by as much as it misses of their own gradients,
+and where B's coefficient is off by no more than rounding, its optimizer's state and updates may be off by that, too.
+Where A is a run of `tpcheck train`, missing ones are made here.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ class Parameters:
                     set_full_gradient(parameter, gradient)
             shards = self.rules.updated(name, parameter, gradient)
             self.norms[name] = sum(_square(part) for _, part in shards.parts)
-            self.coarse[name] = sum(_square(part, torch.float32) for _, part in shards.parts)
+            if self.perturb:
+                self.coarse[name] = sum(_square(part, torch.float32) for _, part in shards.parts)
             self.record("grad", name, shards)
 
     def clip(self, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -63,7 +64,7 @@ class Parameters:
             gradient = updated.grad if gradient is None else gradient
             if gradient is not None and name in self.norms:
                 before, after = before + self.norms[name], after + _square(_local(gradient))
-                coarse += self.coarse[name]
+                coarse += self.coarse.get(name, 0.0)
                 clipped.append(_local(gradient))
         if not before:
             return

@@ -30,8 +30,8 @@ MODEL = (
     "--min-lr 1e-3 --lr-decay-style constant --clip-grad 1.0 --mock-data --tokenizer-type NullTokenizer "
     "--vocab-size 50256 --attention-dropout 0 --hidden-dropout 0 --transformer-impl local --no-persist-layer-norm "
     "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion "
-    "--no-rope-fusion --use-cpu-initialization --distributed-backend gloo --eval-iters 0 --log-interval 1 "
-    "--num-workers 0"
+    "--no-rope-fusion --use-cpu-initialization --distributed-backend gloo --eval-iters 0 "
+    "--eval-interval 100 --log-interval 1 --num-workers 0"
 ).split()
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel".split()
 LOAD = "--load start --finetune --no-load-optim --no-load-rng --ckpt-format torch_dist".split()

@@ -4,11 +4,20 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import re
 import runpy
 import sys
+import time
 from pathlib import Path
+from typing import NoReturn
+
+import torch.distributed as dist
 
 import patches
+
+BAD_INPUT = 2
 
 
 def main() -> None:
@@ -22,16 +31,39 @@ def main() -> None:
     options = parser.parse_args()
     if not options.script.is_file():
         parser.error(f"{options.script}: no such script")
+    sys.argv = [str(options.script), *options.args]
+    sys.path[0] = str(options.script.resolve().parent)  # before the patches look for Megatron
     try:
         if options.strategy == "stock":
             patches.cpu.enable()
         else:
             patches.enable(options.strategy, options.leaves, options.attention, options.symmetric_memory)
     except (ValueError, patches.UnsupportedError) as error:
-        parser.error(str(error))
-    sys.argv = [str(options.script), *options.args]
-    sys.path[0] = str(options.script.resolve().parent)
-    runpy.run_path(str(options.script), run_name="__main__")
+        _refuse(str(error))
+    try:
+        runpy.run_path(str(options.script), run_name="__main__")
+    except patches.UnsupportedError as error:
+        _refuse(str(error))
+
+
+def _refuse(message: str) -> NoReturn:
+    """One line from all ranks together; torchrun, which reports every rank that fails, is told the reason, too."""
+    message = re.sub(r"( when instantiating \w+)+$", "", message)  # Megatron adds what it was building
+    if _is_first():
+        print(f"python -m patches: {message}", file=sys.stderr)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+    sys.exit(BAD_INPUT)
+
+
+def _is_first() -> bool:
+    """Whether no other rank has come here before; as long as they are not connected, rank 0 it is."""
+    if not dist.is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        return dist.distributed_c10d._get_default_store().add("patches/refusals", 1) == 1
+    except (RuntimeError, ValueError):  # whoever keeps the store has left
+        return False
 
 
 if __name__ == "__main__":

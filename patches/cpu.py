@@ -13,6 +13,7 @@ import copy
 import functools
 import os
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,7 @@ def enable() -> None:
         _streams_are_no_ops()
         _one_generator()
         _parameters_look_like_cuda()
+        _megatron_lm_starts()
     _norms_take_sequence_parallel()
     _distributed_optimizer_reloads()
 
@@ -136,6 +138,28 @@ def _parameters_look_like_cuda() -> None:
         return answer
 
     torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+
+
+def _megatron_lm_starts() -> None:
+    # Megatron-LM's scripts demand CUDA, seed and connect ranks only where devices are counted, and build kernels.
+    def counted(original: Callable[..., Any], answer: Any) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            return answer if caller == "megatron.training.initialize" else original(*args, **kwargs)
+
+        return ask
+
+    cuda: Any = torch.cuda
+    cuda.is_available = counted(cuda.is_available, True)
+    cuda.device_count = counted(cuda.device_count, 1)
+    cuda.get_device_capability = lambda device=None: (0, 0)
+    cuda.get_device_properties = lambda device=None: types.SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # asked for, if tensor parallel
+    with contextlib.suppress(ModuleNotFoundError):  # comes with Megatron-LM before 0.17
+        from megatron.legacy import fused_kernels
+
+        fused_kernels.load = _nothing
 
 
 def _norms_take_sequence_parallel() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from patches.contract import UnsupportedError
 from patches.megatron.context import is_complete, tp_group
+from patches.megatron.first_step import require_agreement
 from patches.registry import attribute
 
 __all__ = ["PATCHES"]
@@ -13,8 +14,10 @@ __all__ = ["PATCHES"]
 
 def _allreduce(original: Any) -> Any:
     def _allreduce_non_tensor_model_parallel_grads(model: Any, config: Any, tp_group_: Any = None) -> None:
-        if (tp_group_ or tp_group()).size() == 1:
+        group = tp_group_ or tp_group()
+        if group.size() == 1:
             return
+        require_agreement(model, group)
         for chunk in model:
             for setting in ("use_megatron_fsdp", "use_custom_fsdp"):
                 if getattr(chunk.ddp_config, setting, False):

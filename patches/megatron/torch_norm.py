@@ -15,6 +15,10 @@ from patches.registry import REGISTRY, attribute
 __all__ = ["PATCHES", "InvariantNorm"]
 
 TOKENS, HEADS = 0, 2
+NOT_LOCAL = {
+    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    "memory_efficient_layer_norm": "--memory-efficient-layer-norm",
+}
 
 
 class InvariantNorm:
@@ -62,9 +66,9 @@ def _new(original: Any) -> Any:
         zero_centered_gamma: bool = False,
         normalization: str = "LayerNorm",
     ) -> torch.nn.Module:
-        for setting in ("layernorm_zero_centered_gamma", "persist_layer_norm", "memory_efficient_layer_norm"):
+        for setting, flag in NOT_LOCAL.items():
             if getattr(config, setting, False):
-                raise UnsupportedError(f"{setting}=True is not covered by the local layer spec: set it to False")
+                raise UnsupportedError(f"{setting}=True is not covered by the local layer spec: leave out {flag}")
         kinds = {"RMSNorm": _RMSNorm, "LayerNorm": _LayerNorm}
         if config.normalization not in kinds:
             raise UnsupportedError(f"normalization={config.normalization!r} is not covered: use RMSNorm or LayerNorm")

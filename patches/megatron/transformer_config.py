@@ -11,35 +11,41 @@ from patches.registry import attribute
 
 __all__ = ["PATCHES", "check_config"]
 
-# setting: (what is covered besides None, the way out)
+# setting: (what is covered besides None, the way out with Megatron-LM's flag)
 COVERED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "hidden_dropout": ((0, 0.0), "set it to 0"),
-    "attention_dropout": ((0, 0.0), "set it to 0"),
-    "fp8": ((False,), "train in bf16 or fp32"),
-    "fp4": ((False,), "train in bf16 or fp32"),
-    "fp16": ((False,), "train in bf16 or fp32"),
-    "num_moe_experts": ((), "train a dense model"),
-    "multi_latent_attention": ((False,), "use multi-head or grouped-query attention"),
-    "context_parallel_size": ((1,), "set it to 1"),
-    "pipeline_model_parallel_size": ((1,), "set it to 1"),
-    "tp_comm_overlap": ((False,), "set it to False"),
-    "cpu_offloading": ((False,), "set it to False"),
+    "hidden_dropout": ((0, 0.0), "set it to 0 (--hidden-dropout 0)"),
+    "attention_dropout": ((0, 0.0), "set it to 0 (--attention-dropout 0)"),
+    "fp8": ((False,), "train in bf16 or fp32 (without --fp8-format)"),
+    "fp4": ((False,), "train in bf16 or fp32 (without --fp4-format)"),
+    "fp16": ((False,), "train in bf16 or fp32 (--bf16 for --fp16)"),
+    "num_moe_experts": ((), "train a dense model (without --num-experts)"),
+    "multi_latent_attention": (
+        (False,),
+        "use multi-head or grouped-query attention (without --multi-latent-attention)",
+    ),
+    "context_parallel_size": ((1,), "set it to 1 (--context-parallel-size 1)"),
+    "pipeline_model_parallel_size": ((1,), "set it to 1 (--pipeline-model-parallel-size 1)"),
+    "tp_comm_overlap": ((False,), "set it to False (without --tp-comm-overlap)"),
+    "cpu_offloading": ((False,), "set it to False (without --cpu-offloading-num-layers)"),
     "gtp_weight_remat_size": ((1,), "set it to 1"),
-    "mlp_chunks_for_training": ((1,), "set it to 1"),
-    "perform_initialization": ((True,), "set it to True"),
-    "cross_entropy_fusion_impl": (("native",), "set it to 'native'"),
-    "enable_cuda_graph": ((False,), "set it to False"),
-    "external_cuda_graph": ((False,), "set it to False"),
-    "cuda_graph_impl": (("none",), "set it to 'none'"),
+    "mlp_chunks_for_training": ((1,), "set it to 1 (--mlp-chunks-for-training 1)"),
+    "perform_initialization": ((True,), "set it to True (without --no-initialization)"),
+    "cross_entropy_fusion_impl": (("native",), "set it to 'native' (--cross-entropy-fusion-impl native)"),
+    "enable_cuda_graph": ((False,), "set it to False (without --enable-cuda-graph)"),
+    "external_cuda_graph": ((False,), "set it to False (without --external-cuda-graph)"),
+    "cuda_graph_impl": (("none",), "set it to 'none' (--cuda-graph-impl none)"),
     "experimental_attention_variant": ((), "use multi-head or grouped-query attention"),
-    "delay_wgrad_compute": ((False,), "set it to False"),
-    "use_te_activation_func": ((False,), "set it to False"),
-    "use_transformer_engine_op_fuser": ((False,), "set it to False"),
-    "symmetric_ar_type": ((), "set it to None"),
+    "delay_wgrad_compute": ((False,), "set it to False (without --delay-wgrad-compute)"),
+    "use_te_activation_func": ((False,), "set it to False (without --use-te-activation-func)"),
+    "use_transformer_engine_op_fuser": (
+        (False,),
+        "set it to False (without --use-transformer-engine-op-fuser)",
+    ),
+    "symmetric_ar_type": ((), "set it to None (without --symmetric-ar-type)"),
 }
 
 UNCOVERED_MODULES = (
-    "transformer_engine", "apex", "megatron.core.extensions", "megatron.core.fusions.fused_layer_norm",
+    "transformer_engine", "apex", "megatron.core.extensions",
 )  # fmt: skip
 ACTIVATIONS = "silu gelu elu mish relu squared_relu quick_gelu fast_gelu openai_gelu erf_gelu sigmoid tanh".split()
 # Classes of Transformer Engine, and Megatron's on top of them, whose sums patches.te covers or refuses itself.

@@ -2,6 +2,8 @@
 
 python tests/megatron_lm_1736.py MEGATRON_LM        a checkout; minutes on two cores; writes pages and texts there
 
+Megatron-LM wants six, triton and pybind11, and compiles its data helpers in the checkout.
+
 Losses differ between one rank and TP=2: expected, or a silent failure? The script runs unmodified, stock and under the
 patches, and stock once more from weights and a vocabulary that are the same.
 """
@@ -61,10 +63,8 @@ class Script:
             raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         name = " ".join(patched[patched.index("--trace") + 1 :]) if "--trace" in patched else "start"
         self.losses[name] = re.findall(r"lm loss: (\S+)", done.stdout)
-        self.commands.append(
-            f"torchrun --nproc-per-node {ranks} -m patches {' '.join(patched)} pretrain_gpt.py $MODEL "
-            + " ".join(arguments)
-        )
+        words = ["-m patches", *patched, "pretrain_gpt.py $MODEL", *arguments]
+        self.commands.append(f"torchrun --nproc-per-node {ranks} {' '.join(words)}")
 
 
 def main(checkout: Path) -> None:
@@ -119,14 +119,15 @@ def _readme(script: Script, found: dict[str, Comparison], checkout: Path) -> str
             "[Megatron-LM's issue 1736](https://github.com/NVIDIA/Megatron-LM/issues/1736) asks. Here its own "
             "`pretrain_gpt.py`, unmodified: 6 layers, hidden size 128, a vocabulary of 50257, float32, two steps on "
             f"mock data. Megatron-LM core {'.'.join(core)}, torch {version('torch')}, on two CPU cores (gloo); no GPU "
-            "has been used. `python tests/megatron_lm_1736.py MEGATRON_LM` makes all of it.",
+            "has been used. `python tests/megatron_lm_1736.py MEGATRON_LM` makes all of it, where six, triton and pybind11 "
+            "are, which Megatron-LM wants.",
             "",
             "| run | losses at TP=1 | losses at TP=2 | verdict | |",
             "|---|---|---|---|---|",
             *table,
             "",
             "**As the script comes, the two runs are of different models**, so that the question of rounding does not "
-            "arise: initial weights are drawn in another order at another TP size, and a vocabulary that TP does not "
+            "arise: initial weights are other ones at another TP size, and a vocabulary that TP does not "
             "divide is padded to another size, whose padded logits are in the loss.",
             "",
             *(f"- {name}: {sentence(one)}" for name, one in found.items()),

@@ -1,15 +1,18 @@
 """python -m patches [--strategy tree|gather|stock] [--leaves N] [--attention unfused|flash|fused]
-[--symmetric-memory] script.py ARGS…: an unmodified script, patched."""
+[--symmetric-memory] [--trace OUT [--steps 0,1] [--perturb N]] script.py ARGS…: an unmodified script, patched, and
+traced for `tpcheck compare` if asked for."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import runpy
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,6 +29,11 @@ def main() -> None:
     parser.add_argument("--leaves", type=int, default=8, help="leaves of the tree, a power of two (default 8)")
     parser.add_argument("--attention", choices=("unfused", "flash", "fused"), default="unfused")
     parser.add_argument("--symmetric-memory", action="store_true", help="ranks read each other's sums: the same bits")
+    parser.add_argument("--trace", type=Path, metavar="OUT", help="record training steps there, for tpcheck compare")
+    parser.add_argument("--steps", metavar="N,N", help="with --trace: which, from 0 at the first (default 0,1)")
+    parser.add_argument(
+        "--perturb", type=int, default=0, metavar="SEED", help="with --trace: nudged, to OUT/noise-SEED"
+    )
     parser.add_argument("script", type=Path)
     parser.add_argument("args", nargs=argparse.REMAINDER, help="the script's own arguments")
     options = parser.parse_args()
@@ -41,8 +49,30 @@ def main() -> None:
     except (ValueError, patches.UnsupportedError) as error:
         _refuse(str(error))
     try:
-        runpy.run_path(str(options.script), run_name="__main__")
+        with _traced(options.trace, options.steps, options.perturb):
+            runpy.run_path(str(options.script), run_name="__main__")
     except patches.UnsupportedError as error:
+        _refuse(str(error))
+
+
+@contextlib.contextmanager
+def _traced(out: Path | None, steps: str | None, perturb: int) -> Iterator[None]:
+    if out is None:
+        if steps is not None or perturb:
+            _refuse("--steps and --perturb say how to trace: add --trace OUT")
+        yield
+        return
+    from tpcheck.errors import TpcheckError
+    from tpcheck.trace.script import STEPS, trace_script
+
+    try:
+        numbers = STEPS if steps is None else [int(number) for number in steps.split(",")]
+    except ValueError:
+        _refuse(f"--steps {steps}: name them by numbers from 0, as in --steps 0,1")
+    try:
+        with trace_script(out, numbers, perturb):
+            yield
+    except TpcheckError as error:
         _refuse(str(error))
 
 

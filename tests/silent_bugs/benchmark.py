@@ -22,7 +22,7 @@ from typing import Any
 from silent_bugs.case import QWEN3, Bug, Clean
 from tpcheck.config import parse_run
 from tpcheck.launch import launch
-from tpcheck.trace.compare import compare
+from tpcheck.trace.compare import EXIT_CODES, compare
 from tpcheck.trace.estimate import open_noise, open_trace
 from tpcheck.trace.metrics import distance
 from tpcheck.trace.reader import Trace
@@ -70,13 +70,13 @@ class Benchmark:
         is_bug = isinstance(case, Bug)
         candidate = self.candidate(case) if is_bug else self._once(case.settings, case.layout)
         found = compare(reference, candidate)
-        first = found.first
+        first = found.first or next(iter(found.other_weights), None)
         named = first is not None and is_bug and any(
             fnmatchcase(f"{first.key.kind} {first.key.name}", pattern) for pattern in case.suspects  # type: ignore[attr-defined]
         )  # fmt: skip
         answer = Answer(
             case,
-            found.verdict == "suspect",
+            EXIT_CODES[found.verdict] == 1,
             f"{first.key.kind} {first.key.name}, step {first.key.step}" if first else "",
             named,
             first.why if first else "",

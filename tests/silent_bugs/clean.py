@@ -26,6 +26,11 @@ CASES = [
     Clean("tp 4, fewer key groups than ranks, fp32", {"tp": 4}, {"model": {**QWEN3, "num_query_groups": 2}, **FP32}),
     Clean("gpt-2 shape, tp 4, sequence parallel", {"tp": 4, **SP}, {"model": GPT2}),
     Clean("gpt-2 shape, tp 2, recompute, fp32", {"tp": 2, "recompute": True}, {"model": GPT2, **FP32, "seed": 3}),
+    Clean(
+        "tp 2, tight clipping, large vocabulary, fp32",
+        {"tp": 2},
+        {"model": {**GPT2, "vocab_size": 20000}, "optimizer": {"clip_grad": 0.05}, **FP32},
+    ),
     Clean("eight layers, tp 2", {"tp": 2}, {"model": {**QWEN3, "num_layers": 8}}),
 ]
 CLEAN = {case.name: case for case in CASES}

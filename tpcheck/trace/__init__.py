@@ -66,14 +66,14 @@ def trace(path: str | Path, model: torch.nn.Module | Sequence[torch.nn.Module], 
 
     Args:
         path: the trace's folder, without an earlier trace.
-        model: as it is trained: bare, or in Megatron's DDP, torch's DDP or FSDP; or Megatron's list of one;
-            or the engine that `deepspeed.initialize` made.
+        model: as it is trained: bare, or in Megatron's DDP, torch's DDP or FSDP; or Megatron's list of chunks, of which
+            a rank of a pipeline may have several; or the engine that `deepspeed.initialize` made.
         options: the fields of `Options`.
 
     An exception leaves the trace unfinished, which `tpcheck compare` refuses.
     """
     from tpcheck.trace.capture import Capture
-    from tpcheck.trace.grid import grid_of
+    from tpcheck.trace.grid import grid_of, megatron_config
     from tpcheck.trace.rules import Rules
     from tpcheck.trace.store import Writer, rank_folder
 
@@ -81,7 +81,7 @@ def trace(path: str | Path, model: torch.nn.Module | Sequence[torch.nn.Module], 
         allowed = ", ".join(field.name for field in fields(Options))
         raise TpcheckError(f"trace has no option {min(unknown)}: it has {allowed}")
     models = list(model) if isinstance(model, Sequence) else [model]
-    if len(models) != 1:
+    if len(models) != 1 and megatron_config(models) is None:
         raise TpcheckError(f"{len(models)} models cannot be traced into one folder: trace each into its own")
     asked = Options(**options)
     grid = grid_of(models)

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from tpcheck.trace.chunks import Chunk, chunks_of
 from tpcheck.trace.deepspeed import engine_of
-from tpcheck.trace.names import canonical, norm_of
+from tpcheck.trace.names import norm_of
 from tpcheck.trace.noise import Nudge, nudge, spawn
+from tpcheck.trace.outputs import Watch, replaced
 from tpcheck.trace.parameters import Parameters
 from tpcheck.trace.rules import Batch, Rules
 from tpcheck.trace.shards import Shards, whole
@@ -42,7 +44,10 @@ class Capture:
         self.recorded: list[int] = []
         self.inside: list[str] = []  # modules that are running, the innermost last
         self.calls: Counter[tuple[str, str]] = Counter()
-        self.parameters = Parameters(models, rules, self._record, options.perturb)
+        self.chunks = chunks_of(models, rules.grid)
+        self.begun: Counter[int] = Counter()  # microbatches of this step, by the chunk's stage
+        self.stages: dict[str, int] = {}  # by name
+        self.parameters = Parameters(self.chunks, rules, self._record, options.perturb)
         self.undo: list[Callable[[], None]] = []
         self._hook()
 
@@ -61,16 +66,19 @@ class Capture:
             self.undo.pop()()
 
     def _hook(self) -> None:
-        for model in self.models:
-            self._keep(model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
-            for label, module in _labelled(model).items():
+        for chunk in self.chunks:
+            begin, labelled = self._begin(chunk), chunk.modules()
+            self._keep(chunk.model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
+            self.stages |= dict.fromkeys([*labelled, *chunk.parameters()], chunk.stage)
+            for label, module in labelled.items():
                 self._keep(module.register_forward_pre_hook(self._enter(label)))
-                if any(True for _ in module.parameters(recurse=False)):
+                # A tied output layer has no weight of its own.
+                if label == "output_layer" or any(True for _ in module.parameters(recurse=False)):
                     # What goes into a fused norm and linear layer goes into its norm.
                     entrance = norm_of(label) if hasattr(module, "layer_norm_weight") else label
                     self._keep(module.register_forward_pre_hook(self._on_input(entrance), with_kwargs=True))
                 self._keep(module.register_forward_hook(self._on_output(label)))
-            self._keep(model.register_forward_hook(self._finish))
+            self._keep(chunk.model.register_forward_hook(self._finish))
         self._keep(register_optimizer_step_pre_hook(self._before_update))
         self._keep(register_optimizer_step_post_hook(self._after_update))
         self._wrap_finalize()
@@ -112,24 +120,28 @@ class Capture:
         engine._take_model_step = step
         self.undo.append(lambda: delattr(engine, "_take_model_step"))
 
-    def _begin(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.evaluating = not torch.is_grad_enabled()
-        if self.evaluating:
-            return
-        if model is self.models[0]:
+    def _begin(self, chunk: Chunk) -> Callable[..., None]:
+        def hook(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.evaluating = not torch.is_grad_enabled()
+            if self.evaluating:
+                return
             if self.updated:
                 self._end_step()
-            self.microbatch += 1
+            self.microbatch = self.begun[chunk.stage]
+            self.begun[chunk.stage] += 1
             self.calls.clear()
             inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
             sides = next((tuple(value.shape[:2]) for value in inputs if value.dim() >= 2), (0, 0))
             self.batch = Batch(self.microbatch, *sides)
-            if self.wanted and not self.writer.records:
-                self.parameters.start()
             if self.wanted:
-                self.recorded += [self.step] if self.microbatch == 0 else []
+                if not self.writer.records:
+                    self.parameters.start()
+                if self.step not in self.recorded:
+                    self.recorded.append(self.step)
                 self._inputs(args, kwargs)
-        self.running = True
+            self.running = True
+
+        return hook
 
     def _finish(self, model: torch.nn.Module, args: Any, output: Any) -> None:
         self.running = self.evaluating = False
@@ -168,7 +180,7 @@ class Capture:
                 self.inside.pop()
             if not self.wanted or self.microbatch < 0:
                 return None
-            return _replaced(output, lambda index, x: self._output(f"{label}{index}", module, x))
+            return replaced(output, lambda index, x: self._output(f"{label}{index}", module, x))
 
         return hook
 
@@ -196,7 +208,7 @@ class Capture:
                 return None
             call = self._call("din", label)
             record = self._gradient_recorder("din", label, module, self.batch, call)
-            return (_Watch.apply(x, record), *args[1:]), kwargs
+            return (Watch.apply(x, record), *args[1:]), kwargs
 
         return hook
 
@@ -232,7 +244,7 @@ class Capture:
             return
         self._gradients()
         if self.wanted:
-            self.parameters.clip(optimizer)
+            self.parameters.clip(optimizer, self.step)
 
     def _after_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.updated |= self.microbatch >= 0 and self.parameters.owns(optimizer)
@@ -241,6 +253,7 @@ class Capture:
         if self.wanted:
             self.parameters.after_update()
         self.step, self.microbatch, self.updated, self.graded = self.step + 1, -1, False, False
+        self.begun.clear()
 
     def _record(
         self, kind: str, name: str, shards: Shards, batch: Batch | None = None, call: int = 0, scale: float = 1.0
@@ -250,48 +263,8 @@ class Capture:
         if self.options.kinds and kind.partition(".")[0] not in self.options.kinds:
             return
         record = {"kind": kind, "name": f"{name}#{call}" if call else name, "step": self.step}
+        if stage := self.stages.get(name):
+            record["stage"] = stage
         if batch is not None:
             record["microbatch"] = batch.number * self.rules.grid.dp + self.rules.grid.dp_rank
         self.writer.add(record, replace(shards, scale=scale).every(self.options.sample))
-
-
-def _labelled(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Modules by canonical name; of several that share one, as wrappers do with what they wrap, the innermost."""
-    found = {canonical(name): module for name, module in model.named_modules()}
-    whole_model = "whole model" if "model" in found else "model"  # Hugging Face's have a part of that name
-    return {name or whole_model: module for name, module in found.items()}
-
-
-def _replaced(output: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:
-    """`output` with its floating-point tensors changed; the first is called "", the second "[1]" and so on."""
-    numbers: Iterator[int] = iter(range(1 << 30))
-
-    def inner(value: Any) -> Any:
-        if isinstance(value, torch.nn.Parameter):
-            return value
-        if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
-            number = next(numbers)
-            return change(f"[{number}]" if number else "", value)
-        if type(value) in (tuple, list):
-            changed = [inner(item) for item in value]
-            same = all(new is old for new, old in zip(changed, value, strict=True))
-            return value if same else type(value)(changed)
-        if isinstance(value, dict):  # Hugging Face's outputs are dictionaries that also have attributes
-            for key in list(value):
-                value[key] = inner(value[key])
-        return value
-
-    return inner(output)
-
-
-class _Watch(torch.autograd.Function):
-    """The identity; hands the gradient of a module's input to `record`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, record: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        ctx.record = record
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.record(gradient), None

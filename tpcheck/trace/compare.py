@@ -1,7 +1,7 @@
 """`tpcheck compare A B`: is what differs between two traced runs rounding, or a bug, and in which module?
 
-A is the reference. Exit codes: 0 identical or nothing but rounding, 1 suspect, 2 can't tell: it differs, and there is
-no estimate of what rounding may do.
+A is the reference. Exit codes: 0 identical or nothing but rounding, 1 not rounding: suspect, or runs of other initial
+weights or another vocabulary, 2 can't tell: it differs, and there is no estimate of what rounding may do.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from typing import Any
 
 from tpcheck.errors import TpcheckError
 from tpcheck.trace.estimate import SEEDS, Estimate, open_noise, open_trace
-from tpcheck.trace.judge import Comparison, Row, judge
+from tpcheck.trace.judge import Comparison, Row, Verdict, judge
 from tpcheck.trace.reader import Trace
+from tpcheck.trace.vocabulary import along_vocabulary, cut_alike, padding
 
 __all__ = ["EXIT_CODES", "command", "compare", "to_json"]
 
-EXIT_CODES = {"identical": 0, "rounding": 0, "suspect": 1, "unknown": 2}
+EXIT_CODES: dict[Verdict, int] = {
+    "identical": 0, "rounding": 0, "suspect": 1, "other weights": 1, "other vocabulary": 1, "unknown": 2,
+}  # fmt: skip
 
 
 def compare(a: Path, b: Path, seeds: int = SEEDS) -> Comparison:
@@ -30,7 +33,9 @@ def compare(a: Path, b: Path, seeds: int = SEEDS) -> Comparison:
     """
     left, right = open_trace(a), open_trace(b)
     _require_comparable(left, right)
-    return judge(left, right, Estimate(left, open_noise(a, left, seeds)))
+    noise = open_noise(a, left, seeds)
+    vocabulary = cut_alike(left, right, noise)
+    return judge(left, right, Estimate(left, noise), vocabulary)
 
 
 def command(a: Path, b: Path, *, seeds: int, show_all: bool, as_json: bool, report: Path | None) -> int:
@@ -58,6 +63,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "first_difference": _row(comparison.first_difference) if comparison.first_difference else None,
         "a": {"path": str(comparison.a.path), "tp": comparison.a.tp, "dp": comparison.a.dp},
         "b": {"path": str(comparison.b.path), "tp": comparison.b.tp, "dp": comparison.b.dp},
+        "vocabulary": comparison.vocabulary,
         "unmapped": comparison.unmapped,
         "tensors": [_row(row) for row in comparison.rows],
     }
@@ -91,11 +97,11 @@ def _require_comparable(a: Trace, b: Trace) -> None:
         raise TpcheckError(
             f"no parameter has the same name in both: {min(shapes[0])} in A, {min(shapes[1])} in B: different models"
         )
+    sizes = padding(a, b)
     for name in sorted(common):
-        if shapes[0][name] != shapes[1][name]:
-            raise TpcheckError(
-                f"different models: {name} is {list(shapes[0][name])} in A and {list(shapes[1][name])} in B"
-            )
+        x, y = shapes[0][name], shapes[1][name]
+        if x != y and not ((x[0], y[0]) == sizes and x[1:] == y[1:] and along_vocabulary(name)):
+            raise TpcheckError(f"different models: {name} is {list(x)} in A and {list(y)} in B")
     if not a.records.keys() & b.records.keys():
         raise TpcheckError("the traces have no tensor in common: were different modules or kinds traced?")
 

@@ -3,8 +3,10 @@
     A/noise-1, A/noise-2, A/noise-3      traces of the same run with perturb=1, 2, 3, in A's own folder
 
 A tensor's estimate is the largest distance of these from A; of the coherent distance, which all three may happen to
-have little of, at least what independent roundings leave. Where A is a run of `tpcheck train`, missing ones are made
-here.
+have little of, at least what independent roundings leave. The gradient norm is one float32 sum over everything, which
+misses 1e-5 of a million elements on a CPU: nudged runs clip otherwise by as much as it misses of their own gradients,
+and where B's coefficient is off by no more than rounding, its optimizer's state and updates may be off by that, too.
+Where A is a run of `tpcheck train`, missing ones are made here.
 """
 
 from __future__ import annotations
@@ -42,6 +44,11 @@ class Estimate:
     def __init__(self, reference: Trace, noise: Sequence[Trace]) -> None:
         self.reference, self.noise = reference, noise
         self.known: dict[Key, Distance] = {}
+        self.clipped = GRADIENT_NORM
+
+    def clips_apart(self, by: float) -> None:
+        """B has been clipped otherwise than A, relative `by`, as rounding may: so is all that follows from it."""
+        self.clipped = max(self.clipped, by)
 
     def __bool__(self) -> bool:
         return bool(self.noise)
@@ -68,7 +75,8 @@ class Estimate:
         least = ROUNDING.get(a.dtype, 0.0)
         if key.kind == "clip" or key.kind.startswith("state"):
             # The gradient norm, by which all are scaled, is a float32 sum over everything, in an order of its own.
-            scaled = GRADIENT_NORM * (2 if key.kind.endswith("_sq") else 1)
+            apart = GRADIENT_NORM if key.kind == "clip" else self.clipped
+            scaled = apart * (2 if key.kind.endswith("_sq") else 1)
             all_of_it = distance(a, replace(a, bits=np.zeros_like(a.bits)))
             return Distance(max(least, scaled), max(least, scaled * all_of_it.peak), scaled)
         return Distance(least, least)
@@ -85,7 +93,11 @@ class Estimate:
         if w is None or m is None or not a.bits.shape == w.bits.shape == m.bits.shape:
             return Distance(0.0, 0.0)
         now, past = turned(w.values(), a.values(), m.values(), self.of(average, m).overall), self.of(earlier, w)
-        return Distance(max(now.overall, past.overall), max(now.peak, past.peak))
+        # An update is at most in proportion to the gradients, so that another clip coefficient scales it no more.
+        update = distance(w, a)
+        scaled = Distance(*(self.clipped * one for one in (update.overall, update.peak)))
+        every = (now, past, scaled)
+        return Distance(max(one.overall for one in every), max(one.peak for one in every))
 
 
 def open_trace(path: Path) -> Trace:

@@ -1,4 +1,4 @@
-"""Where this rank stands: its place in tensor and data parallelism, asked of whoever set them up.
+"""Where this rank stands: its place in tensor, data and pipeline parallelism, asked of whoever set them up.
 
 Megatron's parallel_state    DTensor parameters' device mesh    AutoTP's layers    torch.distributed alone: DP
 """
@@ -30,6 +30,8 @@ class Grid:
     tp: int = 1
     dp_rank: int = 0
     dp: int = 1
+    pp_rank: int = 0
+    pp: int = 1
     sequence_parallel: bool = False
     gradients: float = 1.0
 
@@ -71,9 +73,14 @@ def megatron_config(models: Sequence[torch.nn.Module]) -> Any:
 
 
 def _megatron(state: Any, config: Any) -> Grid:
-    for name in ("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"):
+    for name in ("context_parallel_size", "expert_model_parallel_size"):
         if (size := getattr(config, name, 1)) != 1:
-            raise TpcheckError(f"{name}={size} is not traced: only tensor and data parallelism are")
+            raise TpcheckError(f"{name}={size} is not traced: only tensor, data and pipeline parallelism are")
+    pp = state.get_pipeline_model_parallel_world_size()
+    if pp > 1 and getattr(config, "recompute_granularity", None):
+        # While one microbatch is recomputed, others are on their way, and nothing says which it is.
+        raise TpcheckError(f"recompute_granularity={config.recompute_granularity} in a pipeline of {pp} is not traced: "
+                           "trace without it, or without a pipeline")  # fmt: skip
     dp = state.get_data_parallel_world_size()
     return Grid(
         dist.get_rank(),
@@ -82,6 +89,8 @@ def _megatron(state: Any, config: Any) -> Grid:
         state.get_tensor_model_parallel_world_size(),
         state.get_data_parallel_rank(),
         dp,
+        state.get_pipeline_model_parallel_rank(),
+        pp,
         bool(config.sequence_parallel),
         1.0 if config.calculate_per_token_loss else 1 / dp,
     )

@@ -4,6 +4,9 @@
     nudged runs of A ──► estimate ──────┘          or replicas unequal, or recomputed otherwise,
                                                    or a weight that is not its main parameter, rounded
 
+Where most of what was drawn at random starts otherwise in B, the runs are not of one function: nothing after it is
+judged, but for what a trace shows by itself. So with losses and gradients if vocabularies are padded differently.
+
 Distance is overall, in the worst row, and coherent: all elements too large, or too small, by one factor. The latter
 finds what hides below the rounding of each single element, as an epsilon of 1e-5 for 1e-6 does in bfloat16.
 
@@ -13,7 +16,7 @@ The first suspect is the first in the order in which a step computes: forward, b
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from tpcheck.trace.estimate import GRADIENT_NORM, ROUNDING, Estimate
@@ -24,12 +27,13 @@ from tpcheck.trace.reader import Key, Logical, Trace, encoded
 
 __all__ = ["Comparison", "Row", "Verdict", "judge"]
 
-Verdict = Literal["identical", "rounding", "suspect", "unknown"]
+Verdict = Literal["identical", "rounding", "suspect", "other weights", "other vocabulary", "unknown"]
 # Over TP, DP, SP, recomputation and accumulation in both dtypes, clean runs reach 0.2 to 1.6 estimates; what silent
 # bugs do first is 10 estimates and more in bfloat16, 1000 and more in float32.
 SAFETY = 3.0
 FEW = 4.0  # an estimate from few numbers is itself uncertain: SAFETY grows by FEW / sqrt(how many numbers it is from)
 PEAK_SAFETY = 2.0  # a worst row varies more than a mean
+BEFORE_SOFTMAX = ("start", "input", "out", "mask", "again")  # of a step; the model's own output is its losses
 COHERENT_SAFETY = 4.0  # clean runs reach 4 estimates of it, FEW allowed for; the epsilon of another model is at 63
 
 
@@ -41,6 +45,7 @@ class Row:
         estimate: how far rounding may take it; None where nothing has been estimated.
         excess: the distance over what is allowed, of the three the most; above 1 it is suspect.
         why: what makes it suspect, for the first and for those that are suspect for another reason than distance.
+        by_itself: B's, or A's, is wrong whatever the other has, as unequal replicas are.
     """
 
     key: Key
@@ -51,6 +56,7 @@ class Row:
     excess: float
     verdict: Verdict
     why: str = ""
+    by_itself: bool = False
 
     @property
     def layer(self) -> int | None:
@@ -59,10 +65,16 @@ class Row:
 
 @dataclass
 class Comparison:
-    """What `judge` found, rows in execution order; `unmapped` says what could not be compared, and why."""
+    """What `judge` found, rows in execution order; `unmapped` says what could not be compared, and why.
+
+    `vocabulary` are the sizes that A and B pad theirs to, where they differ; `drawn`, how many parameters start with
+    values that are drawn at random, known where some start otherwise.
+    """
 
     a: Trace
     b: Trace
+    vocabulary: tuple[int, int] | None = None
+    drawn: int = 0
     rows: list[Row] = field(default_factory=list)
     unmapped: list[str] = field(default_factory=list)
 
@@ -72,28 +84,36 @@ class Comparison:
         return next((row for row in self.rows if row.verdict == "suspect"), None)
 
     @property
+    def other_weights(self) -> list[Row]:
+        """The parameters that start otherwise, if the runs are not of one model for it."""
+        return [row for row in self.rows if row.verdict == "other weights"]
+
+    @property
     def first_difference(self) -> Row | None:
         return next((row for row in self.rows if row.verdict != "identical"), None)
 
     @property
     def verdict(self) -> Verdict:
         found = {row.verdict for row in self.rows}
-        order: tuple[Verdict, ...] = ("suspect", "unknown", "rounding", "identical")
+        order: tuple[Verdict, ...] = (
+            "suspect", "other weights", "other vocabulary", "unknown", "rounding", "identical",
+        )  # fmt: skip
         return next((verdict for verdict in order if verdict in found), "unknown")
 
 
-def judge(a: Trace, b: Trace, estimate: Estimate) -> Comparison:
-    """Compare all that both traces have of the steps both have."""
-    return _Judge(a, b, estimate).compare()
+def judge(a: Trace, b: Trace, estimate: Estimate, vocabulary: tuple[int, int] | None = None) -> Comparison:
+    """Compare all that both traces have of the steps both have; `vocabulary` as in `Comparison`."""
+    return _Judge(a, b, estimate, vocabulary).compare()
 
 
 class _Judge:
     """Goes through the tensors in order; remembers what the ones before have shown."""
 
-    def __init__(self, a: Trace, b: Trace, estimate: Estimate) -> None:
+    def __init__(self, a: Trace, b: Trace, estimate: Estimate, vocabulary: tuple[int, int] | None) -> None:
         self.a, self.b, self.estimate = a, b, estimate
-        self.result = Comparison(a, b)
-        self.redrawn = False  # dropout has dropped other elements in B than in A: nothing after it can agree
+        self.result = Comparison(a, b, vocabulary)
+        self.redrawn = False  # B drops other elements than A, or starts from other weights: nothing after can agree
+        self.started = self.softmaxed = False  # past the initial weights; past a softmax over another vocabulary
 
     def compare(self) -> Comparison:
         steps = set(self.a.steps) & set(self.b.steps)
@@ -101,9 +121,32 @@ class _Judge:
         orders = {**self.b.order, **self.a.order}
         for key in sorted(orders, key=lambda key: (orders[key], key)):
             if key.step in steps:
+                if key.kind != "start" and not self.started:
+                    self._start()
+                self.softmaxed |= self.result.vocabulary is not None and (
+                    key.kind not in BEFORE_SOFTMAX or key.name == "model"
+                )
                 row = self._recomputed(key) if key.kind == "again" else self._row(key)
                 self.result.rows += [row] if row else []
+        if not self.started:
+            self._start()
         return self.result
+
+    def _start(self) -> None:
+        """Once all initial weights are known: where most of the drawn ones differ, none of them is the suspect."""
+        self.started, rows = True, self.result.rows
+        other = [row for row in rows if row.verdict == "suspect" and row.key.step == 0 and not row.by_itself]
+        if not other:
+            return
+        drawn = [row for row in rows if row.verdict != "identical" or not self._constant(row.key)]
+        self.result.drawn = len(drawn)
+        if len(other) > len(drawn) / 2:
+            self.redrawn = True
+            self.result.rows = [replace(row, verdict="other weights") if row in other else row for row in rows]
+
+    def _constant(self, key: Key) -> bool:
+        found = self.a.logical_or_none(key)
+        return found is not None and bool((found.bits == found.bits.reshape(-1)[:1]).all())
 
     def _row(self, key: Key) -> Row | None:
         pair = self._pair(key)
@@ -113,11 +156,12 @@ class _Judge:
         other_dtype = f"{y.dtype} where A has {x.dtype}" if x.dtype != y.dtype else ""
         if other_dtype:
             x, y = x.widened(), y.widened()
-        wrong = "; ".join(filter(None, (self._unequal(key, x, y), self._not_copied(key), other_dtype)))
+        unequal = self._unequal(key, x, y)
+        wrong = "; ".join(filter(None, (unequal, self._not_copied(key), other_dtype)))
         found = numbers(x, y)
 
         def row(verdict: Verdict, why: str = "", expected: Distance | None = None, excess: float = 0.0) -> Row:
-            return Row(key, x.dtype, x.bits.shape, found, expected, excess, verdict, why)
+            return Row(key, x.dtype, x.bits.shape, found, expected, excess, verdict, why, bool(wrong))
 
         if key.kind == "mask":
             self.redrawn |= bool(found.differing)
@@ -129,10 +173,15 @@ class _Judge:
             return row("suspect", wrong or "other integers", excess=math.inf)
         if self.redrawn:
             return row("suspect" if wrong else "unknown", wrong)
-        expected = self.estimate.of(key, x) if self.estimate else None
+        # What a run starts from has not been computed, so that no nudged run is needed to tell.
+        expected = self.estimate.of(key, x) if self.estimate or key.kind == "start" else None
         excess, coherent = _excess(found, expected, len(self.estimate.noise))
         if excess <= 1 and not wrong:
+            if key.kind == "clip":
+                self.estimate.clips_apart(found.relative)
             return row("rounding" if expected else "unknown", "", expected, excess)
+        if self.softmaxed and not wrong:
+            return row("other vocabulary", "", expected, excess)
         if excess > 1 and self.result.first is None:
             near = _allowed(found, len(self.estimate.noise)) * expected.overall if expected else 0.0
             coherent = coherent or explain(key, x, y, self.a, self.b, found, near)
@@ -218,7 +267,7 @@ def _same_mask(side: str, mask: Logical) -> str:
 
 def _allowed(found: Numbers, seeds: int) -> float:
     """How many times the estimate a tensor may be off."""
-    return SAFETY * (1 + FEW / math.sqrt(found.size * seeds))
+    return SAFETY * (1 + FEW / math.sqrt(found.size * max(seeds, 1)))
 
 
 def _excess(found: Numbers, expected: Distance | None, seeds: int) -> tuple[float, str]:

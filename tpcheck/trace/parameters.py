@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from tpcheck.trace.chunks import Chunk
 from tpcheck.trace.deepspeed import engine_of, full_gradient, full_states, full_weight, is_cut, set_full_gradient
-from tpcheck.trace.names import canonical
 from tpcheck.trace.noise import nudge, spawn
 from tpcheck.trace.rules import Rules
 from tpcheck.trace.shards import Shards, whole
@@ -22,17 +22,19 @@ from tpcheck.trace.shards import Shards, whole
 __all__ = ["Parameters"]
 
 Record = Callable[[str, str, Shards], None]
+CLIPPED = 1e-4  # a factor farther from 1 than this is clipping's
 
 
 class Parameters:
-    """Records the parameters of `models`, each under its canonical name, through `record(kind, name, shards)`."""
+    """Records the parameters of `chunks`, each under its canonical name, through `record(kind, name, shards)`."""
 
-    def __init__(self, models: Sequence[torch.nn.Module], rules: Rules, record: Record, perturb: int) -> None:
+    def __init__(self, chunks: Sequence[Chunk], rules: Rules, record: Record, perturb: int) -> None:
         self.rules, self.record, self.perturb = rules, record, perturb
-        self.engine = engine_of(models)
-        self.named = {canonical(name): p for model in models for name, p in model.named_parameters()}
+        self.engine = engine_of([chunk.model for chunk in chunks])
+        self.named = {name: p for chunk in chunks for name, p in chunk.parameters().items()}
         self.optimizers: dict[int, torch.optim.Optimizer] = {}
         self.norms: dict[str, float] = {}
+        self.coarse: dict[str, float] = {}  # the same as `norms`, squares of norms, as this device sums them in float32
 
     def start(self) -> None:
         for name, parameter in self.named.items():
@@ -49,18 +51,32 @@ class Parameters:
                     set_full_gradient(parameter, gradient)
             shards = self.rules.updated(name, parameter, gradient)
             self.norms[name] = sum(_square(part) for _, part in shards.parts)
+            if self.perturb:
+                self.coarse[name] = sum(_square(part, torch.float32) for _, part in shards.parts)
             self.record("grad", name, shards)
 
-    def clip(self, optimizer: torch.optim.Optimizer) -> None:
+    def clip(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """What clipping multiplied the gradients by, as far as this rank can tell; every rank should find the same."""
-        before = after = 0.0
+        before = after = coarse = 0.0
+        clipped = []
         for name, _, updated in self._updated_by(optimizer):
             gradient = getattr(updated, "decoupled_grad", None)
             gradient = updated.grad if gradient is None else gradient
             if gradient is not None and name in self.norms:
                 before, after = before + self.norms[name], after + _square(_local(gradient))
-        if before:
-            self.record("clip", "gradient clipping", whole(torch.tensor([math.sqrt(after / before)])))
+                coarse += self.coarse.get(name, 0.0)
+                clipped.append(_local(gradient))
+        if not before:
+            return
+        ratio = math.sqrt(after / before)
+        if self.perturb and abs(ratio - 1) > CLIPPED:
+            # By as much as a float32 norm misses of these gradients, in the order that this device adds them in.
+            sign = 1 - 2 * int(torch.randint(2, (), generator=spawn(self.perturb, step, "clip")))
+            factor = 1 + sign * abs(math.sqrt(coarse / before) - 1)
+            ratio *= factor
+            for gradient in clipped:
+                gradient.mul_(factor)
+        self.record("clip", "gradient clipping", whole(torch.tensor([ratio])))
 
     def after_update(self) -> None:
         """The weights that the next forward pass takes, and what optimizers keep of them."""
@@ -112,8 +128,11 @@ def _local(tensor: Any) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _square(tensor: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)) ** 2
+def _square(tensor: torch.Tensor, dtype: torch.dtype = torch.float64) -> float:
+    values = tensor.detach()
+    return (
+        float(torch.linalg.vector_norm(values.to(dtype) if values.dtype == torch.float64 else values, dtype=dtype)) ** 2
+    )
 
 
 def _round(gradient: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> None:

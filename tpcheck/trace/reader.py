@@ -75,6 +75,18 @@ class Logical:
     def floats(self) -> bool:
         return self.dtype in FLOATS
 
+    def narrowed(self, dim: int, size: int) -> Logical:
+        """The first `size` indices along `dim`; ranks that hold none of them are left out."""
+
+        def first(tensor: Array) -> Array:
+            return tensor[(slice(None),) * dim + (slice(size),)]
+
+        clipped = ((rank, (*box[:dim], slice(box[dim].start, min(box[dim].stop, size)), *box[dim + 1 :]))
+                   for rank, box in self.ranks)  # fmt: skip
+        ranks = tuple((rank, box) for rank, box in clipped if box[dim].start < box[dim].stop)
+        replicas = self.replicas and replace(self.replicas, add_up=first(self.replicas.add_up))
+        return replace(self, bits=np.ascontiguousarray(first(self.bits)), ranks=ranks, replicas=replicas)
+
     def widened(self) -> Logical:
         """The same numbers as float64, for a comparison with another dtype."""
         return replace(self, dtype="float64", bits=self.values().view("<u8"))
@@ -84,7 +96,11 @@ class Logical:
 
 
 class Trace:
-    """The trace in `path`; refused unless every rank's part of it is whole."""
+    """The trace in `path`; refused unless every rank's part of it is whole.
+
+    `cuts` are dimensions of which only the first indices are looked at, with how many: of vocabularies that another
+    trace pads differently.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -96,10 +112,12 @@ class Trace:
                 raise TpcheckError(f"{path}: its ranks do not agree on {key}: they are not of one run")
         self.dtype, self.tp, self.dp, self.sample = first["dtype"], first["tp"], first["dp"], first["sample"]
         self.perturb: int = first["perturb"]
+        self.pp: int = first.get("pp", 1)
         self.steps: list[int] = first["steps"]
+        self.cuts: dict[Key, tuple[int, int]] = {}
         self.files: dict[Path, dict[str, Array]] = {}
         self.records: dict[Key, list[tuple[int, int, Json]]] = {}
-        self.order: dict[Key, tuple[int, int, int]] = {}
+        self.order: dict[Key, tuple[int, int, int, int]] = {}
         for rank, description in enumerate(self.ranks):
             self._index(rank, description["records"])
 
@@ -147,7 +165,8 @@ class Trace:
             return "how it is cut is not known, and its ranks hold different values"
         sides = records[0][2]["shape"]
         batch = sides.index(None) if None in sides else None
-        return Logical(dtype, bits, ranks, replicas, tuple(records[0][2]["how"]), batch)
+        found = Logical(dtype, bits, ranks, replicas, tuple(records[0][2]["how"]), batch)
+        return found.narrowed(*self.cuts[key]) if key in self.cuts else found
 
     def logical_or_none(self, key: Key) -> Logical | None:
         found = self.logical(key) if key in self.records else None
@@ -174,7 +193,9 @@ class Trace:
                 key = Key(record["step"], record["kind"], name)
                 self.records.setdefault(key, []).append((rank, number, record))
                 phase = PHASES[key.kind.partition(".")[0]]
-                self.order.setdefault(key, (key.step, phase, number))
+                # Forward through the stages of a pipeline, and back.
+                stage = record.get("stage", 0) * (-1 if phase == PHASES["dout"] else 1)
+                self.order.setdefault(key, (key.step, phase, stage, number))
             except DAMAGE as error:
                 raise TpcheckError(f"{file}:{number + 1} is not a record ({error!r}): damaged") from error
 

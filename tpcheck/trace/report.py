@@ -9,11 +9,14 @@ from pathlib import Path
 from tpcheck import page, result
 from tpcheck.trace import pictures
 from tpcheck.trace.judge import Comparison, Row
-from tpcheck.trace.text import sentence, what
+from tpcheck.trace.text import layout, padded, sentence, what
 
 __all__ = ["write"]
 
-MOOD = {"identical": "held", "rounding": "held", "suspect": "broken"}
+MOOD = {
+    "identical": "held", "rounding": "held", "suspect": "broken", "other weights": "broken",
+    "other vocabulary": "broken",
+}  # fmt: skip
 STYLE = """
 figure { margin: 0 } figcaption { font-size: .85rem; color: #555 }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1.5rem }
@@ -42,13 +45,14 @@ def write(comparison: Comparison, a: Path, b: Path, path: Path) -> None:
     )
     first = comparison.first_difference
     suspects = [row for row in comparison.rows if row.verdict == "suspect"]
-    layouts = [f"{label}: {side.path}, TP={side.tp} DP={side.dp}, {side.dtype}" for label, side in
+    layouts = [f"{label}: {side.path}, {layout(side)}, {side.dtype}" for label, side in
                (("A", comparison.a), ("B", comparison.b))]  # fmt: skip
     body = f"""<p class="verdict {MOOD.get(comparison.verdict, "")}">{escape(sentence(comparison))}</p>
 <p><code>{"<br>".join(map(escape, layouts))}</code></p>
 <p>{f"The first tensor that differs: {escape(what(first))}." if first else ""}</p>
 <div class="pictures">{figures}</div>
 {"<h2>Suspect, in the order of execution</h2>" + _numbers(suspects[:40]) if suspects else ""}
+{f"<p>Vocabulary: {escape(text)}.</p>" if (text := padded(comparison)) else ""}
 {_unmapped(comparison)}
 <details><summary>All {len(comparison.rows)} tensors</summary>{_numbers(comparison.rows)}</details>"""
     path.write_text(page.document("Rounding or bug?", body, STYLE), encoding="utf-8")

@@ -41,10 +41,13 @@ BY_CLASS = {
     "MLP": (HIDDEN, None),
     "TransformerLayer": (HIDDEN, None),
     "TransformerBlock": (HIDDEN, None),
+    "MultiTokenPredictionLayer": (HIDDEN, None),
 }
 BY_NAME = {
     "q_layernorm": ("FBH.", "FBH."),
     "k_layernorm": ("FBK.", "FBK."),
+    "enorm": (HIDDEN, HIDDEN),
+    "hnorm": (HIDDEN, HIDDEN),
     "attention_dropout": ("BHFF", None),
     "position_embeddings": ("BF.", None),
     "rotary_pos_emb": ("....", None),

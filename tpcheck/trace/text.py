@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 from tpcheck.trace.judge import Comparison, Row
+from tpcheck.trace.reader import Trace
 
-__all__ = ["lines", "sentence", "what"]
+__all__ = ["layout", "lines", "padded", "sentence", "what"]
 
 KINDS = {
     "start": "initial weight",
@@ -23,13 +24,14 @@ KINDS = {
     "weight": "updated weight",
 }
 SHOWN = 24
+NAMED = 3
 
 
 def lines(comparison: Comparison, *, show_all: bool = False) -> Iterator[str]:
     """The comparison; without `show_all`, the rows that say most."""
     a, b = comparison.a, comparison.b
-    yield f"A  {a.path}  TP={a.tp} DP={a.dp} {a.dtype}"
-    yield f"B  {b.path}  TP={b.tp} DP={b.dp} {b.dtype}"
+    yield f"A  {a.path}  {layout(a)} {a.dtype}"
+    yield f"B  {b.path}  {layout(b)} {b.dtype}"
     rows = comparison.rows if show_all else _telling(comparison)
     if rows:
         yield ""
@@ -37,6 +39,8 @@ def lines(comparison: Comparison, *, show_all: bool = False) -> Iterator[str]:
         if hidden := len(comparison.rows) - len(rows):
             yield f"… {hidden} more tensors, with --all"
         yield ""
+    if vocabulary := padded(comparison):
+        yield f"vocabulary  {vocabulary}"
     for note in comparison.unmapped[: None if show_all else 5]:
         yield f"not compared  {note}"
     if not show_all and len(comparison.unmapped) > 5:
@@ -48,6 +52,11 @@ def lines(comparison: Comparison, *, show_all: bool = False) -> Iterator[str]:
     yield sentence(comparison)
 
 
+def layout(trace: Trace) -> str:
+    """The sizes of parallelism."""
+    return f"TP={trace.tp} DP={trace.dp}" + (f" PP={trace.pp}" if trace.pp > 1 else "")
+
+
 def sentence(comparison: Comparison) -> str:
     """The verdict in a sentence or two."""
     first = comparison.first
@@ -57,6 +66,8 @@ def sentence(comparison: Comparison) -> str:
         if first.estimate is not None and first.excess > 1 and math.isfinite(first.numbers.max_abs):
             text += f" is off by {first.numbers.relative:.2g}, where rounding explains {first.estimate.overall:.1g}"
         return text + (f"; {first.why}" if first.why else "")
+    if comparison.other_weights or comparison.verdict == "other vocabulary":
+        return f"not rounding: {'; '.join(_other_runs(comparison))}{left_out}"
     if not comparison.rows:
         return "can't tell: no tensor of one trace could be compared with the other's"
     if comparison.verdict == "unknown":
@@ -71,13 +82,39 @@ def sentence(comparison: Comparison) -> str:
     return f"identical: every tensor that has been compared, bit for bit{left_out}"
 
 
+def padded(comparison: Comparison) -> str:
+    """What is said of vocabularies that are padded differently; nothing where they are not."""
+    if comparison.vocabulary is None:
+        return ""
+    a, b = comparison.vocabulary
+    return (
+        f"the vocabularies are padded differently, A's to {a} and B's to {b}: {min(a, b)} are compared; the padded "
+        "logits are in every loss, so that losses and gradients are not the same function's"
+    )
+
+
+def _other_runs(comparison: Comparison) -> Iterator[str]:
+    if other := comparison.other_weights:
+        names = ", ".join(row.key.name for row in other[:NAMED]) + (", …" if len(other) > NAMED else "")
+        yield (
+            f"the runs start from other weights: {len(other)} of {comparison.drawn} parameters that are drawn at "
+            f"random differ ({names}); let B load what A starts from, nothing after it can be judged"
+        )
+    if vocabulary := padded(comparison):
+        yield vocabulary
+        if not comparison.other_weights:
+            yield "before the losses, no tensor is beyond what rounding explains"
+
+
 def what(row: Row) -> str:
     kind = KINDS.get(row.key.kind, f"optimizer {row.key.kind.partition('.')[2]}")
     return f"{row.key.name} ({kind}, step {row.key.step})"
 
 
 def _telling(comparison: Comparison) -> list[Row]:
-    """Of the tensors that differ: those about the first suspect, or else the ones nearest to the limit."""
+    """Of those that differ: those about the first suspect, initial weights, or else those nearest to the limit."""
+    if comparison.first is None and comparison.other_weights:
+        return comparison.other_weights[:SHOWN]
     differing = [row for row in comparison.rows if row.verdict != "identical"]
     if comparison.first is not None:
         place = differing.index(comparison.first)

@@ -119,8 +119,8 @@ def _readme(script: Script, found: dict[str, Comparison], checkout: Path) -> str
             "[Megatron-LM's issue 1736](https://github.com/NVIDIA/Megatron-LM/issues/1736) asks. Here its own "
             "`pretrain_gpt.py`, unmodified: 6 layers, hidden size 128, a vocabulary of 50257, float32, two steps on "
             f"mock data. Megatron-LM core {'.'.join(core)}, torch {version('torch')}, on two CPU cores (gloo); no GPU "
-            "has been used. `python tests/megatron_lm_1736.py MEGATRON_LM` makes all of it, where six, triton and pybind11 "
-            "are, which Megatron-LM wants.",
+            "has been used. `python tests/megatron_lm_1736.py MEGATRON_LM` makes all of it, where six, triton and "
+            "pybind11 are, which Megatron-LM wants.",
             "",
             "| run | losses at TP=1 | losses at TP=2 | verdict | |",
             "|---|---|---|---|---|",

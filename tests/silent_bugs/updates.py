@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
-from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel import random as mcore_random
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
@@ -21,6 +19,20 @@ from tpcheck import train
 TP2, DP2 = {"tp": 2}, {"dp": 2}
 OUTPUT_LAYER_ROWS = 192  # of a padded vocabulary of 384 at TP=2, as in the embedding before it
 DROPOUT = {**QWEN3, "dropout": 0.1}
+
+
+def built(change: Callable[[Any], None]) -> Any:
+    """`change(model)` once a model is built."""
+
+    def wrap(build: Callable[..., Any]) -> Callable[..., Any]:
+        def changed(*args: Any) -> Any:
+            gpt, trained = build(*args)
+            change(gpt)
+            return gpt, trained
+
+        return changed
+
+    return around(train, "build_model", wrap)
 
 
 @bug(
@@ -105,17 +117,12 @@ def learning_rate_doubled_on_one_rank() -> Iterator[None]:
 def initial_weights_drawn_shard_by_shard() -> Iterator[None]:
     """Every rank draws its shard of a weight by itself, so that the model depends on TP."""
 
-    def wrap(initialize: Callable[..., Any]) -> Callable[..., Any]:
-        def by_itself(
-            weight: Any, rows: int, columns: int, share: int, dim: int, method: Any, *a: Any, **k: Any
-        ) -> Any:
-            master = initialize(weight, rows, columns, share, dim, method, *a, **k)
-            method(weight.data)
-            return master
+    def by_itself(gpt: Any) -> None:
+        for parameter in gpt.parameters():
+            if getattr(parameter, "tensor_model_parallel", False):
+                gpt.config.init_method(parameter.data)
 
-        return by_itself
-
-    with around(layers, "_initialize_affine_weight_cpu", wrap):
+    with built(by_itself):
         yield
 
 
@@ -126,16 +133,12 @@ def initial_weights_drawn_shard_by_shard() -> Iterator[None]:
 def replicated_weights_drawn_by_each_rank() -> Iterator[None]:
     """Learned positions, which ranks hold alike, are drawn from generators that ranks seed differently."""
 
-    def wrap(init: Callable[..., None]) -> Callable[..., None]:
-        def seeded(self: Any, *args: Any, **kwargs: Any) -> None:
-            init(self, *args, **kwargs)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(tp_rank())
-                self.config.embedding_init_method(self.position_embeddings.weight)
+    def seeded(gpt: Any) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(tp_rank())
+            gpt.config.embedding_init_method(gpt.embedding.position_embeddings.weight.data)
 
-        return seeded
-
-    with around(LanguageModelEmbedding, "__init__", wrap):
+    with built(seeded):
         yield
 
 

@@ -1,0 +1,133 @@
+"""Megatron-LM's own scripts under `python -m patches`: ranks forked from this process after its imports.
+
+The checkout comes first on the path (`make test-megatron-lm` sees to it), so that its megatron-core is what runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+TABLE = Path(__file__).parent / "megatron_lm" / "flags.yaml"
+SECONDS = 300.0
+BASE = (
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 8 --seq-length 32 --max-position-embeddings 32 "
+    "--micro-batch-size 2 --global-batch-size 4 --train-iters 3 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine "
+    "--mock-data --tokenizer-type NullTokenizer --vocab-size 1000 --transformer-impl local --hidden-dropout 0 "
+    "--attention-dropout 0 --log-interval 1 --eval-iters 0 --eval-interval 100 --distributed-backend gloo "
+    "--no-gradient-accumulation-fusion --no-save-rng --no-load-rng"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A line of the table."""
+
+    flags: str
+    what: str = ""
+    needs: str = ""
+    says: str = ""
+    versions: str = ""
+    tp: tuple[int, ...] = (2,)
+    dp: int = 1
+
+    @property
+    def all_flags(self) -> str:
+        return f"{self.flags} {self.needs}".strip()
+
+
+def cases(kind: str) -> list[Case]:
+    rows = yaml.safe_load(TABLE.read_text())[kind]
+    return [Case(**{("needs" if key == "with" else key): value for key, value in row.items()}) for row in rows]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Exit code of the first rank that failed, else 0, and what all ranks printed."""
+
+    code: int
+    out: str
+
+
+def run_script(script: Path, tp: int, flags: str, dp: int = 1, options: str = "") -> Ended:
+    """Run `script` on as many ranks as its sizes want; no rank outlives the call."""
+    pp = _value(flags, "--pipeline-model-parallel-size")
+    ranks = tp * dp * pp
+    precision = "" if {"--fp32", "--fp16"} & set(flags.split()) else "--bf16"
+    arguments = f"{options} {script} --tensor-model-parallel-size {tp} {BASE} {precision} {flags}".replace(
+        " --fp32", ""
+    )
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        pids = {_fork(rank, ranks, port, shlex.split(arguments), Path(folder)): rank for rank in range(ranks)}
+        code = _wait(set(pids))
+        return Ended(code, "\n".join(path.read_text(errors="replace") for path in sorted(Path(folder).iterdir())))
+
+
+def _value(flags: str, name: str) -> int:
+    words = flags.split()
+    return int(words[words.index(name) + 1]) if name in words else 1
+
+
+def _fork(rank: int, ranks: int, port: int, arguments: list[str], folder: Path) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code: Any = 1
+    try:
+        os.setpgid(0, 0)
+        out = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        sys.stdout = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115  lasts as long as the process
+        sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+        from patches.__main__ import main
+
+        sys.argv = ["patches", *arguments]
+        main()
+        code = 0
+    except SystemExit as done:
+        code = done.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def _wait(left: set[int]) -> int:
+    """The first exit code that is not 0; the other ranks get a moment to say why, then are ended."""
+    everyone, code, deadline = set(left), 0, time.monotonic() + SECONDS
+    while left and time.monotonic() < deadline:
+        for pid in list(left):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                left.discard(pid)
+                if status and not code:
+                    code, deadline = os.waitstatus_to_exitcode(status), time.monotonic() + 5
+        time.sleep(0.05)
+    for pid in everyone:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    for pid in left:
+        os.waitpid(pid, 0)
+    return code or (124 if left else 0)

@@ -22,38 +22,48 @@ def when_imported(name: str, action: Action) -> Callable[[], None]:
     if name in sys.modules:
         action(sys.modules[name])
         return lambda: None
-    waiting = _Waiting(name, action)
-    sys.meta_path.insert(0, waiting)
-    return waiting.call_off
+    return _FINDER.wait(name, action)
 
 
-class _Waiting(MetaPathFinder):
-    """Finds nothing itself; makes the module that the other finders find act after it has run."""
+class _Finder(MetaPathFinder):
+    """Finds nothing itself; makes modules that the other finders find act after they have run."""
 
-    def __init__(self, name: str, action: Action) -> None:
-        self.name, self.action, self.off = name, action, False
+    def __init__(self) -> None:
+        self.waiting: dict[str, list[Action]] = {}
 
-    def call_off(self) -> None:
-        self.off = True
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
+    def wait(self, name: str, action: Action) -> Callable[[], None]:
+        actions = self.waiting.setdefault(name, [])
+        actions.append(action)
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+
+        def call_off() -> None:
+            if action in actions:
+                actions.remove(action)
+            if not any(self.waiting.values()) and self in sys.meta_path:
+                sys.meta_path.remove(self)
+
+        return call_off
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self.name:
+        if not self.waiting.get(fullname):
             return None
-        later = sys.meta_path[sys.meta_path.index(self) + 1 :]
-        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in later)), None)
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
             run = loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 run(module)
-                if not self.off:
-                    self.call_off()
-                    self.action(module)
+                actions = self.waiting.get(fullname, [])
+                while actions:
+                    actions.pop(0)(module)
 
             loader.exec_module = exec_module
         return spec
+
+
+_FINDER = _Finder()

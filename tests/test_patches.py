@@ -239,6 +239,24 @@ def test_a_module_that_comes_after_disable_is_left_alone():
     assert on_ranks(1, import_once_called_off, str(STAND_IN)) == [True]
 
 
+def test_a_library_that_is_not_there_is_looked_for_once_however_many_patches_wait_for_it():
+    @in_a_rank_of_its_own
+    def _() -> None:
+        asked = []
+
+        class Finder:
+            @staticmethod
+            def find_spec(name: str, path: Any, target: Any = None) -> None:
+                asked.append(name)
+
+        sys.meta_path.append(Finder)
+        waiting = [attribute(str(n), "no_such_module:f", "", lambda f: f, lazy=True) for n in range(12)]
+        REGISTRY.apply(patches.Contract(), waiting)
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("no_such_module")
+        assert len(asked) <= 2  # by this finder and by the import itself
+
+
 def test_a_late_module_with_another_signature_is_refused_when_it_is_imported(tmp_path):
     (tmp_path / "late.py").write_text("def function(x, y): return x\n")
     patch = attribute("late", "late:function", "", lambda f: f, parameters="x", lazy=True)

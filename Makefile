@@ -19,6 +19,8 @@ TRITON_NUMPY ?= 2.2.6
 WHEELS ?= wheels
 WHEELS_PYTHON ?= 3.12
 GPU_RESULTS ?= results/gpu
+# A checkout of Megatron-LM for test-megatron-lm.
+MEGATRON_LM ?=
 SWEEP ?= slurm/sweeps/qwen3-tiny-cpu.yaml
 
 READY := $(VENV)/.ready
@@ -30,13 +32,14 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help venv demo test test-megatron test-te test-kernels test-slurm test-frameworks te-coverage gpu wheels lint \
-    bench silent-bugs clean distclean
+.PHONY: help venv demo test test-megatron test-megatron-lm test-te test-kernels test-slurm test-frameworks te-coverage \
+    gpu wheels lint bench silent-bugs clean distclean
 
 help:
 	@echo "make demo    train Qwen3 at TP=1/2/4/8, stock and patched; compare every bit; draw the picture"
 	@echo "make test    run the tests; test-megatron only those against older versions of megatron-core,"
 	@echo "             test-te only those of Transformer Engine's layers (TE $(TE_VERSIONS), on CPU)"
+	@echo "make test-megatron-lm MEGATRON_LM=path  Megatron-LM's own pretrain_gpt.py, unmodified, on a checkout"
 	@echo "make test-kernels  the GPU kernels without a GPU: in Triton's interpreter, and what the compiler makes of them"
 	@echo "make te-coverage  which lines of Transformer Engine's layers those tests run"
 	@echo "make gpu     on a GPU machine, within ten minutes: its tests and benchmark, into $(GPU_RESULTS)/<device>"
@@ -87,6 +90,21 @@ $(VENV)/megatron-core-%: $(READY)
 	@$(PIP) install --no-deps --target $@ $(if $(filter $*,$(NEWER_MEGATRON_VERSIONS)),$(FOR_NEWER_PYTHON)) megatron-core==$*
 
 FOR_NEWER_PYTHON := --only-binary=:all: --python-version 3.13 --ignore-requires-python
+
+# Megatron-LM's scripts are no package: MEGATRON_LM names a checkout, whose data helpers are compiled for this Python.
+test-megatron-lm: $(VENV)/megatron-lm
+	@test -f "$(MEGATRON_LM)/pretrain_gpt.py" || { echo "MEGATRON_LM=$(MEGATRON_LM): no pretrain_gpt.py in it" >&2; exit 2; }
+	@echo "==> Megatron-LM's own pretrain_gpt.py in $(MEGATRON_LM)"
+	@PATH="$$($(BIN)/python -c 'import sys; print(sys.base_prefix)')/bin:$$PATH" OMP_NUM_THREADS=1 \
+	    MEGATRON_LM=$(abspath $(MEGATRON_LM)) PYTHONPATH=$(abspath $(MEGATRON_LM)):$(abspath $<) \
+	    $(BIN)/python -m pytest -q -W ignore tests/test_megatron_lm.py
+
+$(VENV)/megatron-lm: $(READY) tests/megatron_lm.txt
+	@echo "==> installing what Megatron-LM's scripts import beside the rest"
+	@rm -rf $@
+	@$(PIP) install --no-deps --target $@ -r tests/megatron_lm.txt
+	@echo "import typing, typing_extensions; typing.override = typing_extensions.override  # 0.19, before Python 3.12" \
+	    > $@/sitecustomize.py
 
 # TE's wheel holds its Python code alone; tests/te_cpu stands in for the compiled part.
 test-te: $(TE_VERSIONS:%=$(VENV)/te-%)

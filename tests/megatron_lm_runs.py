@@ -1,6 +1,7 @@
 """Megatron-LM's own scripts under `python -m patches`: ranks forked from this process after its imports.
 
-The checkout comes first on the path (`make test-megatron-lm` sees to it), so that its megatron-core is what runs.
+The checkout comes first on the path (`make test-megatron-lm` sees to it), so that its megatron-core is what runs. Run
+by itself, this file writes the table of flags into patches/README.md.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 import yaml
 
 TABLE = Path(__file__).parent / "megatron_lm" / "flags.yaml"
+README = Path(__file__).parents[1] / "patches" / "README.md"
+BEGIN, END = "<!-- made by tests/megatron_lm_runs.py from tests/megatron_lm/flags.yaml -->", "<!-- end -->"
 SECONDS = 300.0
 BASE = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 8 --seq-length 32 --max-position-embeddings 32 "
@@ -131,3 +134,32 @@ def _wait(left: set[int]) -> int:
     for pid in left:
         os.waitpid(pid, 0)
     return code or (124 if left else 0)
+
+
+def markdown() -> str:
+    """The table of flags, as patches/README.md shows it."""
+    said = {"same": "same bits", "refused": "refused", "megatron": "Megatron's own demand"}
+    rows = [["flags of pretrain_gpt.py", "under the patches", ""]]
+    for kind, verdict in said.items():
+        for case in cases(kind):
+            flags = f"`{case.flags}`" if case.flags else "none beside those of the model's size"
+            notes = [
+                case.what,
+                f"`{case.says}`" if kind == "refused" else "",
+                f"with `{case.needs}`" if case.needs else "",
+            ]
+            notes += [f"megatron-core {case.versions}"] if case.versions else []
+            rows.append([flags, verdict, "; ".join(filter(None, notes))])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---|---|---|", *lines[1:]])
+
+
+def write_readme() -> None:
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n{markdown()}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_readme()

@@ -10,6 +10,7 @@ from typing import Any
 
 import plain_megatron
 import pytest
+import torch
 from packaging.version import Version
 from ranks import on_ranks
 
@@ -176,6 +177,21 @@ def test_tp_3_has_same_bits_under_gather_and_is_refused_under_tree():
     assert not differences(run("gather", 1, **options), run("gather", 3, True, **options))
     with pytest.raises(AssertionError, match="tp=3 does not divide leaves=8"):
         run("tree", 3, **options)
+
+
+def train_in_a_process_that_others_have_set_up(tp: int) -> dict[str, Any]:
+    patches.enable()
+    torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.mkldnn.enabled = False
+    torch.set_flush_denormal(True)
+    torch.rand(17 // tp)
+    return plain_megatron.train(tp=tp)
+
+
+def test_bits_follow_nothing_that_others_may_have_set_or_drawn_in_the_process():
+    one = run("tree", 1)
+    assert not differences(one, on_ranks(2, train_in_a_process_that_others_have_set_up, 2)[0])
 
 
 def test_negative_zeros_in_the_embedding_do_not_tell_tp_sizes_apart():

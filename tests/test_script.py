@@ -12,6 +12,7 @@ from typing import Any
 
 import megatron.core
 import pytest
+from megatron_lm_runs import BEGIN, END, README, markdown
 
 TESTS = Path(__file__).parent
 STAND_IN = TESTS / "megatron_lm"
@@ -26,7 +27,7 @@ def run(script: Path, ranks: int, *flags: str, options: tuple[str, ...] = ()) ->
         "--tensor-model-parallel-size", str(ranks), *flags,
     ]  # fmt: skip
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd="/", timeout=240)
 
 
@@ -59,3 +60,8 @@ def test_four_ranks_refuse_a_flag_in_one_line_that_torchrun_repeats() -> None:
     assert [line for line in said if not line.startswith("W")] == [f"python -m patches: {reason}"]
     summary = done.stderr.partition("FAILED")[2]
     assert "exitcode  : 2" in summary and reason in summary
+
+
+def test_the_table_of_flags_is_the_one_that_is_tested() -> None:
+    """`python tests/megatron_lm_runs.py` writes it."""
+    assert f"{BEGIN}\n{markdown()}\n{END}" in README.read_text(encoding="utf-8")

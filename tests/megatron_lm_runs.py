@@ -45,6 +45,7 @@ class Case:
     versions: str = ""
     tp: tuple[int, ...] = (2,)
     dp: int = 1
+    connections: int = 1
 
     @property
     def all_flags(self) -> str:
@@ -64,7 +65,7 @@ class Ended:
     out: str
 
 
-def run_script(script: Path, tp: int, flags: str, dp: int = 1, options: str = "") -> Ended:
+def run_script(script: Path, tp: int, flags: str, dp: int = 1, options: str = "", connections: int = 1) -> Ended:
     """Run `script` on as many ranks as its sizes want; no rank outlives the call."""
     pp = _value(flags, "--pipeline-model-parallel-size")
     ranks = tp * dp * pp
@@ -76,7 +77,8 @@ def run_script(script: Path, tp: int, flags: str, dp: int = 1, options: str = ""
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        pids = {_fork(rank, ranks, port, shlex.split(arguments), Path(folder)): rank for rank in range(ranks)}
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_DEVICE_MAX_CONNECTIONS=str(connections))
+        pids = {_fork(rank, ranks, shlex.split(arguments), Path(folder)): rank for rank in range(ranks)}
         code = _wait(set(pids))
         return Ended(code, "\n".join(path.read_text(errors="replace") for path in sorted(Path(folder).iterdir())))
 
@@ -86,7 +88,7 @@ def _value(flags: str, name: str) -> int:
     return int(words[words.index(name) + 1]) if name in words else 1
 
 
-def _fork(rank: int, ranks: int, port: int, arguments: list[str], folder: Path) -> int:
+def _fork(rank: int, ranks: int, arguments: list[str], folder: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -98,10 +100,7 @@ def _fork(rank: int, ranks: int, port: int, arguments: list[str], folder: Path) 
         os.dup2(out, 2)
         sys.stdout = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115  lasts as long as the process
         sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        )  # fmt: skip
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
         from patches.__main__ import main
 
         sys.argv = ["patches", *arguments]

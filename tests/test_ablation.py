@@ -31,7 +31,14 @@ REFUSED_WITHOUT = {
     "norms": ({"sp": True}, "input_layernorm.weight is a partial sum of a module that is not covered"),
     "wgrad-fusion": ({"model": {"gradient_accumulation_fusion": True}}, "you must install APEX"),
 }
-ELSEWHERE = {"settings", "layer-modules", "block-modules", "optimizer-settings"}  # tests/test_refusals.py
+ELSEWHERE = {
+    "settings",
+    "layer-modules",
+    "block-modules",
+    "optimizer-settings",
+    "megatron-fsdp",
+    "torch-fsdp",
+}  # tests/test_refusals.py
 ELSEWHERE |= {"shared-embedding"}  # tests/test_refusals.py
 ELSEWHERE |= {"masked-softmax"}  # tests/test_patches.py
 ELSEWHERE |= {"padded-vocabulary", "padded-vocabulary-0.17"}  # tests/test_patches.py

@@ -64,7 +64,7 @@ def test_bits_are_the_same_at_every_tp(case: Case, tmp_path: Path) -> None:
         assert trained(tmp_path / str(tp), tp, flags) == one
     if "--pipeline-model-parallel-size" in flags:
         alone = re.sub(r"--(pipeline-model-parallel-size|num-layers-per-virtual-pipeline-stage) \d", "", flags)
-        assert trained(tmp_path / "no stages", 1, alone) == one
+        assert trained(tmp_path / "whole", 1, alone) == one
 
 
 def test_bits_are_the_same_under_gather(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_run_goes_on_at_another_tp_with_the_bits_of_one_that_never_stopped(tmp
 
 def refusal(case: Case) -> Ended:
     applicable(case)
-    return run_script(CHECKOUT / "pretrain_gpt.py", max(case.tp), case.all_flags, case.dp)
+    return run_script(CHECKOUT / "pretrain_gpt.py", max(case.tp), case.all_flags, case.dp, "", case.connections)
 
 
 @pytest.mark.parametrize("case", cases("refused"), ids=ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import plain_megatron
@@ -129,3 +130,16 @@ def test_several_distributed_optimizer_instances_are_refused_by_name():
     group = SimpleNamespace(ddp_config=SimpleNamespace(num_distributed_optimizer_instances=2))
     with pytest.raises(patches.UnsupportedError, match="num_distributed_optimizer_instances > 1 is not covered: use 1"):
         _start_grad_sync(None)(group)
+
+
+@pytest.mark.parametrize(
+    ("module", "cls", "flag"),
+    (
+        ("fsdp.mcore_fsdp_adapter", "FullyShardedDataParallel", "--use-megatron-fsdp"),
+        ("torch_fully_sharded_data_parallel", "TorchFullyShardedDataParallel", "--use-torch-fsdp2"),
+    ),
+)
+def test_fully_sharded_data_parallelism_is_refused_by_flag(module, cls, flag):
+    distributed = importlib.import_module(f"megatron.core.distributed.{module}")
+    with patches.enabled(), pytest.raises(patches.UnsupportedError, match=f"is not covered.*without {flag}"):
+        getattr(distributed, cls)(None, None, None)

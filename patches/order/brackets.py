@@ -19,6 +19,8 @@ Legend: M, N rows and columns of a result, K the summed dimension, n elements in
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,12 +29,14 @@ from patches.order.slices import FLOAT64_BITS, log2_ceil, matmul, on_grid, produ
 __all__ = ["AT_ONCE", "bracketed_product"]
 
 UNIT = 2.0**-FLOAT64_BITS
+EXACT = 2.0 ** (FLOAT64_BITS - 3)  # units that magnitudes are less than where no addition rounds
 BLOCK = 1 << 16  # elements that are looked at at once: they stay in a core's cache
 AT_ONCE = 1 << 18  # elements of several products that are taken together: small ones cost less by the dozen
 FEW, SHARE = 64, 1 / 256  # elements of a result that are worth looking at one by one
+WIDE = 1 / 4  # of all rows and columns that are worth being looked at apart
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-# Of dtypes with few digits: those after the point, and the exponent of the smallest normal number.
-SHORT = {torch.bfloat16: (7, -126), torch.float16: (10, -14)}
+# Of dtypes with few digits: those after the point, and the bits of the largest number.
+SHORT = {torch.bfloat16: (7, 0x7F7F), torch.float16: (10, 0x7BFF)}
 
 
 def bracketed_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -50,59 +54,104 @@ def bracketed_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Product:
-    """One product: its operands, widened to float64, and their plain product y with a margin of rank one."""
+    """One product: its operands, widened to float64, their plain product y, and what is known of its error."""
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
-        self.narrow = a, b.mT
         self.a, self.b = a.to(torch.float64), b.to(torch.float64)
-        self.k = a.shape[-1]
         self.y = matmul(self.a, self.b)
-        self.norm_M, self.norm_N = _norm(self.a, -1), _norm(self.b, -2)
+        self.norms = _norm(self.a, -1), _norm(self.b, -2)
+        self.units: tuple[Tensor, Tensor] | None = None
+        if a.dtype == b.dtype and a.dtype in SHORT:
+            self.units = _units(self.norms[0], a), _units(self.norms[1], b.mT)
 
     def rounded(self, dtype: torch.dtype) -> Tensor:
-        margin_M = (self.norm_M * _margins(self.k)[0]).unsqueeze(-1)
-        margin_N = self.norm_N.unsqueeze(-2)
-        if self.y.dim() == 3 or self.y.numel() <= BLOCK:
-            out, doubt = _bracket(self.y, margin_M * margin_N, dtype)
+        largest = _largest_pair(self.units or self.norms)
+        if self.units and largest < EXACT:
+            return _narrowed(self.y, dtype)
+        if not math.isfinite(largest):
+            return rounded(sliced_product(self.a, self.b), torch.float32).to(dtype)
+        wide = _wide(self.units, largest) if self.units else None
+        if wide is None:
+            out = torch.empty_like(self.y, dtype=dtype)
+            doubts = self._by_blocks(out)
         else:
-            out, doubt = _bracket_by_rows(self.y, margin_M, margin_N, dtype)
-        if doubt is not None:
-            self._settle(out, doubt)
+            out = _narrowed(self.y, dtype)
+            doubts = [self._in_rows(out, wide[0], 0), self._in_rows(out.mT, wide[1], 1)]
+        found = [doubt for doubt in doubts if doubt is not None]
+        if found:
+            self._settle(out, torch.cat(found))
         return out
+
+    def _by_blocks(self, out: Tensor) -> list[Tensor | None]:
+        """Put values into `out`, and list where they are in doubt, [n, dims]."""
+        (M, N), units = self.norms, self.units if out.dtype == torch.float32 else None
+        rows = max(1, BLOCK // out.shape[-1]) if out.dim() == 2 else out.shape[1]
+        doubts = []
+        for start in range(0, out.shape[-2], rows):
+            block = slice(start, start + rows)
+            margin = M[..., block, None] * N.unsqueeze(-2)
+            exact = None if units is None else units[0][..., block, None] * units[1].unsqueeze(-2) < EXACT
+            doubt = self._bracket(out[..., block, :], self.y[..., block, :], margin, exact)
+            if doubt is not None:
+                doubt[:, -2] += start
+            doubts.append(doubt)
+        return doubts
+
+    def _in_rows(self, out: Tensor, rows: Tensor, side: int) -> Tensor | None:
+        """The same in some rows [n, dims - 1] of `out` alone, or columns if `side` is 1: then `out` is transposed."""
+        if not len(rows):
+            return None
+        assert self.units is not None
+        y, index = self.y.mT if side else self.y, tuple(rows.unbind(1))
+        margin, units = (
+            pair[side][index].unsqueeze(-1) * (pair[1 - side][index[0]] if len(index) == 2 else pair[1 - side])
+            for pair in (self.norms, self.units)
+        )
+        values = torch.empty_like(margin, dtype=out.dtype)
+        doubt = self._bracket(values, y[index], margin, units < EXACT)
+        out[index] = values
+        if doubt is None:
+            return None
+        *batch, i = rows[doubt[:, 0]].unbind(1)
+        return torch.stack([*batch, doubt[:, 1], i] if side else [*batch, i, doubt[:, 1]], 1)
+
+    def _bracket(self, out: Tensor, y: Tensor, magnitude: Tensor, exact: Tensor | None) -> Tensor | None:
+        margin = magnitude.mul_(_margins(self.a.shape[-1])[0])
+        return _bracket(out, y, margin if exact is None else margin.masked_fill_(exact, 0.0))
 
     def _settle(self, out: Tensor, doubt: Tensor) -> None:
         """Put the values at `doubt` [n, dims] into `out`."""
-        if len(doubt) > FEW:
-            doubt = self._without_exact(out, doubt)
         if len(doubt) > max(FEW, out.shape[-1] + out.shape[-2]):
             doubt = self._without_clear(out, doubt)
         if len(doubt) > max(FEW, SHARE * out.numel()):
             out.copy_(rounded(sliced_product(self.a, self.b), torch.float32))
             return
-        for some in doubt.split(max(1, BLOCK // self.k)):
+        for some in doubt.split(max(1, BLOCK // self.a.shape[-1])):
             rows, columns = _places(some)
-            magnitude = self.norm_M[rows] * self.norm_N[columns]
+            magnitude = self.norms[0][rows] * self.norms[1][columns]
             out[tuple(some.unbind(1))] = _dots(self.a[rows], self.b.mT[columns], magnitude, out.dtype)
 
-    def _without_exact(self, out: Tensor, doubt: Tensor) -> Tensor:
-        """Doubt without the elements that no addition can have rounded."""
-        if any(x.dtype not in SHORT for x in self.narrow):
-            return doubt
-        rows, columns = _places(doubt)
-        units_M, units_N = self.norm_M / _lowest_bit(self.narrow[0]), self.norm_N / _lowest_bit(self.narrow[1])
-        exact = units_M[rows] * units_N[columns] < 2.0 ** (FLOAT64_BITS - 3)
-        sure, doubt = doubt[exact].unbind(1), doubt[~exact]
-        out[sure] = _narrowed(self.y[sure], out.dtype)
-        return doubt
-
     def _without_clear(self, out: Tensor, doubt: Tensor) -> Tensor:
-        """Doubt without the elements that margins from other norms leave none about."""
+        """Doubt without the elements that other norms leave none about: of rows with few large numbers."""
         rows, columns = _places(doubt)
-        (one_M, top_M), (one_N, top_N) = _other_norms(self.a, -1), _other_norms(self.b, -2)
-        magnitude = torch.minimum(one_M[rows] * top_N[columns], top_M[rows] * one_N[columns])
+        (sum_M, top_M), (sum_N, top_N) = _other_norms(self.a, -1), _other_norms(self.b, -2)
+        magnitude = torch.minimum(sum_M[rows] * top_N[columns], top_M[rows] * sum_N[columns])
         places = tuple(doubt.unbind(1))
-        out[places], left = _bracket(self.y[places], magnitude.mul_(_margins(self.k)[0]), out.dtype)
+        values = torch.empty_like(magnitude, dtype=out.dtype)
+        left = self._bracket(values, self.y[places], magnitude, None)
+        out[places] = values
         return doubt[:0] if left is None else doubt[left.squeeze(1)]
+
+
+def _largest_pair(sides: tuple[Tensor, Tensor]) -> float:
+    return float(sides[0].amax() * sides[1].amax())
+
+
+def _wide(units: tuple[Tensor, Tensor], largest: float) -> tuple[Tensor, Tensor] | None:
+    """Indices of the rows and of the columns that hold all elements that may not be exact; None if they are many."""
+    excess = math.sqrt(largest / EXACT)
+    M, N = ((side >= side.amax() / excess).nonzero() for side in units)
+    return (M, N) if len(M) / units[0].numel() + len(N) / units[1].numel() < WIDE else None
 
 
 def _margins(k: int) -> tuple[float, float]:
@@ -117,9 +166,11 @@ def _margins(k: int) -> tuple[float, float]:
 
 def _norm(x: Tensor, dim: int) -> Tensor:
     """Euclidean norm along `dim`."""
-    if x.stride(dim) == 1 or x.numel() <= BLOCK:
+    if x.stride(dim) == 1:
         return torch.linalg.vector_norm(x, 2, dim)
-    squares = (part.square().sum(dim) for part in _parts(x, dim))
+    if x.numel() <= BLOCK:
+        return x.square().sum(dim).sqrt_()
+    squares = (part.square().sum(dim) for part in x.split(max(1, BLOCK * x.shape[dim] // x.numel()), dim))
     total = next(squares)
     for part in squares:
         total.add_(part)
@@ -128,43 +179,28 @@ def _norm(x: Tensor, dim: int) -> Tensor:
 
 def _other_norms(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Σ|x| and max|x| along `dim`."""
-    parts = [part.abs() for part in [x]]
-    return parts[0].sum(dim), parts[0].amax(dim)
+    absolute = x.abs()
+    return absolute.sum(dim), absolute.amax(dim)
 
 
-def _parts(x: Tensor, dim: int) -> tuple[Tensor, ...]:
-    return x.split(max(1, BLOCK * x.shape[dim] // max(1, x.numel())), dim)
+def _units(norm: Tensor, x: Tensor) -> Tensor:
+    """Norms of the rows of `x` (dtype in SHORT) in units that divide all numbers of the row."""
+    digits, largest = SHORT[x.dtype]
+    # Less one, zero is the largest, and no other number is less than half of what it was.
+    least = x.view(torch.int16).bitwise_and(0x7FFF).sub_(1).bitwise_and_(0x7FFF).amin(-1).clamp_(max=largest)
+    return (norm / least.view(x.dtype)).mul_(2.0 ** (digits + 1))
 
 
-def _lowest_bit(x: Tensor) -> Tensor:
-    """A power of two that divides every number of a row of `x` (dtype in SHORT): float64."""
-    digits, smallest = SHORT[x.dtype]
-    # Less one, zero is the largest.
-    least = x.view(torch.int16).bitwise_and(0x7FFF).sub_(1).bitwise_and_(0x7FFF).amin(-1).add_(1)
-    exponent = (least >> digits).clamp_(min=1) + (smallest - 1 - digits)
-    return torch.exp2(exponent.to(torch.float64))
-
-
-def _bracket(y: Tensor, margin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """y - margin in `dtype`, and where y + margin is another number, [n, dims] or None; `margin` is consumed."""
-    low, high = _narrowed(y - margin, dtype), _narrowed(margin.add_(y), dtype)
-    bits = BITS[dtype]
-    # In float32 every zero is +0; in what follows a tiny number can become -0.
-    if torch.equal(low, high) and (dtype == torch.float32 or torch.equal(low.view(bits), high.view(bits))):
-        return low, None
-    return low, ((low != high) | (low.view(bits) != high.view(bits))).nonzero()
-
-
-def _bracket_by_rows(y: Tensor, margin_M: Tensor, margin_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    rows = max(1, BLOCK // y.shape[1])
-    out, doubts = torch.empty_like(y, dtype=dtype), []
-    for start in range(0, len(y), rows):
-        block = slice(start, start + rows)
-        out[block], doubt = _bracket(y[block], margin_M[block] * margin_N, dtype)
-        if doubt is not None:
-            doubt[:, 0] += start
-            doubts.append(doubt)
-    return out, torch.cat(doubts) if doubts else None
+def _bracket(out: Tensor, y: Tensor, margin: Tensor) -> Tensor | None:
+    """Put y - margin into `out`, and say where y + margin is another number: [n, dims] or None. Consumes `margin`."""
+    low, high = _narrowed(y - margin, out.dtype), _narrowed(margin.add_(y), out.dtype)
+    out.copy_(low)
+    bits = BITS[out.dtype]
+    # As numbers of 64 bits they are compared in a fraction of the time.
+    whole = torch.int64 if low.numel() * low.element_size() % 8 == 0 else bits
+    if torch.equal(low.flatten().view(whole), high.flatten().view(whole)):
+        return None
+    return low.view(bits).ne(high.view(bits)).nonzero()
 
 
 def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -184,7 +220,8 @@ def _dots(a_nK: Tensor, b_nK: Tensor, magnitude_n: Tensor, dtype: torch.dtype) -
     rest = terms.sub_(head)
     y = head.sum(-1).add_(rest.sum(-1))
     margin = magnitude_n.mul_(_margins(terms.shape[-1])[1]).add_(y.abs(), alpha=11 * UNIT)
-    out, doubt = _bracket(y, margin.masked_fill_(rest.eq(0).all(-1), 0.0), dtype)
+    out = torch.empty_like(y, dtype=dtype)
+    doubt = _bracket(out, y, margin.masked_fill_(rest.eq(0).all(-1), 0.0))
     if doubt is not None:
         n = doubt.squeeze(1)
         out[n] = rounded(sliced_product(a_nK[n].unsqueeze(1), b_nK[n].unsqueeze(2)), torch.float32).to(dtype).flatten()

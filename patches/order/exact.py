@@ -7,7 +7,7 @@ ordinary float64 sum.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,14 +15,14 @@ from torch import Tensor
 from patches.order.brackets import UNIT, bracketed_product
 from patches.order.slices import FLOAT64_BITS, rounded, sliced_sum
 
-__all__ = ["exact_product", "exact_sum", "rounded", "rounded_sum", "sum_of_squares"]
+__all__ = ["exact_product", "exact_sum", "rounded", "rounded_sum", "sum_bounds", "sum_of_squares"]
 
 OPERANDS = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 # Grid of the gradient norm: 2^37 squares of 16 bits sum exactly; 5 slices keep 80 bits below the largest.
 NORM_BITS = 16
 NORM_SLICES = 5
-NORM_CHUNK = 1 << 22
+NORM_CHUNK = 1 << 17
 
 
 def exact_product(a_MK: Tensor, b_KN: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -56,7 +56,7 @@ def exact_sum(x: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Ten
     dims = tuple(d % x.dim() for d in ([dim] if isinstance(dim, int) else dim))
     kept = [d for d in range(x.dim()) if d not in dims]
     rows = x.permute(*kept, *dims).reshape(*(x.shape[d] for d in kept), math.prod(x.shape[d] for d in dims))
-    total = sliced_sum(rows.double() if rows.dtype != torch.float64 else rows.clone())
+    total = sliced_sum(rows.to(torch.float64, copy=True))
     if keepdim:
         total = total.reshape([1 if d in dims else x.shape[d] for d in range(x.dim())])
     return total
@@ -64,15 +64,24 @@ def exact_sum(x: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Ten
 
 def rounded_sum(x: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Tensor:
     """`exact_sum` of float32, bfloat16 or float16, rounded to float32."""
-    if x.numel() and x.dim():
-        wide, dims = x.double(), (dim,) if isinstance(dim, int) else tuple(dim)
-        y = wide.sum(dims, keepdim)
-        # A plain sum is off by less than a unit per term; the exact one's own additions round a few times.
-        margin = wide.abs().sum(dims, keepdim).mul_(1.01 * UNIT * (x.numel() / y.numel() + 40))
-        low = (y - margin).float()
-        if torch.equal(low, margin.add_(y).float()):
-            return low.add_(0.0)
-    return exact_sum(x, dim, keepdim).float()
+    if not x.numel() or not x.dim():
+        return exact_sum(x, dim, keepdim).float()
+    dims = [d % x.dim() for d in ([dim] if isinstance(dim, int) else dim)]
+    wide = x.double()
+    low, high = (end.float() for end in sum_bounds(wide, dims, keepdim))
+    if not torch.equal(low, high):
+        doubt = low.ne(high).view([x.shape[d] for d in range(x.dim()) if d not in dims])
+        rows = wide.movedim(dims, list(range(-len(dims), 0)))[doubt]
+        low.view(doubt.shape)[doubt] = sliced_sum(rows.flatten(1)).float()
+    return low.add_(0.0)
+
+
+def sum_bounds(x: Tensor, dims: list[int], keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """Two float64 numbers around `exact_sum` of float64 `x`, which is not empty; NaN where that is not finite."""
+    y = x.sum(dims, keepdim)
+    # A plain sum is off by less than a unit per term; of the exact one, the additions of up to 18 slices round.
+    margin = x.abs().sum(dims, keepdim).mul_(1.01 * UNIT * (x.numel() // y.numel() + 40))
+    return y - margin, y.add_(margin)
 
 
 def sum_of_squares(tensors: Sequence[Tensor], largest: float) -> Tensor:
@@ -86,12 +95,25 @@ def sum_of_squares(tensors: Sequence[Tensor], largest: float) -> Tensor:
     """
     device = tensors[0].device if tensors else None
     out = torch.zeros(NORM_SLICES, dtype=torch.float64, device=device)
-    for tensor in tensors:
-        for chunk in tensor.detach().reshape(-1).split(NORM_CHUNK):
-            squares = chunk.double().square_()
-            for i in range(NORM_SLICES):
-                shift = largest * largest * 1.5 * 2.0 ** (FLOAT64_BITS - 1 - NORM_BITS * (i + 1))
-                head = (squares + shift).sub_(shift)
-                squares.sub_(head)
-                out[i] += head.sum()
+    shifts = [largest * largest * 1.5 * 2.0 ** (FLOAT64_BITS - 1 - NORM_BITS * (i + 1)) for i in range(NORM_SLICES)]
+    for chunk in _chunks(tensors):
+        squares, parts = chunk.double().square_(), []
+        for shift in shifts:
+            head = (squares + shift).sub_(shift)
+            squares.sub_(head)
+            parts.append(head.sum())
+        out.add_(torch.stack(parts))
     return out
+
+
+def _chunks(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """All elements in pieces of up to NORM_CHUNK, which stay in a core's cache; small tensors share one."""
+    held: list[Tensor] = []
+    for tensor in tensors:
+        for piece in tensor.detach().reshape(-1).split(NORM_CHUNK):
+            if held and (piece.dtype != held[0].dtype or sum(map(len, held)) + len(piece) > NORM_CHUNK):
+                yield torch.cat(held)
+                held = []
+            held.append(piece)
+    if held:
+        yield torch.cat(held)

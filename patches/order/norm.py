@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patches.order.exact import exact_sum, rounded
+from patches.order.exact import exact_sum, rounded, sum_bounds
 
 __all__ = ["input_gradient", "normalised", "x_hat"]
 
@@ -15,18 +15,28 @@ def normalised(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y in the dtype of `x`, and each row's mean (None unless `centered`) and rstd, [.., 1]."""
     mean = _row_mean(x) if centered else None
-    rstd = 1.0 / torch.sqrt(_row_mean(_centered(x, mean).square()) + eps)
-    y = x_hat(x, mean, rstd) * gamma.float()
+    wide = _centered(x, mean)
+    rstd = 1.0 / torch.sqrt(_row_mean(wide.square()) + eps)
+    y = (wide * rstd).float() * gamma.float()
     return rounded(y if beta is None else y + beta.float(), x.dtype), mean, rstd
 
 
 def input_gradient(dy: Tensor, x: Tensor, gamma: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
     """dx in the dtype of `x`."""
     hat, g = x_hat(x, mean, rstd), (dy.float() * gamma.float()).double()
-    dx = g - hat * _row_mean(g * hat)
-    if mean is not None:
-        dx = dx - _row_mean(g)
-    return rounded(dx * rstd, x.dtype)
+    of_g = None if mean is None else _row_mean(g)
+
+    def dx(of_products: Tensor) -> Tensor:
+        centered = g - hat * of_products
+        return rounded((centered if of_g is None else centered - of_g) * rstd, x.dtype)
+
+    products = g * hat
+    if products.numel():
+        # dx follows the mean in one direction: where both its bounds give the same number, so does the mean.
+        low, high = (dx(end / x.shape[-1]) for end in sum_bounds(products, [-1], keepdim=True))
+        if torch.equal(low, high):
+            return low
+    return dx(_row_mean(products))
 
 
 def x_hat(x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:

@@ -56,16 +56,17 @@ def sliced_sum(x: Tensor) -> Tensor:
         return total
     bits = min(FLOAT64_BITS - log2_ceil(x.shape[-1]), GRID_BITS)
     top = _largest(x, -1)
-    special = None
-    if not bool(top.isfinite().all()):
+    largest, special = float(top.amax()), None
+    if not math.isfinite(largest):
         special = x.sum(-1)
         x = torch.where(x.isfinite(), x, 0.0)
         top = _largest(x, -1)
-    while bool(top.any()):
+        largest = float(top.amax())
+    while largest:
         head = on_grid(x, top, bits)
-        x.sub_(head)
         total.add_(head.sum(-1))
-        top = _largest(x, -1)
+        top = _largest(x.sub_(head), -1)
+        largest = float(top.amax())
     return total if special is None else torch.where(special.isfinite(), total, special)
 
 

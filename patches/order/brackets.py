@@ -12,7 +12,7 @@ Margins, with K terms, L = ⌈log2 K⌉, u = 2^-53, slices of β bits and a magn
     y           K·u·H, whatever the order of additions
     the value   adding slices 0+1, 1+0, … 3+0: u·|partial sum| each, at most 9·u·(H + K·2^(3-β)·H);
                 later ones: at most what they hold, 22·K·2^-4β·H, since slice i is below 2·max|a|·2^-βi
-No partial sum of either is above 6.01·Σ|a_k·b_k|; all are multiples of the lowest bit in a times the lowest in b.
+Partial sums, of either, are below H + K·2^(3-β)·H, and multiples of the lowest bit in a times the lowest in b.
 
 Legend: M, N rows and columns of a result, K the summed dimension, n elements in doubt.
 """
@@ -20,6 +20,7 @@ Legend: M, N rows and columns of a result, K the summed dimension, n elements in
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -29,14 +30,13 @@ from patches.order.slices import FLOAT64_BITS, log2_ceil, matmul, on_grid, produ
 __all__ = ["AT_ONCE", "bracketed_product"]
 
 UNIT = 2.0**-FLOAT64_BITS
-EXACT = 2.0 ** (FLOAT64_BITS - 3)  # units that magnitudes are less than where no addition rounds
 BLOCK = 1 << 16  # elements that are looked at at once: they stay in a core's cache
 AT_ONCE = 1 << 18  # elements of several products that are taken together: small ones cost less by the dozen
 FEW, SHARE = 64, 1 / 256  # elements of a result that are worth looking at one by one
 WIDE = 1 / 4  # of all rows and columns that are worth being looked at apart
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-# Of dtypes with few digits: those after the point, and the bits of the largest number.
-SHORT = {torch.bfloat16: (7, 0x7F7F), torch.float16: (10, 0x7BFF)}
+# Of dtypes with few digits: those after the point, and the bits of the exponent.
+SHORT = {torch.bfloat16: (7, 0x7F80), torch.float16: (10, 0x7C00)}
 
 
 def bracketed_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -57,7 +57,8 @@ class _Product:
     """One product: its operands, widened to float64, their plain product y, and what is known of its error."""
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
-        self.a, self.b = a.to(torch.float64), b.to(torch.float64)
+        self.a, self.b = a.double(), b.double()
+        self.plain, _, self.exact = _limits(a.shape[-1])
         self.y = matmul(self.a, self.b)
         self.norms = _norm(self.a, -1), _norm(self.b, -2)
         self.units: tuple[Tensor, Tensor] | None = None
@@ -66,11 +67,11 @@ class _Product:
 
     def rounded(self, dtype: torch.dtype) -> Tensor:
         largest = _largest_pair(self.units or self.norms)
-        if self.units and largest < EXACT:
+        if self.units and largest < self.exact:
             return _narrowed(self.y, dtype)
         if not math.isfinite(largest):
             return rounded(sliced_product(self.a, self.b), torch.float32).to(dtype)
-        wide = _wide(self.units, largest) if self.units else None
+        wide = _wide(self.units, largest / self.exact) if self.units else None
         if wide is None:
             out = torch.empty_like(self.y, dtype=dtype)
             doubts = self._by_blocks(out)
@@ -90,7 +91,7 @@ class _Product:
         for start in range(0, out.shape[-2], rows):
             block = slice(start, start + rows)
             margin = M[..., block, None] * N.unsqueeze(-2)
-            exact = None if units is None else units[0][..., block, None] * units[1].unsqueeze(-2) < EXACT
+            exact = None if units is None else units[0][..., block, None] * units[1].unsqueeze(-2) < self.exact
             doubt = self._bracket(out[..., block, :], self.y[..., block, :], margin, exact)
             if doubt is not None:
                 doubt[:, -2] += start
@@ -108,7 +109,7 @@ class _Product:
             for pair in (self.norms, self.units)
         )
         values = torch.empty_like(margin, dtype=out.dtype)
-        doubt = self._bracket(values, y[index], margin, units < EXACT)
+        doubt = self._bracket(values, y[index], margin, units < self.exact)
         out[index] = values
         if doubt is None:
             return None
@@ -116,7 +117,7 @@ class _Product:
         return torch.stack([*batch, doubt[:, 1], i] if side else [*batch, i, doubt[:, 1]], 1)
 
     def _bracket(self, out: Tensor, y: Tensor, magnitude: Tensor, exact: Tensor | None) -> Tensor | None:
-        margin = magnitude.mul_(_margins(self.a.shape[-1])[0])
+        margin = magnitude.mul_(self.plain)
         return _bracket(out, y, margin if exact is None else margin.masked_fill_(exact, 0.0))
 
     def _settle(self, out: Tensor, doubt: Tensor) -> None:
@@ -147,21 +148,26 @@ def _largest_pair(sides: tuple[Tensor, Tensor]) -> float:
     return float(sides[0].amax() * sides[1].amax())
 
 
-def _wide(units: tuple[Tensor, Tensor], largest: float) -> tuple[Tensor, Tensor] | None:
+def _wide(units: tuple[Tensor, Tensor], excess: float) -> tuple[Tensor, Tensor] | None:
     """Indices of the rows and of the columns that hold all elements that may not be exact; None if they are many."""
-    excess = math.sqrt(largest / EXACT)
-    M, N = ((side >= side.amax() / excess).nonzero() for side in units)
+    M, N = ((side >= side.amax() / math.sqrt(excess)).nonzero() for side in units)
     return (M, N) if len(M) / units[0].numel() + len(N) / units[1].numel() < WIDE else None
 
 
-def _margins(k: int) -> tuple[float, float]:
+@lru_cache
+def _limits(k: int) -> tuple[float, float, float]:
     """How far a plain sum of `k` products, and one in two parts, is from the value at most, over the magnitude.
 
-    In two parts, 11·u·|sum| comes on top.
+    In two parts, 11·u·|sum| comes on top. The third: of what magnitude, in units, no addition rounds.
     """
     log, bits = log2_ceil(k), product_bits(k)
-    rest = 9 * 2.0 ** (log + 3 - bits) + 22 * 2.0 ** (log + FLOAT64_BITS - 4 * bits)
-    return 1.01 * UNIT * (k + 13 + rest), 1.01 * UNIT * (2.0 ** (3 * log - 50) + rest)
+    cut_off = 2.0 ** (log + 3 - bits)
+    rest = 9 * cut_off + 22 * 2.0 ** (log + FLOAT64_BITS - 4 * bits)
+    return (
+        1.01 * UNIT * (k + 13 + rest),
+        1.01 * UNIT * (2.0 ** (3 * log - 50) + rest),
+        0.99 / UNIT / (1 + cut_off),
+    )
 
 
 def _norm(x: Tensor, dim: int) -> Tensor:
@@ -185,10 +191,10 @@ def _other_norms(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 def _units(norm: Tensor, x: Tensor) -> Tensor:
     """Norms of the rows of `x` (dtype in SHORT) in units that divide all numbers of the row."""
-    digits, largest = SHORT[x.dtype]
-    # Less one, zero is the largest, and no other number is less than half of what it was.
-    least = x.view(torch.int16).bitwise_and(0x7FFF).sub_(1).bitwise_and_(0x7FFF).amin(-1).clamp_(max=largest)
-    return (norm / least.view(x.dtype)).mul_(2.0 ** (digits + 1))
+    digits, exponent = SHORT[x.dtype]
+    # Less one, zero is the largest, and ends as infinity; a power of two counts as half of itself.
+    least = x.view(torch.int16).bitwise_and(0x7FFF).sub_(1).bitwise_and_(0x7FFF).amin(-1).bitwise_and_(exponent)
+    return (norm / least.view(x.dtype)).mul_(2.0**digits)
 
 
 def _bracket(out: Tensor, y: Tensor, margin: Tensor) -> Tensor | None:
@@ -204,7 +210,8 @@ def _bracket(out: Tensor, y: Tensor, margin: Tensor) -> Tensor | None:
 
 
 def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.float().add_(0.0).to(dtype)
+    x = x.float().add_(0.0)
+    return x if dtype == torch.float32 else x.type(dtype)
 
 
 def _places(doubt: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -219,7 +226,7 @@ def _dots(a_nK: Tensor, b_nK: Tensor, magnitude_n: Tensor, dtype: torch.dtype) -
     head = on_grid(terms, terms.abs().amax(-1, keepdim=True), FLOAT64_BITS - 3 - log2_ceil(terms.shape[-1]))
     rest = terms.sub_(head)
     y = head.sum(-1).add_(rest.sum(-1))
-    margin = magnitude_n.mul_(_margins(terms.shape[-1])[1]).add_(y.abs(), alpha=11 * UNIT)
+    margin = magnitude_n.mul_(_limits(terms.shape[-1])[1]).add_(y.abs(), alpha=11 * UNIT)
     out = torch.empty_like(y, dtype=dtype)
     doubt = _bracket(out, y, margin.masked_fill_(rest.eq(0).all(-1), 0.0))
     if doubt is not None:

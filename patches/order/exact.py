@@ -56,7 +56,7 @@ def exact_sum(x: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Ten
     dims = tuple(d % x.dim() for d in ([dim] if isinstance(dim, int) else dim))
     kept = [d for d in range(x.dim()) if d not in dims]
     rows = x.permute(*kept, *dims).reshape(*(x.shape[d] for d in kept), math.prod(x.shape[d] for d in dims))
-    total = sliced_sum(rows.to(torch.float64, copy=True))
+    total = sliced_sum(rows.clone() if rows.dtype == torch.float64 else rows.double())
     if keepdim:
         total = total.reshape([1 if d in dims else x.shape[d] for d in range(x.dim())])
     return total

@@ -22,7 +22,7 @@ OPERANDS = frozenset((torch.float32, torch.bfloat16, torch.float16))
 # Grid of the gradient norm: 2^37 squares of 16 bits sum exactly; 5 slices keep 80 bits below the largest.
 NORM_BITS = 16
 NORM_SLICES = 5
-NORM_CHUNK = 1 << 17
+NORM_CHUNK = 1 << 16
 
 
 def exact_product(a_MK: Tensor, b_KN: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -80,7 +80,8 @@ def sum_bounds(x: Tensor, dims: list[int], keepdim: bool = False) -> tuple[Tenso
     """Two float64 numbers around `exact_sum` of float64 `x`, which is not empty; NaN where that is not finite."""
     y = x.sum(dims, keepdim)
     # A plain sum is off by less than a unit per term; of the exact one, the additions of up to 18 slices round.
-    margin = x.abs().sum(dims, keepdim).mul_(1.01 * UNIT * (x.numel() // y.numel() + 40))
+    magnitude = torch.linalg.vector_norm(x, 1, dims, keepdim) if x.dim() - 1 in dims else x.abs().sum(dims, keepdim)
+    margin = magnitude.mul_(1.01 * UNIT * (x.numel() // y.numel() + 40))
     return y - margin, y.add_(margin)
 
 

@@ -28,15 +28,16 @@ def input_gradient(dy: Tensor, x: Tensor, gamma: Tensor, mean: Tensor | None, rs
 
     def dx(of_products: Tensor) -> Tensor:
         centered = g - hat * of_products
-        return rounded((centered if of_g is None else centered - of_g) * rstd, x.dtype)
+        return (centered if of_g is None else centered - of_g) * rstd
 
     products = g * hat
     if products.numel():
         # dx follows the mean in one direction: where both its bounds give the same number, so does the mean.
-        low, high = (dx(end / x.shape[-1]) for end in sum_bounds(products, [-1], keepdim=True))
+        ends = sum_bounds(products, [x.dim() - 1], keepdim=True)
+        low, high = (dx(end / x.shape[-1]).to(x.dtype).add_(0.0) for end in ends)
         if torch.equal(low, high):
             return low
-    return dx(_row_mean(products))
+    return rounded(dx(_row_mean(products)), x.dtype)
 
 
 def x_hat(x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:

@@ -72,11 +72,11 @@ def sliced_sum(x: Tensor) -> Tensor:
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` rounded to `dtype`, with every zero +0 and every NaN the canonical one."""
-    x = x.to(dtype).add(0.0)
-    if x.is_cuda:
-        return x  # its arithmetic gives no other NaN, and asking would wait for the device
-    nan = x.isnan()
-    return x.masked_fill_(nan, math.nan) if bool(nan.any()) else x
+    y = x.to(dtype).add(0.0)
+    # A GPU's arithmetic gives no other NaN, and asking would wait for the device; the largest number is NaN if any is.
+    if not x.is_cuda and x.numel() and math.isnan(float(x.amax())):
+        y.masked_fill_(y.isnan(), math.nan)
+    return y
 
 
 def on_grid(x: Tensor, top: Tensor, bits: int) -> Tensor:

@@ -71,20 +71,19 @@ class _Product:
             return _narrowed(self.y, dtype)
         if not math.isfinite(largest):
             return rounded(sliced_product(self.a, self.b), torch.float32).to(dtype)
-        wide = _wide(self.units, largest / self.exact) if self.units else None
+        wide = self._wide() if self.units else None
         if wide is None:
             out = torch.empty_like(self.y, dtype=dtype)
-            doubts = self._by_blocks(out)
+            found = self._by_blocks(out)
         else:
             out = _narrowed(self.y, dtype)
-            doubts = [self._in_rows(out, wide[0], 0), self._in_rows(out.mT, wide[1], 1)]
-        found = [doubt for doubt in doubts if doubt is not None]
+            found = self._in_rows(out, *wide)
         if found:
             self._settle(out, torch.cat(found))
         return out
 
-    def _by_blocks(self, out: Tensor) -> list[Tensor | None]:
-        """Put values into `out`, and list where they are in doubt, [n, dims]."""
+    def _by_blocks(self, out: Tensor) -> list[Tensor]:
+        """Put values into `out`, and list where they are in doubt, [n, dims] each."""
         (M, N), units = self.norms, self.units if out.dtype == torch.float32 else None
         rows = max(1, BLOCK // out.shape[-1]) if out.dim() == 2 else out.shape[1]
         doubts = []
@@ -95,15 +94,24 @@ class _Product:
             doubt = self._bracket(out[..., block, :], self.y[..., block, :], margin, exact)
             if doubt is not None:
                 doubt[:, -2] += start
-            doubts.append(doubt)
+                doubts.append(doubt)
         return doubts
 
-    def _in_rows(self, out: Tensor, rows: Tensor, side: int) -> Tensor | None:
-        """The same in some rows [n, dims - 1] of `out` alone, or columns if `side` is 1: then `out` is transposed."""
-        if not len(rows):
-            return None
+    def _wide(self) -> tuple[int, Tensor] | None:
+        """0 and the rows, or 1 and the columns, [n, dims - 1], that hold all elements that may not be exact; or None.
+
+        None where they are many on either side.
+        """
         assert self.units is not None
-        y, index = self.y.mT if side else self.y, tuple(rows.unbind(1))
+        sides = [(side, (self.units[side] * self.units[1 - side].amax() >= self.exact).nonzero()) for side in range(2)]
+        side, rows = min(sides, key=lambda found: len(found[1]) / self.norms[found[0]].numel())
+        return (side, rows) if len(rows) < WIDE * self.norms[side].numel() else None
+
+    def _in_rows(self, out: Tensor, side: int, rows: Tensor) -> list[Tensor]:
+        """`_by_blocks` in some rows alone, or columns if `side` is 1."""
+        assert self.units is not None
+        index = tuple(rows.unbind(1))
+        out, y = (out.mT, self.y.mT) if side else (out, self.y)
         margin, units = (
             pair[side][index].unsqueeze(-1) * (pair[1 - side][index[0]] if len(index) == 2 else pair[1 - side])
             for pair in (self.norms, self.units)
@@ -112,9 +120,9 @@ class _Product:
         doubt = self._bracket(values, y[index], margin, units < self.exact)
         out[index] = values
         if doubt is None:
-            return None
+            return []
         *batch, i = rows[doubt[:, 0]].unbind(1)
-        return torch.stack([*batch, doubt[:, 1], i] if side else [*batch, i, doubt[:, 1]], 1)
+        return [torch.stack([*batch, doubt[:, 1], i] if side else [*batch, i, doubt[:, 1]], 1)]
 
     def _bracket(self, out: Tensor, y: Tensor, magnitude: Tensor, exact: Tensor | None) -> Tensor | None:
         margin = magnitude.mul_(self.plain)
@@ -146,12 +154,6 @@ class _Product:
 
 def _largest_pair(sides: tuple[Tensor, Tensor]) -> float:
     return float(sides[0].amax() * sides[1].amax())
-
-
-def _wide(units: tuple[Tensor, Tensor], excess: float) -> tuple[Tensor, Tensor] | None:
-    """Indices of the rows and of the columns that hold all elements that may not be exact; None if they are many."""
-    M, N = ((side >= side.amax() / math.sqrt(excess)).nonzero() for side in units)
-    return (M, N) if len(M) / units[0].numel() + len(N) / units[1].numel() < WIDE else None
 
 
 @lru_cache

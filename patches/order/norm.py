@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patches.order.exact import exact_sum, rounded, sum_bounds
+from patches.order.exact import rounded, sum_bounds
+from patches.order.slices import sliced_sum
 
 __all__ = ["input_gradient", "normalised", "x_hat"]
 
@@ -14,7 +15,7 @@ def normalised(
     x: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, centered: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y in the dtype of `x`, and each row's mean (None unless `centered`) and rstd, [.., 1]."""
-    mean = _row_mean(x) if centered else None
+    mean = _row_mean(x.to(torch.float64, copy=True)) if centered else None
     wide = _centered(x, mean)
     rstd = 1.0 / torch.sqrt(_row_mean(wide.square()) + eps)
     y = (wide * rstd).float() * gamma.float()
@@ -24,7 +25,7 @@ def normalised(
 def input_gradient(dy: Tensor, x: Tensor, gamma: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
     """dx in the dtype of `x`."""
     hat, g = x_hat(x, mean, rstd), (dy.float() * gamma.float()).double()
-    of_g = None if mean is None else _row_mean(g)
+    of_g = None if mean is None else _row_mean(g.clone())
 
     def dx(of_products: Tensor) -> Tensor:
         centered = g - hat * of_products
@@ -46,7 +47,8 @@ def x_hat(x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
 
 
 def _row_mean(x: Tensor) -> Tensor:
-    return exact_sum(x, -1, keepdim=True) / x.shape[-1]
+    """Mean over the last dimension of float64 `x`, which it consumes."""
+    return sliced_sum(x).div_(x.shape[-1]).unsqueeze(-1)
 
 
 def _centered(x: Tensor, mean: Tensor | None) -> Tensor:

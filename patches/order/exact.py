@@ -15,7 +15,7 @@ from torch import Tensor
 from patches.order.brackets import UNIT, bracketed_product
 from patches.order.slices import FLOAT64_BITS, rounded, sliced_sum
 
-__all__ = ["exact_product", "exact_sum", "rounded", "rounded_sum", "sum_bounds", "sum_of_squares"]
+__all__ = ["exact_product", "exact_sum", "pieces", "rounded", "rounded_sum", "sum_bounds", "sum_of_squares"]
 
 OPERANDS = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -97,8 +97,8 @@ def sum_of_squares(tensors: Sequence[Tensor], largest: float) -> Tensor:
     device = tensors[0].device if tensors else None
     out = torch.zeros(NORM_SLICES, dtype=torch.float64, device=device)
     shifts = [largest * largest * 1.5 * 2.0 ** (FLOAT64_BITS - 1 - NORM_BITS * (i + 1)) for i in range(NORM_SLICES)]
-    for chunk in _chunks(tensors):
-        squares, parts = chunk.double().square_(), []
+    for piece in pieces(tensors):
+        squares, parts = piece.double().square_(), []
         for shift in shifts:
             head = (squares + shift).sub_(shift)
             squares.sub_(head)
@@ -107,11 +107,11 @@ def sum_of_squares(tensors: Sequence[Tensor], largest: float) -> Tensor:
     return out
 
 
-def _chunks(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """All elements in pieces of up to NORM_CHUNK, which stay in a core's cache; small tensors share one."""
+def pieces(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """All elements, flat, up to NORM_CHUNK at a time, which stay in a core's cache; small tensors come together."""
     held: list[Tensor] = []
     for tensor in tensors:
-        for piece in tensor.detach().reshape(-1).split(NORM_CHUNK):
+        for piece in tensor.detach().reshape(-1).split(NORM_CHUNK) if tensor.numel() else ():
             if held and (piece.dtype != held[0].dtype or sum(map(len, held)) + len(piece) > NORM_CHUNK):
                 yield torch.cat(held)
                 held = []

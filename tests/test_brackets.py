@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -62,6 +63,40 @@ def test_bounds_alone_do_not_tell_a_product(dtype, monkeypatch):
     monkeypatch.setattr(brackets._Product, "_settle", lambda *args: None)
     monkeypatch.setattr(brackets, "SHORT", {})
     assert not same(exact_product(a, b.t()), defined(a, b.t(), torch.float32))
+
+
+def near_ties(dtype: torch.dtype, k: int, range_: int, seed: int) -> Tensor:
+    """Rows [24, k + 12] whose exact sums lie on a tie of float32, or beside it by 2^-45 to 2^-60 of themselves."""
+    g = torch.Generator().manual_seed(seed)
+    scale = torch.exp2(torch.randint(-range_, range_ + 1, (24, k), generator=g).float())
+    terms = (torch.randn(24, k, generator=g) * scale).to(dtype)
+    terms[12:, : k // 2] = -terms[12:, k - k // 2 :]  # so that partial sums are above the sum
+    rows = []
+    for row, beside in zip(terms.tolist(), [0, 45, -45, 48, -48, 50, -50, 52, -52, 54, -54, 60] * 2, strict=True):
+        total = sum(map(Fraction, row))
+        near = torch.tensor(float(total)).float()
+        tie = (Fraction(near.item()) + Fraction(torch.nextafter(near, near * 2).item())) / 2
+        missing = tie - total + (tie * Fraction(1, 2 ** abs(beside)) * (1 if beside > 0 else -1) if beside else 0)
+        rest = []
+        for _ in range(12):
+            rest.append(torch.tensor(float(missing)).to(dtype).item())
+            missing -= Fraction(rest[-1])
+        rows.append(row + rest)
+    return torch.tensor(rows).to(dtype)[:, torch.randperm(k + 12, generator=g)]
+
+
+@given(dtype=st.sampled_from((torch.float32, torch.bfloat16)), k=st.integers(1, 300), range_=st.integers(0, 20),
+       seed=st.integers(0, 1000))  # fmt: skip
+@example(dtype=torch.float32, k=300, range_=4, seed=0)
+@example(dtype=torch.bfloat16, k=300, range_=12, seed=0)
+@settings(max_examples=80, deadline=None)
+def test_sum_beside_a_tie_falls_to_the_side_that_its_slices_say(dtype, k, range_, seed):
+    x = near_ties(dtype, k, range_, seed)
+    factors = torch.exp2(torch.arange(x.shape[1]) % 3.0).neg()
+    a, b = (x / factors).to(dtype), torch.stack([factors, torch.ones_like(factors)], 1).to(dtype)
+    assert same(exact_product(a, b), defined(a, b, torch.float32))
+    assert same(exact_product(x, torch.ones(x.shape[1], 1, dtype=dtype)).flatten(), exact_sum(x, 1).float())
+    assert same(rounded_sum(x, 1), exact_sum(x, 1).float())
 
 
 @pytest.mark.parametrize("low", (2.0**-70, -(2.0**-70)))

@@ -193,6 +193,12 @@ def test_no_zero_is_negative():
     assert same(rounded(torch.tensor([-0.0, -1e-60], dtype=torch.float64), torch.bfloat16), torch.zeros(2).bfloat16())
 
 
+@pytest.mark.parametrize("shapes", (((0, 3), (3, 2)), ((2, 3), (3, 0)), ((2, 0), (0, 2)), ((0, 2, 3), (0, 3, 2))))
+def test_empty_product_is_empty_or_zero(shapes):
+    a, b = (torch.ones(shape).bfloat16() for shape in shapes)
+    assert same(exact_product(a, b, torch.bfloat16), torch.zeros(*a.shape[:-1], b.shape[-1], dtype=torch.bfloat16))
+
+
 def test_float64_operands_are_refused():
     with pytest.raises(TypeError, match="float64"):
         exact_product(torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64))

@@ -39,7 +39,7 @@ def exact_product(a_MK: Tensor, b_KN: Tensor, dtype: torch.dtype = torch.float32
     for x in (a_MK, b_KN):
         if x.dtype not in OPERANDS:
             raise TypeError(f"exact products take float32, bfloat16 or float16, not {x.dtype}")
-    if not a_MK.shape[-1]:
+    if not (a_MK.numel() and b_KN.numel()):
         return a_MK.new_zeros((*a_MK.shape[:-1], b_KN.shape[-1]), dtype=dtype)
     return bracketed_product(a_MK, b_KN, dtype)
 

@@ -19,7 +19,7 @@ from ranks import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from patches.ops.sharded import Shards
-from patches.order import exact, tree
+from patches.order import products, tree
 from tpcheck.cli import main
 from tpcheck.config import RunConfig, parse_run
 from tpcheck.cost import LEGEND, STRATEGIES, step, symbols, total
@@ -98,9 +98,9 @@ def count_patches(counts: Counts) -> None:
     """Count every leaf product, and what is held during one sharded sum."""
 
     def product_of(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(a: torch.Tensor, b: torch.Tensor) -> Any:
+        def call(a: torch.Tensor, b: torch.Tensor, *dtype: torch.dtype) -> Any:
             count_product(counts, a, b)
-            return original(a, b)
+            return original(a, b, *dtype)
 
         return call
 
@@ -113,7 +113,7 @@ def count_patches(counts: Counts) -> None:
 
         return call
 
-    exact.exact_product_of = tree.exact_product_of = product_of(exact.exact_product_of)
+    products.exact_product = tree.exact_product = product_of(tree.exact_product)
     for name in ("begin_product", "total"):
         setattr(Shards, name, with_buffers(getattr(Shards, name)))
 

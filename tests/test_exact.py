@@ -17,6 +17,8 @@ from patches.order.tree import cuts, tree_of_products, tree_of_sums, tree_sum
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("normal", "wide", "one-hot", "subnormal", "huge-small", "zero-rows", "ones")
+# And those that bounds are of little use for: float32 ties, sums of nothing but what cancels, numbers that are none.
+HARD = (*KINDS, "ties", "cancelling", "sparse", "special", "negative zeros", "largest")
 
 
 def values(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -36,8 +38,21 @@ def values(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> 
         x[torch.rand(shape[:-1], generator=g) < 0.5] = 0.0
     elif kind == "ones":
         x = torch.ones(shape)
+    elif kind == "ties":
+        x = torch.exp2(torch.randint(-13, 1, shape, generator=g).float()) * x.sign()
+    elif kind == "cancelling":
+        x = torch.cat([x, -x], -1)[..., : shape[-1]]
+    elif kind == "sparse":
+        x = x * (torch.rand(shape, generator=g) < 0.1)
+    elif kind == "special":
+        odd = torch.tensor([math.inf, -math.inf, math.nan])[torch.randint(0, 3, shape, generator=g)]
+        x = torch.where(torch.rand(shape, generator=g) < 0.01, odd, x)
+    elif kind == "negative zeros":
+        x = torch.where(torch.rand(shape, generator=g) < 0.5, x, -0.0)
+    elif kind == "largest":
+        x = x.sign() * torch.finfo(dtype).max
     limit = torch.finfo(dtype).max
-    return x.clamp(-limit, limit).to(dtype)
+    return torch.where(x.isinf(), x, x.clamp(-limit, limit)).to(dtype)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -122,6 +137,21 @@ def test_tree_has_same_bits_at_every_tp(case, leaves, pieces, tp):
     assert same(rounded(whole, torch.float32), rounded(tree_sum(roots), torch.float32))
 
 
+@given(case=cases, leaves=st.sampled_from((2, 8)), pieces=st.sampled_from((1, 2)), even=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_leaves_taken_at_once_are_those_taken_one_by_one(case, leaves, pieces, even):
+    step = leaves * pieces if even else pieces
+    a, b = operands({**case, "k": case["k"] // step * step})
+    a_pieces, b_pieces = a.chunk(pieces, 1), b.chunk(pieces, 0)
+    parts = [
+        exact_product(torch.cat([x[:, lo:hi] for x in a_pieces], 1), torch.cat([x[lo:hi] for x in b_pieces], 0))
+        for lo, hi in cuts(a.shape[1] // pieces, leaves)
+    ]
+    assert same(tree_of_products(a, b, leaves, pieces), tree_sum(parts))
+    sums = [exact_sum(a[:, lo:hi], 1).float() for lo, hi in cuts(a.shape[1], leaves)]
+    assert same(tree_of_sums(a, -1, leaves), tree_sum(sums))
+
+
 @given(size=st.integers(0, 500), leaves=st.sampled_from((1, 2, 4, 8, 16)), tp=st.sampled_from((1, 2, 4, 8, 16)))
 def test_a_rank_cuts_its_share_where_the_whole_dimension_is_cut(size, leaves, tp):
     tp = min(tp, leaves)
@@ -161,6 +191,12 @@ def test_no_zero_is_negative():
     zero = torch.zeros(3, 4)
     assert same(exact_product(-zero, zero.t()), torch.zeros(3, 3))
     assert same(rounded(torch.tensor([-0.0, -1e-60], dtype=torch.float64), torch.bfloat16), torch.zeros(2).bfloat16())
+
+
+@pytest.mark.parametrize("shapes", (((0, 3), (3, 2)), ((2, 3), (3, 0)), ((2, 0), (0, 2)), ((0, 2, 3), (0, 3, 2))))
+def test_empty_product_is_empty_or_zero(shapes):
+    a, b = (torch.ones(shape).bfloat16() for shape in shapes)
+    assert same(exact_product(a, b, torch.bfloat16), torch.zeros(*a.shape[:-1], b.shape[-1], dtype=torch.bfloat16))
 
 
 def test_float64_operands_are_refused():

@@ -45,7 +45,7 @@ def forward_and_backward(function: Callable[[Tensor], Tensor], x: Tensor, dy: Te
 def moved_elements(name: str, dtype: torch.dtype) -> int:
     """How many values or gradients change when an element moves within its tensor, over sizes and threads."""
     function, changed = FUNCTIONS[name], 0
-    for n in (15, 33, 1000, 65613):
+    for n in (15, 33, 1000, 1024, 65613):
         g = torch.Generator().manual_seed(n)
         x, dy = torch.randn(n, generator=g).to(dtype), torch.randn(n, generator=g).to(dtype)
         whole = forward_and_backward(function, x, dy)

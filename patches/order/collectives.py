@@ -14,7 +14,7 @@ from torch import Tensor
 
 from patches.contract import UnsupportedError
 from patches.order import kernels
-from patches.order.exact import rounded, sum_of_squares
+from patches.order.exact import pieces, rounded, sum_of_squares
 from patches.order.tree import tree_sum
 
 __all__ = [
@@ -138,11 +138,10 @@ def gradient_norm(grads: list[Tensor], groups: list[dist.ProcessGroup], device: 
         for group in groups:
             dist.all_reduce(bins, group=group)
         return squares_gpu.root(bins)
-    tops = [grad.detach().abs().amax() for grad in grads if grad.numel()]
-    top = torch.stack([t.float() for t in tops]).amax() if tops else torch.zeros((), device=device)
-    top = torch.where(top.isnan(), torch.inf, top)
-    nan = torch.stack([t.isnan() for t in tops]).any() if tops else torch.zeros((), dtype=torch.bool, device=device)
-    flags = torch.stack([top.double(), nan.double()]).to(device)
+    tops = [piece.abs().amax().float() for piece in pieces(grads)]
+    top = torch.stack(tops).amax() if tops else torch.zeros((), device=device)
+    nan = top.isnan()
+    flags = torch.stack([torch.where(nan, torch.inf, top).double(), nan.double()]).to(device)
     for group in groups:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
     largest, any_nan = flags.tolist()

@@ -8,6 +8,7 @@ every element goes through the body: operands are laid out flat and padded until
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,20 +26,28 @@ def without_tail(kernel: Callable[..., Tensor], args: tuple[Any, ...], kwargs: d
     positions = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.dim()]
     if not positions:
         return kernel(*args, **kwargs)
-    tensors = torch.broadcast_tensors(*(args[i] for i in positions))
-    shape, count = tensors[0].shape, tensors[0].numel()
-    full = _padded_size(count, torch.get_num_threads())
+    first = args[positions[0]]
+    if all(args[i].shape == first.shape and args[i].is_contiguous() for i in positions):
+        count = first.numel()
+        full = _padded_size(count, torch.get_num_threads())
+        if full == count:
+            return kernel(*args, **kwargs)
+        tensors, shape = tuple(args[i] for i in positions), first.shape
+    else:
+        tensors = torch.broadcast_tensors(*(args[i] for i in positions))
+        shape, count = tensors[0].shape, tensors[0].numel()
+        full = _padded_size(count, torch.get_num_threads())
     padded = list(args)
     for i, tensor in zip(positions, tensors, strict=True):
         flat = tensor.reshape(-1)
         padded[i] = flat if full == count else torch.cat([flat, flat.new_ones(full - count)])
     result = kernel(*padded, **kwargs)[:count].view(shape)
-    first = args[positions[0]]
     if first.is_contiguous() or first.shape != shape:
         return result
     return torch.empty_like(first, dtype=result.dtype).copy_(result)  # ATen keeps the first operand's layout
 
 
+@lru_cache
 def _padded_size(count: int, threads: int) -> int:
     """The smallest size from `count` up that ATen splits over `threads` into whole vectors."""
     size = count

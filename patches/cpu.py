@@ -142,24 +142,28 @@ def _parameters_look_like_cuda() -> None:
 
 def _megatron_lm_starts() -> None:
     # Megatron-LM's scripts demand CUDA, seed and connect ranks only where devices are counted, and build kernels.
-    def counted(original: Callable[..., Any], answer: Any) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def ask(*args: Any, **kwargs: Any) -> Any:
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            return answer if caller == "megatron.training.initialize" else original(*args, **kwargs)
-
-        return ask
-
-    cuda: Any = torch.cuda
-    cuda.is_available = counted(cuda.is_available, True)
-    cuda.device_count = counted(cuda.device_count, 1)
-    cuda.get_device_capability = lambda device=None: (0, 0)
-    cuda.get_device_properties = lambda device=None: types.SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0)
+    properties = types.SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0)
+    _answer_megatron("is_available", True, "megatron.training.initialize")
+    _answer_megatron("device_count", 1, "megatron.training.initialize")
+    _answer_megatron("get_device_capability", (0, 0), "megatron.training")
+    _answer_megatron("get_device_properties", properties, "megatron.training")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # asked for, if tensor parallel
     with contextlib.suppress(ModuleNotFoundError):  # comes with Megatron-LM before 0.17
         from megatron.legacy import fused_kernels
 
         fused_kernels.load = _nothing
+
+
+def _answer_megatron(name: str, answer: Any, package: str) -> None:
+    """Have `torch.cuda`'s function `name` give `answer` where a module of `package` asks."""
+    original = getattr(torch.cuda, name)
+
+    @functools.wraps(original)
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return answer if caller.startswith(package) else original(*args, **kwargs)
+
+    setattr(torch.cuda, name, ask)
 
 
 def _norms_take_sequence_parallel() -> None:

@@ -22,7 +22,7 @@ FEELS_IT: dict[str, tuple[int, int, dict[str, Any]]] = {
     "qk-layernorm": (8, 1, {}),
     "shared-kv": (8, 1, {"model": {"num_query_groups": 4}}),
     "cross-entropy": (8, 1, {"vocab": 1000}),
-    "fused-cross-entropy": (8, 1, {"vocab": 1000, "model": {"cross_entropy_loss_fusion": True}}),
+    "fused-cross-entropy": (8, 1, {"vocab": 1016, "model": {"cross_entropy_loss_fusion": True}}),
     "data-parallel-sum": (2, 3, {}),
     "finalize-gradients": (8, 1, {"sp": True}),
     "gradient-norm": (8, 1, {}),

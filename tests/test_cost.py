@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from ranks import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from patches.megatron.first_step import require_agreement
 from patches.ops.sharded import Shards
 from patches.order import products, tree
 from tpcheck.cli import main
@@ -88,6 +89,7 @@ def counted(config: RunConfig) -> Counts:
     counts = Counts()
     if config.strategy != "stock":
         count_patches(counts)
+        require_agreement(pieces, parallel_state.get_tensor_model_parallel_group())  # no part of any later step
     tokens = torch.randint(0, config.model.vocab_size, (config.micro_batch_size, config.seq_length + 1))
     with Counting(counts, config.strategy):
         train_step(config, pieces, optimizer, [tokens] * config.microbatches)

@@ -86,17 +86,11 @@ def seed(device: torch.device) -> int:
     from megatron.core import parallel_state
 
     own = torch.cuda.initial_seed() if device.type == "cuda" else torch.initial_seed()
-    if (
-        not parallel_state.model_parallel_is_initialized()
-        or parallel_state.get_pipeline_model_parallel_world_size() < 2
-    ):
+    if not parallel_state.model_parallel_is_initialized():
         return own
-    answer = [own]
-    first, group = (
-        parallel_state.get_pipeline_model_parallel_first_rank(),
-        parallel_state.get_pipeline_model_parallel_group(),
-    )
-    torch.distributed.broadcast_object_list(answer, first, group=group)
+    group, answer = parallel_state.get_pipeline_model_parallel_group(), [own]
+    if group.size() > 1:
+        torch.distributed.broadcast_object_list(answer, parallel_state.get_pipeline_model_parallel_first_rank(), group)
     return answer[0]
 
 

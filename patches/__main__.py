@@ -82,7 +82,8 @@ def _refuse(message: str) -> NoReturn:
     if _is_first():
         print(f"python -m patches: {message}", file=sys.stderr)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+        told = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+        Path(report).write_text(json.dumps({"message": told}))
     sys.exit(BAD_INPUT)
 
 

@@ -22,13 +22,14 @@ DROPOUT = {**QWEN3, "dropout": 0.1}
 
 
 def built(change: Callable[[Any], None]) -> Any:
-    """`change(model)` once a model is built."""
+    """`change(piece)` of what a rank holds of a model, once it is built."""
 
     def wrap(build: Callable[..., Any]) -> Callable[..., Any]:
         def changed(*args: Any) -> Any:
-            gpt, trained = build(*args)
-            change(gpt)
-            return gpt, trained
+            pieces, trained = build(*args)
+            for piece in pieces:
+                change(piece)
+            return pieces, trained
 
         return changed
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpcheck import result
 from tpcheck.errors import TpcheckError
+from tpcheck.files import result_dir
 
 __all__ = ["ATTEMPTS", "CANCELLED", "LEDGER", "Attempt", "Submission", "attempts", "latest", "lines", "read", "record"]
 
@@ -79,7 +79,7 @@ def record(output: Path, submission: Submission) -> None:
         ledger.write(line.encode() + b"\n")
         ledger.flush()
         os.fsync(ledger.fileno())
-    result.sync(output)
+    result_dir.sync(output)
 
 
 def read(output: Path) -> list[Submission]:

@@ -15,10 +15,10 @@ from pathlib import Path
 import yaml
 
 from slurm import ledger
-from tpcheck import result
 from tpcheck.cells import Cell, load_sweep
 from tpcheck.ending import ENDS
 from tpcheck.errors import TpcheckError
+from tpcheck.files import result_dir
 from tpcheck.planned import write_sweep
 from tpcheck.sweep import is_complete, only_one
 
@@ -54,7 +54,7 @@ def prepare(cell: Cell) -> None:
     (cell.path / RUN).write_text(yaml.safe_dump(config, sort_keys=False))
     (cell.path / ledger.CANCELLED).unlink(missing_ok=True)
     (cell.path / ENDS).unlink(missing_ok=True)  # why an earlier job ended is no reason of this one
-    (cell.path / result.DIGESTS).unlink(missing_ok=True)  # of fewer steps, or the cell would be complete
+    (cell.path / result_dir.DIGESTS).unlink(missing_ok=True)  # of fewer steps, or the cell would be complete
 
 
 if __name__ == "__main__":

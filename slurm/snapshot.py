@@ -19,7 +19,8 @@ import blake3
 import patches
 import slurm
 import tpcheck
-from tpcheck import manifest, result
+from tpcheck import manifest
+from tpcheck.files import result_dir
 
 __all__ = ["Snapshot"]
 
@@ -66,7 +67,7 @@ class Snapshot:
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).write_bytes(content)
             git = manifest.git(Path(str(tpcheck.__file__)).parent) or {"commit": None, "dirty": None}
-            result.write_json(partial / manifest.CODE, {"format": FORMAT, **git, "digest": self.digest})
+            result_dir.write_json(partial / manifest.CODE, {"format": FORMAT, **git, "digest": self.digest})
             partial.chmod(0o755)
             os.rename(partial, place)
         finally:

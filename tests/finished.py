@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from tpcheck import result
 from tpcheck.cells import Cell, Sweep, load_sweep
+from tpcheck.files import result_dir
 
 BASE = {"model": "qwen3-tiny", "steps": 3}
 MATRIX = {"strategy": ["stock", "tree"], "tp": [1, 2]}
@@ -38,13 +38,13 @@ def finish(
     """Make `cell` look as if it had been trained to its end with these losses and digests."""
     begin(cell, losses, **manifest)
     digests = {"algorithm": "blake3", "step": cell.config.steps, "model": model, "optimizer": optimizer}
-    result.write_digests(cell.path, {**digests, "tensors": {"model": {}, "optimizer": {}}, "notes": list(notes)})
+    result_dir.write_digests(cell.path, {**digests, "tensors": {"model": {}, "optimizer": {}}, "notes": list(notes)})
 
 
 def begin(cell: Cell, losses: Sequence[float] = (), **manifest: Any) -> None:
     """Make `cell` look as if it had been interrupted after these losses."""
     cell.path.mkdir(parents=True)
-    result.write_manifest(cell.path, {"config": cell.config.model_dump(mode="json"), **manifest})
+    result_dir.write_manifest(cell.path, {"config": cell.config.model_dump(mode="json"), **manifest})
     for step, loss in enumerate(losses, 1):
         record = {"step": step, "loss": loss, "loss_hex": loss.hex(), "tokens": 256, "seconds": 0.5}
-        result.append_step(cell.path, {**record, "grad_norm": 1.0, "grad_norm_hex": (1.0).hex(), "lr": 1e-3})
+        result_dir.append_step(cell.path, {**record, "grad_norm": 1.0, "grad_norm_hex": (1.0).hex(), "lr": 1e-3})

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch_dist import along, optimizer_step, save
 
-from tpcheck import result
 from tpcheck.cli import main
 from tpcheck.diff import CANNOT_TELL, DIFFERENT, IDENTICAL, diff
 from tpcheck.difftext import lines
 from tpcheck.digest import digest_checkpoint
 from tpcheck.elements import Difference
 from tpcheck.errors import TpcheckError
+from tpcheck.files import result_dir
 
 LAST = 4
 TENSORS = {
@@ -49,15 +49,15 @@ def run(
     """A result directory with checkpoints at the steps `at`; `losses` are those that are not 1 / step."""
     path.mkdir()
     config = {"tp": tp, "output": str(path), "optimizer": {"lr": 0.1}}
-    result.write_manifest(path, {"config": config, "versions": {"torch": "2"}, "data": {"digest": "d"}})
+    result_dir.write_manifest(path, {"config": config, "versions": {"torch": "2"}, "data": {"digest": "d"}})
     for step in range(1, steps + 1):
         loss = (losses or {}).get(step, 1 / step)
         record = {"step": step, "loss": loss, "loss_hex": loss.hex(), "grad_norm": 2.0, "grad_norm_hex": (2.0).hex()}
-        result.append_step(path, {**record, "seconds": torch.rand(1).item()})
+        result_dir.append_step(path, {**record, "seconds": torch.rand(1).item()})
     for step in at:
-        saved = save(result.checkpoint_path(path, step), tensors, along(1, tp), common=optimizer_step(step))
+        saved = save(result_dir.checkpoint_path(path, step), tensors, along(1, tp), common=optimizer_step(step))
         if finished and step == at[-1]:
-            result.write_digests(path, {"step": step, **digest_checkpoint(saved).to_json()})
+            result_dir.write_digests(path, {"step": step, **digest_checkpoint(saved).to_json()})
     if not keep:
         shutil.rmtree(path / "checkpoints")
     return path

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from test_unpickle import raw
 from torch_dist import along, grid, optimizer_step, save, whole
 
-from tpcheck import digest, result
+from tpcheck import digest
 from tpcheck.digest import Digests, digest_checkpoint
 from tpcheck.errors import TpcheckError
+from tpcheck.files import result_dir
 
 TENSORS = {
     "embedding.weight": torch.arange(96, dtype=torch.float32).reshape(16, 6).bfloat16(),
@@ -149,8 +150,8 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
 
 
 def test_hash_of_a_result_directory_is_that_of_its_last_checkpoint(tmp_path: Path, capsys: Any) -> None:
-    first = save(result.checkpoint_path(tmp_path, 1), {"w": torch.ones(1)})
-    last = save(result.checkpoint_path(tmp_path, 2), TENSORS, whole)
+    first = save(result_dir.checkpoint_path(tmp_path, 1), {"w": torch.ones(1)})
+    last = save(result_dir.checkpoint_path(tmp_path, 2), TENSORS, whole)
     digest.command(tmp_path, tensors=False, as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert found["checkpoint"] == str(last)
@@ -161,7 +162,7 @@ def test_hash_of_a_run_without_checkpoints_is_the_one_on_record(tmp_path: Path, 
     found = digest_checkpoint(save(tmp_path / "x", TENSORS))
     run = tmp_path / "run"
     run.mkdir()
-    result.write_digests(run, {"step": 1, **found.to_json()})
+    result_dir.write_digests(run, {"step": 1, **found.to_json()})
     digest.command(run, tensors=True, as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == [f"{found.model}  model", f"{found.optimizer}  optimizer"]

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpcheck import result
 from tpcheck.errors import TpcheckError
+from tpcheck.files import result_dir
 
 
 class Killed(BaseException):
@@ -64,7 +64,7 @@ def killed_at(turn: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("fsync", "replace", "open", "unlink"):
             patch.setattr(os, name, guarded(getattr(os, name)))
-        patch.setattr(result, "open", opened, raising=False)
+        patch.setattr(result_dir, "open", opened, raising=False)
         yield
 
 
@@ -88,30 +88,30 @@ def steps(*numbers: int) -> list[dict[str, Any]]:
 def filled(path: Path, *numbers: int) -> Path:
     path.mkdir(exist_ok=True)
     for record in steps(*numbers):
-        result.append_step(path, record)
+        result_dir.append_step(path, record)
     return path
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    result.write_manifest(tmp_path, {"config": {"tp": 2}})
-    assert result.read_manifest(tmp_path) == {"format": 1, "config": {"tp": 2}}
-    assert result.read_digests(tmp_path) is None
+    result_dir.write_manifest(tmp_path, {"config": {"tp": 2}})
+    assert result_dir.read_manifest(tmp_path) == {"format": 1, "config": {"tp": 2}}
+    assert result_dir.read_digests(tmp_path) is None
     digests = {"step": 3, "model": "ab", "optimizer": None, "tensors": {}}
-    result.write_digests(tmp_path, digests)
-    assert result.read_digests(tmp_path) == {"format": 1, **digests}
-    assert result.read_steps(filled(tmp_path, 1, 2, 3)) == steps(1, 2, 3)
+    result_dir.write_digests(tmp_path, digests)
+    assert result_dir.read_digests(tmp_path) == {"format": 1, **digests}
+    assert result_dir.read_steps(filled(tmp_path, 1, 2, 3)) == steps(1, 2, 3)
 
 
 def test_not_a_number_is_read_back(tmp_path: Path) -> None:
-    result.append_step(tmp_path, {"step": 1, "loss": float("nan"), "loss_hex": float("nan").hex()})
-    assert result.read_steps(tmp_path)[0]["loss_hex"] == "nan"
+    result_dir.append_step(tmp_path, {"step": 1, "loss": float("nan"), "loss_hex": float("nan").hex()})
+    assert result_dir.read_steps(tmp_path)[0]["loss_hex"] == "nan"
 
 
 def test_a_kill_while_a_file_is_replaced_leaves_the_old_or_the_new(tmp_path: Path) -> None:
-    result.write_manifest(tmp_path, {"config": {"new": False}})
+    result_dir.write_manifest(tmp_path, {"config": {"new": False}})
     seen = []
-    for _ in kills(lambda: result.write_manifest(tmp_path, {"config": {"new": True}})):
-        seen.append(result.read_manifest(tmp_path)["config"]["new"])
+    for _ in kills(lambda: result_dir.write_manifest(tmp_path, {"config": {"new": True}})):
+        seen.append(result_dir.read_manifest(tmp_path)["config"]["new"])
     assert seen == sorted(seen)
     assert {*seen} == {False, True}
 
@@ -121,35 +121,35 @@ def test_a_kill_while_a_step_is_appended_leaves_it_out_or_in_and_the_next_append
         path = filled(tmp_path / str(turn), 1, 2)
         try:
             with killed_at(turn):
-                result.append_step(path, steps(3)[0])
+                result_dir.append_step(path, steps(3)[0])
         except Killed:
-            assert result.read_steps(path) in (steps(1, 2), steps(1, 2, 3))
-            result.append_step(path, steps(len(result.read_steps(path)) + 1)[0])
-            assert result.read_steps(path) in (steps(1, 2, 3), steps(1, 2, 3, 4))
+            assert result_dir.read_steps(path) in (steps(1, 2), steps(1, 2, 3))
+            result_dir.append_step(path, steps(len(result_dir.read_steps(path)) + 1)[0])
+            assert result_dir.read_steps(path) in (steps(1, 2, 3), steps(1, 2, 3, 4))
         else:
-            assert result.read_steps(path) == steps(1, 2, 3)
+            assert result_dir.read_steps(path) == steps(1, 2, 3)
             assert turn > 2
             return
 
 
 def test_a_kill_while_steps_are_truncated_leaves_all_or_what_was_asked_for(tmp_path: Path) -> None:
     filled(tmp_path, 1, 2, 3, 4)
-    for _ in kills(lambda: result.truncate_steps(tmp_path, 2)):
-        assert result.read_steps(tmp_path) in (steps(1, 2, 3, 4), steps(1, 2))
-    assert result.read_steps(tmp_path) == steps(1, 2)
+    for _ in kills(lambda: result_dir.truncate_steps(tmp_path, 2)):
+        assert result_dir.read_steps(tmp_path) in (steps(1, 2, 3, 4), steps(1, 2))
+    assert result_dir.read_steps(tmp_path) == steps(1, 2)
 
 
 def test_a_real_kill_leaves_consecutive_steps(tmp_path: Path) -> None:
     pid = os.fork()
     if pid == 0:
         for number in itertools.count(1):
-            result.append_step(tmp_path, steps(number)[0])
-    while not (tmp_path / result.STEPS).exists():
+            result_dir.append_step(tmp_path, steps(number)[0])
+    while not (tmp_path / result_dir.STEPS).exists():
         time.sleep(0.001)
     time.sleep(0.1)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    found = result.read_steps(tmp_path)
+    found = result_dir.read_steps(tmp_path)
     assert found == steps(*range(1, len(found) + 1))
 
 
@@ -159,25 +159,25 @@ def test_a_torn_last_line_is_not_there(cut: int) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = filled(Path(folder), 1, 2, 3)
-        text = (path / result.STEPS).read_bytes()
-        (path / result.STEPS).write_bytes(text[:cut])
+        text = (path / result_dir.STEPS).read_bytes()
+        (path / result_dir.STEPS).write_bytes(text[:cut])
         kept = text[:cut].count(b"\n")
-        assert result.read_steps(path) == steps(1, 2, 3)[:kept]
-        result.append_step(path, steps(kept + 1)[0])
-        assert result.read_steps(path) == steps(*range(1, kept + 2))
+        assert result_dir.read_steps(path) == steps(1, 2, 3)[:kept]
+        result_dir.append_step(path, steps(kept + 1)[0])
+        assert result_dir.read_steps(path) == steps(*range(1, kept + 2))
 
 
 def test_truncating_a_run_that_never_stepped_leaves_no_steps(tmp_path: Path) -> None:
-    result.truncate_steps(tmp_path, 0)
-    assert result.read_steps(tmp_path) == []
+    result_dir.truncate_steps(tmp_path, 0)
+    assert result_dir.read_steps(tmp_path) == []
 
 
 def test_checkpoints_are_listed_by_step_and_only_when_in_place(tmp_path: Path) -> None:
     for name in ("step-00000020", "step-00000003", ".new-step-00000030", "step-7"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-00000040").touch()
-    assert [step for step, _ in result.checkpoints(tmp_path)] == [3, 20]
-    assert result.checkpoints(tmp_path)[1][1] == result.checkpoint_path(tmp_path, 20)
+    assert [step for step, _ in result_dir.checkpoints(tmp_path)] == [3, 20]
+    assert result_dir.checkpoints(tmp_path)[1][1] == result_dir.checkpoint_path(tmp_path, 20)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_manifest_that_is_not_one_is_refused(
     if name:
         (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(TpcheckError, match=message) as error:
-        result.read_manifest(tmp_path)
+        result_dir.read_manifest(tmp_path)
     assert str(tmp_path) in str(error.value)
 
 
@@ -213,6 +213,6 @@ def test_a_manifest_that_is_not_one_is_refused(
     ],
 )
 def test_steps_that_are_not_in_order_are_refused(lines: list[str], message: str, tmp_path: Path) -> None:
-    (tmp_path / result.STEPS).write_text("".join(line + "\n" for line in lines))
+    (tmp_path / result_dir.STEPS).write_text("".join(line + "\n" for line in lines))
     with pytest.raises(TpcheckError, match=message):
-        result.read_steps(tmp_path)
+        result_dir.read_steps(tmp_path)

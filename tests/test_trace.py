@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from traces import TINY, traced
 
 import tpcheck
-from tpcheck import result
 from tpcheck.config import parse_run
 from tpcheck.errors import TpcheckError
+from tpcheck.files import result_dir
 from tpcheck.launch import launch
 from tpcheck.trace import store
 from tpcheck.trace.compare import compare
@@ -30,7 +30,7 @@ def test_recording_changes_no_bit_and_covers_everything(tmp_path: Path) -> None:
     run = traced(tmp_path / "traced", tp=2, sequence_parallel=True)
     plain = {"model": TINY, "strategy": "stock", "layers": "local", "steps": 2, "seq_length": 32}
     assert launch(parse_run({**plain, "tp": 2, "sequence_parallel": True, "output": str(tmp_path / "plain")})) == 0
-    digests = [result.read_digests(path) for path in (run, tmp_path / "plain")]
+    digests = [result_dir.read_digests(path) for path in (run, tmp_path / "plain")]
     assert digests[0] == digests[1]
     trace = open_trace(run)
     kinds = {key.kind for key in trace.order}

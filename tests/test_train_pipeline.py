@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.finished import finish, sweep
-from tpcheck import result
 from tpcheck.config import RunConfig, parse_run
 from tpcheck.errors import TpcheckError
+from tpcheck.files import result_dir
 from tpcheck.launch import launch
 from tpcheck.verdict import judge
 
@@ -39,9 +39,9 @@ def train(output: Path, resume: bool = False, **settings: Any) -> Path:
 
 def outcome(output: Path) -> tuple[str, str, list[tuple[str, str]]]:
     """Digests, and every step's loss and gradient norm."""
-    digests = result.read_digests(output)
+    digests = result_dir.read_digests(output)
     assert digests is not None
-    steps = [(row["loss_hex"], row["grad_norm_hex"]) for row in result.read_steps(output)]
+    steps = [(row["loss_hex"], row["grad_norm_hex"]) for row in result_dir.read_steps(output)]
     return digests["model"], digests["optimizer"], steps
 
 
@@ -83,7 +83,7 @@ def test_stock_run_begins_with_the_same_weights_at_any_number_of_stages(tmp_path
 def test_stock_run_with_tied_embeddings_keeps_both_copies_equal(tmp_path: Path) -> None:
     tied = {"strategy": "stock", "dtype": "fp32", "model": {**GPT2, "tied": True}}
     whole, stages = train(tmp_path / "whole", **tied), train(tmp_path / "stages", pp=2, **tied)
-    losses = [[row["loss"] for row in result.read_steps(path)] for path in (whole, stages)]
+    losses = [[row["loss"] for row in result_dir.read_steps(path)] for path in (whole, stages)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 

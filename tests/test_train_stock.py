@@ -16,9 +16,9 @@ import pytest
 import torch
 from ranks import on_ranks
 
-from tpcheck import result
 from tpcheck.config import RunConfig, parse_run
 from tpcheck.errors import TpcheckError
+from tpcheck.files import result_dir
 from tpcheck.launch import launch
 
 TINY = {"preset": "qwen3-tiny", "num_layers": 1, "hidden_size": 32, "head_dim": 4, "ffn_hidden_size": 40}
@@ -32,7 +32,7 @@ def run(output: Path, **settings: Any) -> RunConfig:
 
 
 def digests(output: Path) -> tuple[str, str]:
-    found = result.read_digests(output)
+    found = result_dir.read_digests(output)
     assert found is not None
     return found["model"], found["optimizer"]
 
@@ -49,7 +49,7 @@ def background(config: RunConfig, after_steps: int = 1) -> Iterator[tuple[int, C
             os._exit(code)
     try:
         deadline = time.monotonic() + 60
-        while len(result.read_steps(Path(config.output))) < after_steps:
+        while len(result_dir.read_steps(Path(config.output))) < after_steps:
             assert time.monotonic() < deadline, "the run does not get under way"
             assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the run ended before it got under way"
             time.sleep(0.05)
@@ -78,7 +78,7 @@ def gone(processes: list[psutil.Process]) -> bool:
 def test_run_leaves_a_complete_result_directory(tmp_path: Path) -> None:
     output = tmp_path / "run"
     assert launch(run(output, tp=2, sequence_parallel=True, recompute=True, checkpoint_every=2)) == 0
-    manifest, steps = result.read_manifest(output), result.read_steps(output)
+    manifest, steps = result_dir.read_manifest(output), result_dir.read_steps(output)
     assert parse_run(manifest["config"]) == run(
         output, tp=2, sequence_parallel=True, recompute=True, checkpoint_every=2
     )
@@ -87,8 +87,8 @@ def test_run_leaves_a_complete_result_directory(tmp_path: Path) -> None:
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     assert all(float.fromhex(row["loss_hex"]) == row["loss"] for row in steps)
     assert steps[-1]["loss"] < steps[0]["loss"] < 7
-    assert [step for step, _ in result.checkpoints(output)] == [2, 4]
-    assert (result.read_digests(output) or {})["step"] == 4
+    assert [step for step, _ in result_dir.checkpoints(output)] == [2, 4]
+    assert (result_dir.read_digests(output) or {})["step"] == 4
     assert f"[0] complete: {output}" in (output / "log.txt").read_text()
     assert launch(run(output, tp=2, sequence_parallel=True, recompute=True, checkpoint_every=2), resume=True) == 0
 
@@ -99,11 +99,11 @@ def test_run_leaves_a_complete_result_directory(tmp_path: Path) -> None:
 def test_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path: Path, layout: dict[str, Any]) -> None:
     assert launch(run(tmp_path / "whole", **layout)) == 0
     assert launch(run(tmp_path / "parts", stop_after=2, **layout)) == 0
-    assert result.read_digests(tmp_path / "parts") is None
+    assert result_dir.read_digests(tmp_path / "parts") is None
     assert launch(run(tmp_path / "parts", **layout), resume=True) == 0
     assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
-    assert [row["loss_hex"] for row in result.read_steps(tmp_path / "parts")] == [
-        row["loss_hex"] for row in result.read_steps(tmp_path / "whole")
+    assert [row["loss_hex"] for row in result_dir.read_steps(tmp_path / "parts")] == [
+        row["loss_hex"] for row in result_dir.read_steps(tmp_path / "whole")
     ]
 
 
@@ -116,7 +116,7 @@ def test_checkpoint_loads_exactly_with_and_without_the_distributed_optimizer(tmp
     assert launch(run(tmp_path / "mixed", stop_after=3, distributed_optimizer=False, **same), resume=True) == 0
     assert launch(run(tmp_path / "mixed", distributed_optimizer=True, **same), resume=True) == 0
     assert digests(tmp_path / "mixed")[0] == digests(tmp_path / "whole")[0]
-    assert len(result.read_manifest(tmp_path / "mixed")["history"]) == 2
+    assert len(result_dir.read_manifest(tmp_path / "mixed")["history"]) == 2
 
 
 def test_run_resumes_at_any_layout(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_run_resumes_at_any_layout(tmp_path: Path) -> None:
     layouts = [{"tp": 2}, {"tp": 8, "sequence_parallel": True}, {"dp": 2, "distributed_optimizer": True}, {"tp": 4}]
     for step, layout in enumerate(layouts, 1):
         assert launch(run(tmp_path / "parts", dtype="fp32", stop_after=step, **layout), resume=True) == 0
-    whole, parts = (result.read_steps(tmp_path / name) for name in ("whole", "parts"))
+    whole, parts = (result_dir.read_steps(tmp_path / name) for name in ("whole", "parts"))
     assert [row["loss"] for row in parts] == pytest.approx([row["loss"] for row in whole], rel=1e-5)
     assert [row["grad_norm"] for row in parts] == pytest.approx([row["grad_norm"] for row in whole], rel=1e-4)
 
@@ -136,8 +136,8 @@ def test_signal_saves_and_leaves_with_exit_code_0(tmp_path: Path, number: signal
         os.kill(pid, number)
         assert wait() == 0
     assert gone(ranks)
-    saved = result.checkpoints(tmp_path / "run")[-1][0]
-    assert [row["step"] for row in result.read_steps(tmp_path / "run")][-1] == saved
+    saved = result_dir.checkpoints(tmp_path / "run")[-1][0]
+    assert [row["step"] for row in result_dir.read_steps(tmp_path / "run")][-1] == saved
     assert f"stopped and saved at step {saved}: go on with --resume" in (tmp_path / "run" / "log.txt").read_text()
 
 
@@ -152,14 +152,14 @@ def test_a_request_to_save_that_comes_before_anybody_can_hear_it_is_heard_after_
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert [step for step, _ in result.checkpoints(tmp_path / "run")] == [1]
+    assert [step for step, _ in result_dir.checkpoints(tmp_path / "run")] == [1]
 
 
 def test_signal_to_a_single_rank_stops_all_at_the_same_step(tmp_path: Path) -> None:
     with background(run(tmp_path / "run", dp=2, steps=10_000)) as (pid, wait):
         psutil.Process(pid).children()[-1].send_signal(signal.SIGUSR2)
         assert wait() == 0
-    assert result.checkpoints(tmp_path / "run")
+    assert result_dir.checkpoints(tmp_path / "run")
 
 
 def test_killed_rank_ends_the_run_soon_and_is_named(tmp_path: Path) -> None:
@@ -238,13 +238,13 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
     output, other = tmp_path / "run", tmp_path / "other"
     assert launch(run(output, stop_after=1)) == 0
     assert launch(run(other, model={**TINY, "hidden_size": 64}, stop_after=1)) == 0
-    checkpoint = result.checkpoint_path(output, 1)
+    checkpoint = result_dir.checkpoint_path(output, 1)
     metadata = (checkpoint / ".metadata").read_bytes()
     (checkpoint / ".metadata").write_bytes(metadata[:100])
     with pytest.raises(TpcheckError, match="metadata"):
         launch(run(output), resume=True)
     shutil.rmtree(checkpoint)
-    shutil.copytree(result.checkpoint_path(other, 1), checkpoint)
+    shutil.copytree(result_dir.checkpoint_path(other, 1), checkpoint)
     with pytest.raises(TpcheckError, match="does not load into this model"):
         launch(run(output), resume=True)
 

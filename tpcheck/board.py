@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from tpcheck import result
 from tpcheck.cells import Cell
 from tpcheck.errors import TpcheckError
+from tpcheck.files import result_dir
 from tpcheck.verdict import SHORT, digests_of
 
 __all__ = ["Board", "State", "progress"]
@@ -115,7 +115,7 @@ class Board:
 def progress(cell: Cell) -> tuple[str, str, str]:
     """Step, loss and tokens/s, as far as the cell has come."""
     try:
-        steps = result.read_steps(cell.path)
+        steps = result_dir.read_steps(cell.path)
     except TpcheckError:  # the run itself, or whoever reads it next, says what is wrong with it
         steps = []
     if not steps:

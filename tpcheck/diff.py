@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tpcheck import result
 from tpcheck.checkpoint import Checkpoint
 from tpcheck.digest import PARTS, Digests, TensorDigest, digest_checkpoint
 from tpcheck.elements import Difference, compare
+from tpcheck.files import result_dir
 
 __all__ = ["IDENTICAL", "Report", "StepDifference", "TensorDifference", "diff"]
 
@@ -95,16 +95,16 @@ class _Side:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.is_result = result.is_result(path) and not (path / ".metadata").exists()
-        self.manifest: Json = result.read_manifest(path) if self.is_result else {}
-        recorded = result.read_digests(path) if self.is_result else None
-        self.recorded = recorded and (recorded["step"], Digests.from_json(recorded, str(path / result.DIGESTS)))
+        self.is_result = result_dir.is_result(path) and not (path / ".metadata").exists()
+        self.manifest: Json = result_dir.read_manifest(path) if self.is_result else {}
+        recorded = result_dir.read_digests(path) if self.is_result else None
+        self.recorded = recorded and (recorded["step"], Digests.from_json(recorded, str(path / result_dir.DIGESTS)))
         self.checkpoints: dict[int | None, Path] = {None: path}
         if self.is_result:
-            self.checkpoints = dict(result.checkpoints(path))
+            self.checkpoints = dict(result_dir.checkpoints(path))
 
     def steps(self) -> dict[int, Json]:
-        return {record["step"]: record for record in result.read_steps(self.path)}
+        return {record["step"]: record for record in result_dir.read_steps(self.path)}
 
     def states(self) -> set[int | None]:
         return {*self.checkpoints, *({self.recorded[0]} if self.recorded else ())}
@@ -157,7 +157,7 @@ def _compare_steps(report: Report, a: Mapping[int, Json], b: Mapping[int, Json])
 def _compare_states(report: Report, left: _Side, right: _Side, digest: Digest) -> None:
     for label, side in (("A", left), ("B", right)):
         if side.is_result and not side.recorded:
-            report.doubts.append(f"{label} has not come to its end: it has no {result.DIGESTS}")
+            report.doubts.append(f"{label} has not come to its end: it has no {result_dir.DIGESTS}")
     states = _states_to_compare(left, right)
     if states is None:
         report.doubts.append("no state in common: no step has digests or a checkpoint on both sides")

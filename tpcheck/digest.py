@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from tpcheck import result
 from tpcheck.checkpoint import Checkpoint, LogicalTensor
 from tpcheck.errors import TpcheckError
+from tpcheck.files import result_dir
 from tpcheck.masters import count_unlike, weight_of
 from tpcheck.unpickle import Stored, number
 
@@ -184,14 +184,14 @@ def command(path: Path, *, tensors: bool, as_json: bool) -> int:
 
 def _find(path: Path) -> tuple[Digests, Path]:
     """Digests of a checkpoint or of a result directory's last one, which may be deleted: then those on record."""
-    if (path / ".metadata").exists() or not result.is_result(path):
+    if (path / ".metadata").exists() or not result_dir.is_result(path):
         return digest_with_progress(path), path
-    if saved := result.checkpoints(path):
+    if saved := result_dir.checkpoints(path):
         return digest_with_progress(saved[-1][1]), saved[-1][1]
-    recorded = result.read_digests(path)
+    recorded = result_dir.read_digests(path)
     if recorded is None:
         raise TpcheckError(f"{path} has neither a complete checkpoint nor digests: train it first, or with --resume")
-    file = path / result.DIGESTS
+    file = path / result_dir.DIGESTS
     return Digests.from_json(recorded, str(file)), file
 
 

@@ -25,9 +25,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from tpcheck import ending, result
+from tpcheck import ending
 from tpcheck.config import RunConfig, check, load_run
 from tpcheck.errors import TpcheckError
+from tpcheck.files import result_dir
 from tpcheck.manifest import resume_point
 from tpcheck.progress import to_log
 from tpcheck.rank import rank_from_environment
@@ -236,7 +237,7 @@ def _run_rank(config: RunConfig, resume: bool, data: Any, rank: int, scratch: Pa
         except BaseException as error:
             traceback.print_exc()
             report = {"refused": False, "why": ending.one_line(error)}
-    result.write_json(scratch / f"rank-{rank}.json", {"time": time.time(), **report})
+    result_dir.write_json(scratch / f"rank-{rank}.json", {"time": time.time(), **report})
     return 1
 
 
@@ -295,5 +296,5 @@ def _kill_group(pid: int) -> None:
 
 
 def _is_complete(config: RunConfig) -> bool:
-    digests = result.read_digests(Path(config.output))
+    digests = result_dir.read_digests(Path(config.output))
     return digests is not None and digests["step"] == config.steps

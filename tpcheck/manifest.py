@@ -14,10 +14,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from tpcheck import result
 from tpcheck.checkpoint import Checkpoint
 from tpcheck.config import RunConfig
 from tpcheck.errors import TpcheckError
+from tpcheck.files import result_dir
 
 __all__ = ["CODE", "continued", "cpu_name", "describe", "git", "resume_point", "versions"]
 
@@ -70,7 +70,7 @@ def continued(before: dict[str, Any], now: dict[str, Any], step: int) -> dict[st
             f"the data have changed since this run began (digest {before['data']['digest'][:12]}, now "
             f"{now['data']['digest'][:12]}): restore them, or start a new run in another output"
         )
-    products = result.products(before)
+    products = result_dir.products(before)
     if products != now["products"]:
         raise TpcheckError(
             f"this run's products were of another kind, {_short(products, now['products'])}, here they are "
@@ -85,23 +85,23 @@ def resume_point(config: RunConfig, resume: bool) -> int:
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise TpcheckError(f"output={output} is a file: name another directory")
-    if not result.is_result(output):
+    if not result_dir.is_result(output):
         return 0
     if not resume:
         raise TpcheckError(f"{output} holds a run already: go on with --resume, or name another output")
-    before = result.read_manifest(output)["config"]
+    before = result_dir.read_manifest(output)["config"]
     now = config.model_dump(mode="json")
     for key in [key for key in now if key not in _may_change() and before.get(key) != now[key]]:
         raise TpcheckError(
             f"{output} was trained with {key}={_short(before.get(key), now[key])}, not "
             f"{_short(now[key], before.get(key))}: resume with the same {key}, or name another output"
         )
-    saved = result.checkpoints(output)
+    saved = result_dir.checkpoints(output)
     step = saved[-1][0] if saved else 0
     if step > config.steps:
         raise TpcheckError(f"{output} is at step {step} already, beyond steps={config.steps}")
     if step:
-        Checkpoint(result.checkpoint_path(output, step))  # refuses a damaged one
+        Checkpoint(result_dir.checkpoint_path(output, step))  # refuses a damaged one
     return step
 
 
@@ -132,7 +132,7 @@ def versions() -> dict[str, str]:
 def _code(package: Path) -> dict[str, Any] | None:
     """The commit that runs; of a copy made at submission (see slurm/snapshot.py), what it was made from."""
     if (package.parent / CODE).exists():
-        copied = result.read_formatted(package.parent, CODE, {"digest": str})
+        copied = result_dir.read_formatted(package.parent, CODE, {"digest": str})
         return {key: value for key, value in copied.items() if key != "format"}
     return git(package)
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tpcheck import result
 from tpcheck.cells import Cell, Sweep
 from tpcheck.config import parse_run
 from tpcheck.errors import TpcheckError
+from tpcheck.files import result_dir
 
 __all__ = ["PLAN", "read_sweep", "write_sweep"]
 
@@ -33,12 +33,12 @@ def write_sweep(sweep: Sweep) -> None:
         for cell in sweep.cells
     ]
     plan = {"format": FORMAT, "name": sweep.name, "output": str(sweep.output), "invariant": list(sweep.invariant)}
-    result.write_json(sweep.output / PLAN, {**plan, "cells": cells})
+    result_dir.write_json(sweep.output / PLAN, {**plan, "cells": cells})
 
 
 def read_sweep(output: Path) -> Sweep:
     """The sweep whose results are in `output`, wherever that directory is now."""
-    plan = result.read_formatted(output, PLAN, {"name": str, "invariant": list, "cells": list})
+    plan = result_dir.read_formatted(output, PLAN, {"name": str, "invariant": list, "cells": list})
     try:
         cells = tuple(_cell(given, output) for given in plan["cells"])
     except (KeyError, TypeError, ValueError) as error:

@@ -26,8 +26,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tpcheck import result
 from tpcheck.cells import Cell, Sweep, label, only_size
+from tpcheck.files import result_dir
 
 __all__ = ["COLOURS", "FAINT", "INK", "Curve", "curves", "draw"]
 
@@ -53,7 +53,7 @@ def curves(sweep: Sweep) -> list[Curve]:
     """Every cell that can be compared with the first of its group, over the steps that both have."""
     found = []
     for _, cells in sweep.groups():
-        losses = {cell.name: [step["loss"] for step in result.read_steps(cell.path)] for cell in cells}
+        losses = {cell.name: [step["loss"] for step in result_dir.read_steps(cell.path)] for cell in cells}
         first, *others = cells
         for cell in others:
             pairs = zip(losses[cell.name], losses[first.name], strict=False)

@@ -38,8 +38,8 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException  # which is no Exception
 
-from tpcheck import result
 from tpcheck.errors import TpcheckError
+from tpcheck.files import result_dir
 
 __all__ = ["discard_unfinished", "load", "save"]
 
@@ -62,7 +62,7 @@ def save(output: Path, step: int, pieces: Sequence[Any], optimizer: Any) -> Path
     Args:
         pieces: of the model, those that this rank holds.
     """
-    final = result.checkpoint_path(output, step)
+    final = result_dir.checkpoint_path(output, step)
     new = final.with_name(UNFINISHED + final.name)
     if dist.get_rank() == 0:
         new.mkdir(parents=True)
@@ -79,7 +79,7 @@ def save(output: Path, step: int, pieces: Sequence[Any], optimizer: Any) -> Path
         _sync_files(new)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(new, final)
-        result.sync(final.parent)
+        result_dir.sync(final.parent)
     dist.barrier()
     return final
 
@@ -164,5 +164,5 @@ def _with_step(state: Any, step: int) -> Any:
 
 def _sync_files(folder: Path) -> None:
     for file in folder.rglob("*"):
-        result.sync(file)
-    result.sync(folder)
+        result_dir.sync(file)
+    result_dir.sync(folder)

@@ -24,11 +24,12 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from tpcheck import report, result, verdict
+from tpcheck import report, verdict
 from tpcheck.board import Board
 from tpcheck.cells import Cell, Sweep, load_sweep
 from tpcheck.config import RunConfig
 from tpcheck.errors import TpcheckError
+from tpcheck.files import result_dir
 from tpcheck.jobs import Job, LocalRunner, Machine, Need, Task, is_locked
 from tpcheck.launch import LOG
 from tpcheck.planned import write_sweep
@@ -59,9 +60,9 @@ def is_complete(cell: Cell) -> bool:
     """Whether the cell needs no run any more; refuses a directory that another configuration or process holds."""
     if is_locked(cell.path / LOCK):
         raise TpcheckError(f"cell {cell.name} is being run by another process: wait for it, or end it, then call again")
-    if not (cell.path / result.MANIFEST).exists():
+    if not (cell.path / result_dir.MANIFEST).exists():
         return False
-    if changes := other_settings(cell, result.read_manifest(cell.path)["config"]):
+    if changes := other_settings(cell, result_dir.read_manifest(cell.path)["config"]):
         raise TpcheckError(f"{cell.path} was made with other settings ({changes}): remove it, or add output=DIR")
     return verdict.digests_of(cell) is not None
 

@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from tpcheck import ending, manifest, result, saving
+from tpcheck import ending, manifest, saving
 from tpcheck.config import RunConfig
 from tpcheck.data import Source, open_data, rank_batches
 from tpcheck.errors import TpcheckError
+from tpcheck.files import result_dir
 from tpcheck.model import (
     attention_backend,
     build_model,
@@ -52,7 +53,7 @@ def train(
         data = data or open_data(config)
         step = _agreed_start(config, resume)
         if step:
-            saving.load(result.checkpoint_path(output, step), step, bare, optimizer)
+            saving.load(result_dir.checkpoint_path(output, step), step, bare, optimizer)
         dp_rank = parallel_state.get_data_parallel_rank()
         stage = parallel_state.get_pipeline_model_parallel_rank()
         main = dist.get_rank() == 0
@@ -71,7 +72,7 @@ def train(
                 if main:
                     _note_attention(output, attention_backend(config))
                     record = _record(config, step, loss, grad_norm, rate, time.perf_counter() - began)
-                    result.append_step(output, record)
+                    result_dir.append_step(output, record)
                     steps.show(record)
                 leaving = stop.agreed() or step == config.stop_after
                 due = config.checkpoint_every and step % config.checkpoint_every == 0
@@ -167,20 +168,20 @@ def _agreed_start(config: RunConfig, resume: bool) -> int:
 
 def _prepare_output(output: Path, description: dict[str, Any], step: int) -> None:
     """Make the result directory what it was after `step` steps."""
-    if result.is_result(output):
-        description = manifest.continued(result.read_manifest(output), description, step)
+    if result_dir.is_result(output):
+        description = manifest.continued(result_dir.read_manifest(output), description, step)
     output.mkdir(parents=True, exist_ok=True)
-    result.write_manifest(output, description)
-    result.truncate_steps(output, step)
-    (output / result.DIGESTS).unlink(missing_ok=True)
+    result_dir.write_manifest(output, description)
+    result_dir.truncate_steps(output, step)
+    (output / result_dir.DIGESTS).unlink(missing_ok=True)
     saving.discard_unfinished(output)
 
 
 def _note_attention(output: Path, backend: str) -> None:
     """Keep in the manifest what computed attention; known only once it has run."""
-    description = result.read_manifest(output)
+    description = result_dir.read_manifest(output)
     if description.get("attention") != backend:
-        result.write_manifest(output, {**description, "attention": backend})
+        result_dir.write_manifest(output, {**description, "attention": backend})
 
 
 def _record(config: RunConfig, step: int, loss: float, grad_norm: float, rate: float, seconds: float) -> dict[str, Any]:
@@ -199,5 +200,5 @@ def _record(config: RunConfig, step: int, loss: float, grad_norm: float, rate: f
 def _write_digests(output: Path, step: int) -> None:
     from tpcheck.digest import digest_checkpoint
 
-    digests = digest_checkpoint(result.checkpoint_path(output, step))
-    result.write_digests(output, {"step": step, **digests.to_json()})
+    digests = digest_checkpoint(result_dir.checkpoint_path(output, step))
+    result_dir.write_digests(output, {"step": step, **digests.to_json()})

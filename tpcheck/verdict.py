@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from tpcheck import result
 from tpcheck.cells import Cell, Sweep, only_size
+from tpcheck.files import result_dir
 
 __all__ = ["VERDICT", "Group", "Verdict", "judge", "write"]
 
@@ -158,7 +158,7 @@ class Verdict:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "format": result.FORMAT,
+            "format": result_dir.FORMAT,
             "sweep": self.sweep,
             "exit_code": self.exit_code,
             "verdict": self.sentence(),
@@ -187,13 +187,13 @@ def judge(sweep: Sweep, difference: Difference | None = None) -> Verdict:
 
 def write(verdict: Verdict, output: Path) -> Path:
     """Leave the verdict beside the cells."""
-    result.write_json(output / VERDICT, verdict.as_json())
+    result_dir.write_json(output / VERDICT, verdict.as_json())
     return output / VERDICT
 
 
 def digests_of(cell: Cell) -> Digests | None:
     """The digests of a complete cell's final state."""
-    found = result.read_digests(cell.path)
+    found = result_dir.read_digests(cell.path)
     if found is None or found["step"] != cell.config.steps:
         return None
     return Digests(found["model"], found.get("optimizer"), tuple(found.get("notes", ())))
@@ -207,7 +207,7 @@ def _by_products(name: str, cells: Sequence[Cell]) -> list[tuple[str, list[Cell]
     kinds: list[tuple[dict[str, Any], list[Cell]]] = []
     missing = []
     for cell in cells:
-        products = result.products(result.read_manifest(cell.path)) if digests_of(cell) else None
+        products = result_dir.products(result_dir.read_manifest(cell.path)) if digests_of(cell) else None
         if products is None:
             missing.append(cell)
         elif alike := [members for kind, members in kinds if kind == products]:

@@ -19,7 +19,7 @@ from slurm_cluster import Cluster, wait_for
 
 from slurm import ledger
 from slurm.states import ENDED
-from tpcheck import result
+from tpcheck.files import result_dir
 
 __all__ = ["CELL", "PROFILE", "RUN", "Case", "Digests", "digests", "need_node_names", "together", "train_here"]
 
@@ -98,10 +98,10 @@ class Case:
         wait_for(lambda: self.attempts(cell) >= number, PATIENCE, f"start {number} of {cell}")
 
     def wait_until_complete(self, cell: str) -> None:
-        done = self.out / cell / result.DIGESTS
+        done = self.out / cell / result_dir.DIGESTS
         wait_for(lambda: done.exists() or self._given_up(cell), PATIENCE, f"{cell} to be complete")
         assert done.exists(), f"{cell} ended without digests"
-        assert [record["step"] for record in result.read_steps(self.out / cell)] == list(range(1, STEPS + 1))
+        assert [record["step"] for record in result_dir.read_steps(self.out / cell)] == list(range(1, STEPS + 1))
 
     def ranks(self, cell: str) -> list[psutil.Process]:
         """The Python processes that train `cell` here, whichever node they are on."""
@@ -133,7 +133,7 @@ class Case:
             _each(ranks, "resume")
 
     def _step(self, cell: str) -> int:
-        records = result.read_steps(self.out / cell)
+        records = result_dir.read_steps(self.out / cell)
         return int(records[-1]["step"]) if records else 0
 
     def _given_up(self, cell: str) -> bool:
@@ -165,7 +165,7 @@ def need_node_names() -> None:
 
 def digests(cell: Path) -> Digests:
     """The digests of a complete cell's model and optimizer."""
-    found = result.read_digests(cell)
+    found = result_dir.read_digests(cell)
     assert found, f"{cell} is not complete"
     return found["model"], found["optimizer"]
 

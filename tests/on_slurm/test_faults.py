@@ -13,7 +13,7 @@ from case import CELL, STEPS, Case, need_node_names, together
 from slurm_cluster import wait_for
 
 from slurm import ledger
-from tpcheck import result
+from tpcheck.files import result_dir
 
 CHECKPOINTS = {6, 12, 18}  # of a cell that is not asked to save
 SOON = 120.0  # seconds for what Slurm or a cell does at once, on a machine that is busy
@@ -187,9 +187,9 @@ def test_a_full_disk_fails_the_cell_and_with_room_again_it_goes_on_from_its_last
         (case.out / "filler").unlink()
         case.submit("--wait")
         assert len(resumed_from(case)) == 1 and set(resumed_from(case)) <= CHECKPOINTS
-        found = (case.out / CELL / result.DIGESTS).read_bytes()
+        found = (case.out / CELL / result_dir.DIGESTS).read_bytes()
     (case.out / CELL).mkdir(parents=True)  # below the disk that was taken away
-    (case.out / CELL / result.DIGESTS).write_bytes(found)
+    (case.out / CELL / result_dir.DIGESTS).write_bytes(found)
     return [CELL]
 
 
@@ -214,7 +214,7 @@ def test_cancelled_cells_are_not_queued_again_whoever_cancels_them(case: Case) -
 
 def resumed_from(case: Case, cell: str = CELL) -> list[int]:
     """The steps at which the cell was interrupted and gone on with, oldest first."""
-    return [part["until_step"] for part in result.read_manifest(case.out / cell)["history"]]
+    return [part["until_step"] for part in result_dir.read_manifest(case.out / cell)["history"]]
 
 
 def _queued(case: Case) -> list[str]:

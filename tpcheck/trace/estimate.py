@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from tpcheck import result
 from tpcheck.config import parse_run
 from tpcheck.errors import TpcheckError
+from tpcheck.files import result_dir
 from tpcheck.trace import TRACE
 from tpcheck.trace.flips import turned
 from tpcheck.trace.metrics import Distance, distance
@@ -104,7 +104,7 @@ def open_trace(path: Path) -> Trace:
     """The trace in a result directory, or the one that `path` itself is."""
     if not path.is_dir():
         raise TpcheckError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}; give a run or a trace")
-    if result.is_result(path) and not (path / TRACE).is_dir():
+    if result_dir.is_result(path) and not (path / TRACE).is_dir():
         raise TpcheckError(f"{path} has no trace: train it again with trace.steps=[0,1]")
     return Trace(path / TRACE if (path / TRACE).is_dir() else path)
 
@@ -112,7 +112,7 @@ def open_trace(path: Path) -> Trace:
 def open_noise(path: Path, reference: Trace, seeds: int = SEEDS) -> list[Trace]:
     """The nudged runs of the reference at `path`; those of a tpcheck run are made if they are not there."""
     found = sorted(folder for folder in path.glob("noise-*") if folder.is_dir())
-    if len(found) < seeds and result.is_result(path):
+    if len(found) < seeds and result_dir.is_result(path):
         made = {_folder(path, seed) for seed in range(1, seeds + 1)} - set(found)
         for folder in sorted(made):
             _run_again(path, folder, max(reference.steps))
@@ -135,7 +135,7 @@ def _open_nudged(folder: Path, path: Path) -> Trace:
     try:
         return open_trace(folder)
     except TpcheckError as error:
-        if not result.is_result(path):
+        if not result_dir.is_result(path):
             raise
         raise TpcheckError(
             f"{folder}, a nudged run, is not whole: remove it, and it is made again ({error})"
@@ -149,7 +149,7 @@ def _folder(path: Path, seed: int) -> Path:
 def _run_again(path: Path, folder: Path, last_step: int) -> None:
     from tpcheck.launch import launch
 
-    settings: dict[str, Any] = result.read_manifest(path)["config"]
+    settings: dict[str, Any] = result_dir.read_manifest(path)["config"]
     seed = int(folder.name.rpartition("-")[2])
     changes = {"output": str(folder), "steps": last_step + 1, "stop_after": None, "checkpoint_every": 0}
     config = parse_run({**settings, **changes, "trace": {**settings["trace"], "perturb": seed}}, str(path))
@@ -158,7 +158,7 @@ def _run_again(path: Path, folder: Path, last_step: int) -> None:
         code = launch(config)
     if code:
         raise TpcheckError(f"{folder}: the nudged run failed, see its log.txt")
-    shutil.rmtree(folder / result.CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(folder / result_dir.CHECKPOINTS, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from tpcheck import page, result
+from tpcheck import page
+from tpcheck.files import result_dir
 from tpcheck.trace import pictures
 from tpcheck.trace.judge import Comparison, Row
 from tpcheck.trace.text import layout, padded, sentence, what
@@ -32,7 +33,7 @@ HEADINGS = (
 def write(comparison: Comparison, a: Path, b: Path, path: Path) -> None:
     """Write the report to `path`; `a` and `b` are what was compared, for the losses that are on record there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    sides = [result.read_steps(side) if result.is_result(side) else [] for side in (a, b)]
+    sides = [result_dir.read_steps(side) if result_dir.is_result(side) else [] for side in (a, b)]
     drawn = (
         (pictures.growth(comparison), "how the error grows over the layers"),
         (pictures.losses(*sides), "the losses of the two runs"),

@@ -1,0 +1,1 @@
+"""What tpcheck leaves on disk: names, locks, JSON, result directories."""

@@ -26,7 +26,7 @@ from bench_gpu_sums import Sum, overridden, sums
 from torch import Tensor
 
 from patches.order import products
-from tpcheck.presets import PRESETS
+from tpcheck.config.presets import PRESETS
 
 LEAVES = 8
 ERROR_ROWS = 64

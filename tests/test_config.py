@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tpcheck.config import ModelConfig, RunConfig, load_run, parse_run
+from tpcheck.config.presets import PRESETS
 from tpcheck.errors import TpcheckError
-from tpcheck.presets import PRESETS
 
 
 @pytest.fixture

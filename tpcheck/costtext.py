@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tpcheck.config import RunConfig, load_run_or_preset
+from tpcheck.config.presets import PRESETS
 from tpcheck.cost import LEGEND, STRATEGIES, Quantity, Strategy, Term, step, symbols, total
 from tpcheck.errors import TpcheckError
 from tpcheck.gpus import BOARD, GPUS, Gpu
 from tpcheck.memory import GIB, memory
-from tpcheck.presets import PRESETS
 
 __all__ = ["command"]
 

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tpcheck.config.presets import PRESETS
 from tpcheck.errors import TpcheckError
-from tpcheck.presets import PRESETS
 
 __all__ = [
     "DataConfig",

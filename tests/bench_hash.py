@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch_dist import along, save
 
-from tpcheck.digest import digest_checkpoint
+from tpcheck.checkpoint.digest import digest_checkpoint
 
 ROUNDS = 5
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpcheck import boxes
-from tpcheck.boxes import Array, Index, Part, boxes_of_range, row_major, tiles
+from tpcheck.checkpoint import tiling
+from tpcheck.checkpoint.tiling import Array, Index, Part, boxes_of_range, row_major, tiles
 
 shapes = st.lists(st.integers(1, 6), max_size=4).map(tuple)
 
@@ -38,7 +38,7 @@ def cut_tensors(draw: st.DrawFn) -> tuple[Array, list[Part]]:
 def test_row_major_gives_the_tensor_back_however_it_is_cut(block: int, case: tuple[Array, list[Part]]) -> None:
     tensor, parts = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(boxes, "BLOCK", block)
+        patch.setattr(tiling, "BLOCK", block)
         assert tiles(parts, tensor.shape)
         assert b"".join(array.tobytes() for array in row_major(parts)) == tensor.tobytes()
 

@@ -20,8 +20,8 @@ from test_unpickle import Touch, raw
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch_dist import along, optimizer_step, save, whole
 
-from tpcheck.checkpoint import Checkpoint
-from tpcheck.digest import digest_checkpoint
+from tpcheck.checkpoint.digest import digest_checkpoint
+from tpcheck.checkpoint.reader import Checkpoint
 from tpcheck.errors import TpcheckError
 
 TENSORS = {
@@ -110,7 +110,7 @@ def test_tensors_that_older_megatron_flattened_get_their_shape_back(tmp_path: Pa
 
 def test_reading_needs_no_torch(saved: Path) -> None:
     code = (
-        "import pathlib, sys, tpcheck.digest as digest\n"
+        "import pathlib, sys, tpcheck.checkpoint.digest as digest\n"
         "digest.digest_checkpoint(pathlib.Path(sys.argv[1]))\n"
         "sys.exit('torch' in sys.modules)"
     )

@@ -12,7 +12,8 @@ import torch
 from torch_dist import save
 
 import tpcheck
-from tpcheck import cli, digest
+from tpcheck import cli
+from tpcheck.checkpoint import digest
 from tpcheck.cli import main
 from tpcheck.errors import TpcheckError
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch_dist import along, optimizer_step, save
 
+from tpcheck.checkpoint.diff import CANNOT_TELL, DIFFERENT, IDENTICAL, diff
+from tpcheck.checkpoint.diff_text import lines
+from tpcheck.checkpoint.digest import digest_checkpoint
+from tpcheck.checkpoint.ulp import Difference
 from tpcheck.cli import main
-from tpcheck.diff import CANNOT_TELL, DIFFERENT, IDENTICAL, diff
-from tpcheck.difftext import lines
-from tpcheck.digest import digest_checkpoint
-from tpcheck.elements import Difference
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from test_unpickle import raw
 from torch_dist import along, grid, optimizer_step, save, whole
 
-from tpcheck import digest
-from tpcheck.digest import Digests, digest_checkpoint
+from tpcheck.checkpoint import digest
+from tpcheck.checkpoint.digest import Digests, digest_checkpoint
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_unpickle import raw
 
-from tpcheck import elements
-from tpcheck.elements import Difference, compare
+from tpcheck.checkpoint import ulp
+from tpcheck.checkpoint.ulp import Difference, compare
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 INTEGERS = [torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int32, torch.int64, torch.uint64]
@@ -84,7 +84,7 @@ def test_it_does_not_matter_how_the_streams_are_cut(data: st.DataObject, piece: 
     x, y = (torch.tensor(data.draw(numbers)) for _ in range(2))
     edges = st.lists(st.integers(0, 8).map(lambda element: 4 * element), max_size=4).map(sorted)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(elements, "PIECE", 4 * piece)
+        patch.setattr(ulp, "PIECE", 4 * piece)
         found = compare(cut(raw(x), data.draw(edges)), cut(raw(y), data.draw(edges)), "float32")
     assert found == difference(x, y)
     assert (found.differing, found.nan, found.max_abs) == _expected(x, y)

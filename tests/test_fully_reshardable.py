@@ -13,10 +13,10 @@ from megatron_checkpoints import load_and_save, save_after_step
 from test_unpickle import raw
 from torch_dist import along, save, whole
 
+from tpcheck.checkpoint.diff import CANNOT_TELL, DIFFERENT, IDENTICAL, diff
+from tpcheck.checkpoint.digest import digest_checkpoint
+from tpcheck.checkpoint.main_parameters import count_unlike
 from tpcheck.cli import main
-from tpcheck.diff import CANNOT_TELL, DIFFERENT, IDENTICAL, diff
-from tpcheck.digest import digest_checkpoint
-from tpcheck.masters import count_unlike
 
 BUCKET = 2000  # elements: the model has several times as many
 # Every parameter's size is a multiple of 128, so that no bucket is padded.

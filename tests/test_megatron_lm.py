@@ -12,7 +12,7 @@ import megatron.core
 import pytest
 from megatron_lm_runs import Case, Ended, cases, run_script
 
-from tpcheck.digest import digest_checkpoint
+from tpcheck.checkpoint.digest import digest_checkpoint
 
 CHECKOUT = Path(os.environ.get("MEGATRON_LM", ""))
 STOCK = "--no-persist-layer-norm --no-masked-softmax-fusion"  # what Megatron's own layers want without CUDA and Apex

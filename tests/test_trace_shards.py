@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpcheck.boxes import Part, tiles
+from tpcheck.checkpoint.tiling import Part, tiles
 from tpcheck.trace.metrics import distance, numbers
 from tpcheck.trace.noise import nudge, spawn
 from tpcheck.trace.reader import Logical

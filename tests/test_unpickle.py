@@ -19,8 +19,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tpcheck.checkpoint.unpickle import ITEMSIZE, Inert, Stored, load_archive, load_pickle
 from tpcheck.errors import TpcheckError
-from tpcheck.unpickle import ITEMSIZE, Inert, Stored, load_archive, load_pickle
 
 DTYPES = [getattr(torch, name) for name in ITEMSIZE if hasattr(torch, name)]
 

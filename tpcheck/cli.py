@@ -83,7 +83,7 @@ def train(run: Path, overrides: tuple[str, ...], resume: bool) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def hash_(checkpoint: Path, tensors: bool, as_json: bool) -> int:
     """Print the logical digests of CHECKPOINT, or of the last checkpoint of a result directory."""
-    from tpcheck.digest import command
+    from tpcheck.checkpoint.digest import command
 
     return command(checkpoint, tensors=tensors, as_json=as_json)
 
@@ -95,7 +95,7 @@ def hash_(checkpoint: Path, tensors: bool, as_json: bool) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def diff(a: Path, b: Path, show_all: bool, as_json: bool) -> int:
     """Compare two result directories or two checkpoints: 0 identical, 1 different, 2 can't tell."""
-    from tpcheck.difftext import command
+    from tpcheck.checkpoint.diff_text import command
 
     return command(a, b, show_all=show_all, as_json=as_json)
 

@@ -14,7 +14,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from tpcheck.checkpoint import Checkpoint
+from tpcheck.checkpoint.reader import Checkpoint
 from tpcheck.config import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir

@@ -198,7 +198,7 @@ def _record(config: RunConfig, step: int, loss: float, grad_norm: float, rate: f
 
 
 def _write_digests(output: Path, step: int) -> None:
-    from tpcheck.digest import digest_checkpoint
+    from tpcheck.checkpoint.digest import digest_checkpoint
 
     digests = digest_checkpoint(result_dir.checkpoint_path(output, step))
     result_dir.write_digests(output, {"step": step, **digests.to_json()})

@@ -248,8 +248,8 @@ def _judge(name: str, cells: Sequence[Cell], mixed: bool, difference: Difference
 
 
 def _diff(a: Path, b: Path) -> Iterable[str]:
-    from tpcheck.diff import diff
-    from tpcheck.difftext import lines
+    from tpcheck.checkpoint.diff import diff
+    from tpcheck.checkpoint.diff_text import lines
 
     return lines(diff(a, b), DIFFERING)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tpcheck.boxes import Array
+from tpcheck.checkpoint.tiling import Array
 from tpcheck.trace.metrics import Distance
 
 __all__ = ["turned"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tpcheck.boxes import Array
-from tpcheck.elements import compare, values
+from tpcheck.checkpoint.tiling import Array
+from tpcheck.checkpoint.ulp import compare, values
 from tpcheck.trace.reader import Logical
 
 __all__ = ["LEVELS", "Distance", "Numbers", "distance", "numbers"]

@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from tpcheck.boxes import Array
+from tpcheck.checkpoint.tiling import Array
 from tpcheck.trace.metrics import Numbers
 from tpcheck.trace.reader import Key, Logical, Trace
 

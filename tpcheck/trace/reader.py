@@ -18,12 +18,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from tpcheck.boxes import Array, Index, Part, tiles
-from tpcheck.elements import FLOATS, values
+from tpcheck.checkpoint.tiling import Array, Index, Part, tiles
+from tpcheck.checkpoint.ulp import FLOATS, values
+from tpcheck.checkpoint.unpickle import ITEMSIZE
 from tpcheck.errors import TpcheckError
 from tpcheck.trace.store import FORMAT, RANK, RECORDS, rank_folder
 from tpcheck.trace.tensorfile import tensors
-from tpcheck.unpickle import ITEMSIZE
 
 __all__ = ["PHASES", "Key", "Logical", "Replicas", "Trace", "encoded"]
 

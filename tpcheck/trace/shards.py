@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 import torch
 
-from tpcheck.boxes import Index, boxes_of_range
+from tpcheck.checkpoint.tiling import Index, boxes_of_range
 
 __all__ = ["Shape", "Shards", "whole"]
 

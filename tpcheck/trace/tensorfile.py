@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tpcheck.boxes import Array
+from tpcheck.checkpoint.tiling import Array
 from tpcheck.errors import TpcheckError
 
 __all__ = ["SIZES", "tensors"]

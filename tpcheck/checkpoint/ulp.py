@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tpcheck.unpickle import ITEMSIZE
+from tpcheck.checkpoint.unpickle import ITEMSIZE
 
 __all__ = ["FLOATS", "Difference", "compare", "side_by_side", "values"]
 

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from tpcheck.checkpoint import LogicalTensor
-from tpcheck.elements import Array, side_by_side
-from tpcheck.unpickle import ITEMSIZE
+from tpcheck.checkpoint.reader import LogicalTensor
+from tpcheck.checkpoint.ulp import Array, side_by_side
+from tpcheck.checkpoint.unpickle import ITEMSIZE
 
 __all__ = ["count_unlike", "weight_of"]
 

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from tpcheck.checkpoint import Checkpoint, LogicalTensor
+from tpcheck.checkpoint.main_parameters import count_unlike, weight_of
+from tpcheck.checkpoint.reader import Checkpoint, LogicalTensor
+from tpcheck.checkpoint.unpickle import Stored, number
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
-from tpcheck.masters import count_unlike, weight_of
-from tpcheck.unpickle import Stored, number
 
 __all__ = ["PARTS", "Digests", "TensorDigest", "command", "digest_checkpoint", "digest_with_progress"]
 

@@ -30,9 +30,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tpcheck.boxes import Array, Index, Part, boxes_of_range, row_major, tiles
+from tpcheck.checkpoint.tiling import Array, Index, Part, boxes_of_range, row_major, tiles
+from tpcheck.checkpoint.unpickle import ITEMSIZE, Inert, Stored, load_archive, load_pickle
 from tpcheck.errors import TpcheckError
-from tpcheck.unpickle import ITEMSIZE, Inert, Stored, load_archive, load_pickle
 
 __all__ = ["Checkpoint", "LogicalTensor"]
 

@@ -1,4 +1,4 @@
-"""`tpcheck diff` on the terminal and as JSON: what `tpcheck.diff` found, in a few lines."""
+"""`tpcheck diff` on the terminal and as JSON: what `tpcheck.checkpoint.diff` found, in a few lines."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from tpcheck.diff import Report, TensorDifference, diff
-from tpcheck.digest import digest_with_progress
+from tpcheck.checkpoint.diff import Report, TensorDifference, diff
+from tpcheck.checkpoint.digest import digest_with_progress
 
 __all__ = ["command", "lines"]
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tpcheck.checkpoint import Checkpoint
-from tpcheck.digest import PARTS, Digests, TensorDigest, digest_checkpoint
-from tpcheck.elements import Difference, compare
+from tpcheck.checkpoint.digest import PARTS, Digests, TensorDigest, digest_checkpoint
+from tpcheck.checkpoint.reader import Checkpoint
+from tpcheck.checkpoint.ulp import Difference, compare
 from tpcheck.files import result_dir
 
 __all__ = ["IDENTICAL", "Report", "StepDifference", "TensorDifference", "diff"]

@@ -1,0 +1,1 @@
+"""Checkpoints as logical tensors: read without executing anything, digested, compared."""

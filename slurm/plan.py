@@ -16,10 +16,10 @@ import yaml
 
 from slurm import ledger
 from tpcheck.cells import Cell, load_sweep
-from tpcheck.ending import ENDS
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.planned import write_sweep
+from tpcheck.run.exit_reason import ENDS
 from tpcheck.sweep import is_complete, only_one
 
 __all__ = ["CELLS", "RUN", "plan", "prepare"]

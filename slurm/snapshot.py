@@ -19,8 +19,8 @@ import blake3
 import patches
 import slurm
 import tpcheck
-from tpcheck import manifest
 from tpcheck.files import result_dir
+from tpcheck.run import provenance
 
 __all__ = ["Snapshot"]
 
@@ -66,8 +66,8 @@ class Snapshot:
             for name, content in self.files.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).write_bytes(content)
-            git = manifest.git(Path(str(tpcheck.__file__)).parent) or {"commit": None, "dirty": None}
-            result_dir.write_json(partial / manifest.CODE, {"format": FORMAT, **git, "digest": self.digest})
+            git = provenance.git(Path(str(tpcheck.__file__)).parent) or {"commit": None, "dirty": None}
+            result_dir.write_json(partial / provenance.CODE, {"format": FORMAT, **git, "digest": self.digest})
             partial.chmod(0o755)
             os.rename(partial, place)
         finally:

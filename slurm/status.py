@@ -29,11 +29,11 @@ from slurm.states import State, states
 from tpcheck import report
 from tpcheck.board import progress
 from tpcheck.cells import Cell, Sweep
-from tpcheck.ending import ENDS
 from tpcheck.errors import TpcheckError
 from tpcheck.jobs import is_locked
-from tpcheck.launch import LOG
 from tpcheck.planned import read_sweep
+from tpcheck.run.exit_reason import ENDS
+from tpcheck.run.launch import LOG
 from tpcheck.sweep import LOCK
 from tpcheck.verdict import digests_of
 

@@ -40,8 +40,8 @@ from tpcheck.cells import Cell, Sweep, load_sweep
 from tpcheck.config import load_run
 from tpcheck.errors import TpcheckError
 from tpcheck.jobs import is_locked
-from tpcheck.launch import LOG
 from tpcheck.planned import write_sweep
+from tpcheck.run.launch import LOG
 from tpcheck.sweep import is_complete, only_one, other_settings
 
 __all__ = ["command"]

@@ -22,7 +22,7 @@ from rich.table import Table
 from patches.order.exact import exact_product
 from patches.order.tree import tree_of_products
 from tpcheck.config import load_run, parse_run
-from tpcheck.launch import launch
+from tpcheck.run.launch import launch
 
 STEPS = 12
 # tokens, summed features, result features at 512 tokens; dlogits: the output layer's dgrad, over 8192 words

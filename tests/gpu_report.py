@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tpcheck import manifest
+from tpcheck.run import provenance
 
 Cell = Callable[[dict[str, Any]], str]
 
@@ -49,7 +49,7 @@ TABLES = {"products": PRODUCTS, "tiles": TILES, "sums": SUMS}
 
 def versions(device: str) -> dict[str, str]:
     """Everything that speed and bits depend on."""
-    found = manifest.versions()
+    found = provenance.versions()
     found["torch"] = torch.__version__
     if device == "cuda":
         found |= {"cuda": torch.version.cuda or "", "device": torch.cuda.get_device_name()}

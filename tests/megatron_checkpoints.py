@@ -39,23 +39,23 @@ def load_and_save(source: Path, output: Path, *, bucket_size: int | None = None,
 def _save(output: Path, settings: dict[str, Any], bucket_size: int | None, patched: bool) -> Path:
     bare, pieces, optimizer = _build(settings, bucket_size)
     import patches
-    from tpcheck import saving
+    from tpcheck.run import checkpointing
 
     for parameter in (parameter for piece in pieces for parameter in piece.parameters()):
         parameter.main_grad.fill_(0.5)
     optimizer.step()
     with patches.enabled() if patched else nullcontext():
-        return saving.save(output, 1, bare, optimizer)
+        return checkpointing.save(output, 1, bare, optimizer)
 
 
 def _load_and_save(source: Path, output: Path, settings: dict[str, Any], bucket_size: int | None) -> Path:
     bare, _, optimizer = _build({**settings, "seed": 99}, bucket_size)
     import patches
-    from tpcheck import saving
+    from tpcheck.run import checkpointing
 
-    saving.load(source, 1, bare, optimizer)
+    checkpointing.load(source, 1, bare, optimizer)
     with patches.enabled():
-        return saving.save(output, 1, bare, optimizer)
+        return checkpointing.save(output, 1, bare, optimizer)
 
 
 def _build(settings: dict[str, Any], bucket_size: int | None) -> tuple[Any, Any, Any]:
@@ -64,8 +64,8 @@ def _build(settings: dict[str, Any], bucket_size: int | None) -> tuple[Any, Any,
     patches.cpu.enable()
     from megatron.core import parallel_state
 
-    from tpcheck import model
     from tpcheck.config import parse_run
+    from tpcheck.run import model
 
     if bucket_size:  # in this rank's process alone
         model.DistributedDataParallelConfig = partial(

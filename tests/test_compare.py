@@ -194,7 +194,7 @@ class TestDropout:
         assert "drop the same elements of different shards" in found.first.why
 
     def test_different_seeds_where_they_must_be_equal_are_suspect(self, runs: Runs) -> None:
-        from tpcheck import train
+        from tpcheck.run import train
 
         original = train.build_optimizer
 

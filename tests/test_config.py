@@ -133,5 +133,5 @@ def test_unreadable_run_files_are_refused(tmp_path: Path, text: str | None, word
 
 
 def test_reading_a_run_file_does_not_import_torch() -> None:
-    code = "import sys, tpcheck.launch; sys.exit('torch' in sys.modules)"
+    code = "import sys, tpcheck.run.launch; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -24,8 +24,8 @@ from patches.order import products, tree
 from tpcheck.cli import main
 from tpcheck.config import RunConfig, parse_run
 from tpcheck.cost import LEGEND, STRATEGIES, step, symbols, total
-from tpcheck.model import build_model, build_optimizer, train_step
-from tpcheck.train import enable_patches
+from tpcheck.run.model import build_model, build_optimizer, train_step
+from tpcheck.run.train import enable_patches
 
 QWEN3 = {"preset": "qwen3-tiny", "num_layers": 2, "hidden_size": 48, "head_dim": 8, "num_query_groups": 4,
          "ffn_hidden_size": 40}  # fmt: skip

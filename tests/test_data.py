@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tpcheck.config import RunConfig, parse_run
-from tpcheck.data import END_OF_DOCUMENT, global_batch, open_data, rank_batches
 from tpcheck.errors import TpcheckError
+from tpcheck.run.data import END_OF_DOCUMENT, global_batch, open_data, rank_batches
 
 KINDS = ("text", "synthetic", "megatron")
 

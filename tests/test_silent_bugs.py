@@ -12,7 +12,7 @@ import torch
 from silent_bugs import BUGS, CASES, CLEAN, Bug
 from silent_bugs.benchmark import Answer, Benchmark, table, to_json
 
-from tpcheck import model, train
+from tpcheck.run import model, train
 
 SAMPLE = ("attention output not reduced", "norm gradients not reduced over the sequence", "tp 2")
 # What a float32 run differs by from one that computes the same in another order; bf16 runs only do so by more.

@@ -14,8 +14,8 @@ from slurm.snapshot import Snapshot
 from tests.finished import sweep
 from tpcheck.config import parse_run
 from tpcheck.errors import TpcheckError
-from tpcheck.manifest import describe
 from tpcheck.planned import PLAN, read_sweep, write_sweep
+from tpcheck.run.provenance import describe
 
 
 def test_the_ledger_passes_over_what_a_kill_cut_short(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_attempts_are_read_as_the_script_writes_them(tmp_path: Path) -> None:
 def test_a_copy_of_the_code_says_in_the_manifest_what_it_is(tmp_path: Path, monkeypatch: Any) -> None:
     place = Snapshot.now().write(tmp_path)
     assert Snapshot.now().write(tmp_path) == place and [path.name for path in place.parent.iterdir()] == [place.name]
-    monkeypatch.setattr("tpcheck.manifest.__file__", str(place / "tpcheck" / "manifest.py"))
+    monkeypatch.setattr("tpcheck.run.provenance.__file__", str(place / "tpcheck" / "manifest.py"))
 
     class Data:
         digest, tokens = "d", 1

@@ -18,7 +18,7 @@ import tpcheck
 from tpcheck.config import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
-from tpcheck.launch import launch
+from tpcheck.run.launch import launch
 from tpcheck.trace import store
 from tpcheck.trace.compare import compare
 from tpcheck.trace.estimate import open_trace

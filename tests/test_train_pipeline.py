@@ -11,7 +11,7 @@ from tests.finished import finish, sweep
 from tpcheck.config import RunConfig, parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
-from tpcheck.launch import launch
+from tpcheck.run.launch import launch
 from tpcheck.verdict import judge
 
 TINY = {"preset": "qwen3-tiny", "num_layers": 4, "hidden_size": 32, "head_dim": 4, "ffn_hidden_size": 40, "tied": False}

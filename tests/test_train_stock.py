@@ -19,7 +19,7 @@ from ranks import on_ranks
 from tpcheck.config import RunConfig, parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
-from tpcheck.launch import launch
+from tpcheck.run.launch import launch
 
 TINY = {"preset": "qwen3-tiny", "num_layers": 1, "hidden_size": 32, "head_dim": 4, "ffn_hidden_size": 40}
 GPT2 = {"preset": "gpt2-124m", "num_layers": 1, "hidden_size": 32, "head_dim": 4, "ffn_hidden_size": 40}
@@ -266,7 +266,7 @@ def _mean_over_ranks(losses: torch.Tensor, microbatches: int) -> float:
     from megatron.core import parallel_state
 
     from patches import cpu
-    from tpcheck.model import global_mean
+    from tpcheck.run.model import global_mean
 
     cpu.enable()
     parallel_state.initialize_model_parallel()
@@ -283,7 +283,7 @@ def test_reported_loss_does_not_depend_on_ranks_and_microbatches() -> None:
 
 
 def test_te_layers_are_refused_where_transformer_engine_is_missing(monkeypatch):
-    from tpcheck import model
+    from tpcheck.run import model
 
     monkeypatch.setattr(model, "find_spec", lambda name: None)
     with pytest.raises(TpcheckError, match="layers=te needs Transformer Engine.*use layers=local"):

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from tpcheck.config import parse_run
-from tpcheck.launch import launch
+from tpcheck.run.launch import launch
 from tpcheck.trace.compare import compare
 from tpcheck.trace.judge import Comparison, Row
 from tpcheck.trace.report import write

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tpcheck.config import parse_run
-from tpcheck.launch import launch
+from tpcheck.run.launch import launch
 from tpcheck.trace.compare import compare
 from tpcheck.trace.estimate import open_noise, open_trace
 from tpcheck.trace.judge import Comparison

@@ -72,7 +72,7 @@ def tpcheck() -> None:
 @click.option("--resume", is_flag=True, help="Go on from the last complete checkpoint of the output.")
 def train(run: Path, overrides: tuple[str, ...], resume: bool) -> int:
     """Train the run that RUN.yaml describes; `tp=2` or `optimizer.lr=1e-4` overrides a key of it."""
-    from tpcheck.launch import command
+    from tpcheck.run.launch import command
 
     return command(run, overrides, resume)
 

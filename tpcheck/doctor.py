@@ -88,7 +88,7 @@ def _config(target: str | None, overrides: Sequence[str]) -> RunConfig:
 
 def _versions(config: RunConfig) -> Iterator[Finding]:
     from patches.registry import SUPPORTED
-    from tpcheck.manifest import versions
+    from tpcheck.run.provenance import versions
 
     installed = versions()
     on_gpu = torch.cuda.is_available()
@@ -114,7 +114,7 @@ def _versions(config: RunConfig) -> Iterator[Finding]:
 
 
 def _devices(config: RunConfig) -> Iterator[Finding]:
-    from tpcheck.manifest import cpu_name
+    from tpcheck.run.provenance import cpu_name
 
     if not torch.cuda.is_available():
         yield Finding(

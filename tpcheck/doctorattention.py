@@ -41,7 +41,7 @@ SDPA = {
 
 def attention(config: RunConfig) -> Iterator[Finding]:
     """A finding per kernel, with the patches and without; only the one that the run asks for may fail it."""
-    from tpcheck.model import layers_of
+    from tpcheck.run.model import layers_of
 
     asked = config.attention or "unfused"
     try:

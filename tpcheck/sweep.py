@@ -31,8 +31,8 @@ from tpcheck.config import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.jobs import Job, LocalRunner, Machine, Need, Task, is_locked
-from tpcheck.launch import LOG
 from tpcheck.planned import write_sweep
+from tpcheck.run.launch import LOG
 
 __all__ = ["command", "is_complete", "only_one", "other_settings"]
 

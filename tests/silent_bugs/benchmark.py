@@ -21,7 +21,7 @@ from typing import Any
 
 from silent_bugs.case import QWEN3, Bug, Clean
 from tpcheck.config import parse_run
-from tpcheck.launch import launch
+from tpcheck.run.launch import launch
 from tpcheck.trace.compare import EXIT_CODES, compare
 from tpcheck.trace.estimate import open_noise, open_trace
 from tpcheck.trace.metrics import distance

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import random as mcore_random
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
 from silent_bugs.case import GPT2, QWEN3, around, bug, replaced, tp_rank
-from tpcheck import train
+from tpcheck.run import train
 
 TP2, DP2 = {"tp": 2}, {"dp": 2}
 OUTPUT_LAYER_ROWS = 192  # of a padded vocabulary of 384 at TP=2, as in the embedding before it

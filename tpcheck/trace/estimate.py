@@ -147,7 +147,7 @@ def _folder(path: Path, seed: int) -> Path:
 
 
 def _run_again(path: Path, folder: Path, last_step: int) -> None:
-    from tpcheck.launch import launch
+    from tpcheck.run.launch import launch
 
     settings: dict[str, Any] = result_dir.read_manifest(path)["config"]
     seed = int(folder.name.rpartition("-")[2])

@@ -25,13 +25,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from tpcheck import ending
 from tpcheck.config import RunConfig, check, load_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
-from tpcheck.manifest import resume_point
-from tpcheck.progress import to_log
-from tpcheck.rank import rank_from_environment
+from tpcheck.run import exit_reason
+from tpcheck.run.output import to_log
+from tpcheck.run.provenance import resume_point
+from tpcheck.run.rank import rank_from_environment
 
 __all__ = ["LOG", "command", "launch"]
 
@@ -48,7 +48,7 @@ def command(path: Path, overrides: Sequence[str] = (), resume: bool = False) -> 
     try:
         return launch(load_run(path, overrides), resume)
     except Exception as error:
-        ending.note_error(error)
+        exit_reason.note_error(error)
         raise
 
 
@@ -73,7 +73,7 @@ def _launch(config: RunConfig, resume: bool) -> int:
         return _fork_ranks(config, resume)
     os.environ.update(rank_settings)
     with _quiet_imports():
-        from tpcheck.train import Stop, train
+        from tpcheck.run.train import Stop, train
     stop, rank = Stop(), int(os.environ["RANK"])
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     alone = contextlib.nullcontext() if rank else _exclusively(config)
@@ -111,7 +111,7 @@ def _exclusively(config: RunConfig) -> Iterator[None]:
     """
     log = Path(config.output) / LOG
     log.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + (LOCK_PATIENCE_SECONDS if ending.is_wanted() else 0.0)
+    deadline = time.monotonic() + (LOCK_PATIENCE_SECONDS if exit_reason.is_wanted() else 0.0)
     with open(log, "ab") as file:
         while not _locks(file):
             if time.monotonic() > deadline:
@@ -138,9 +138,9 @@ def _check_before_forking(config: RunConfig) -> Any:
         import psutil  # noqa: F401  without it Megatron's checkpoint writer hangs
         import torch
 
-        import tpcheck.train  # noqa: F401
-        from tpcheck.data import open_data
-        from tpcheck.model import transformer_config
+        import tpcheck.run.train  # noqa: F401
+        from tpcheck.run.data import open_data
+        from tpcheck.run.model import transformer_config
 
         transformer_config(config)
     if torch.cuda.is_initialized():  # by an import: Transformer Engine asks the GPU what flash-attn can do on it
@@ -222,7 +222,7 @@ def _die_with_parent() -> None:
 
 
 def _run_rank(config: RunConfig, resume: bool, data: Any, rank: int, scratch: Path) -> int:
-    from tpcheck.train import Stop, train
+    from tpcheck.run.train import Stop, train
 
     stop = Stop()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -236,7 +236,7 @@ def _run_rank(config: RunConfig, resume: bool, data: Any, rank: int, scratch: Pa
             report = {"refused": True, "why": str(error)}
         except BaseException as error:
             traceback.print_exc()
-            report = {"refused": False, "why": ending.one_line(error)}
+            report = {"refused": False, "why": exit_reason.one_line(error)}
     result_dir.write_json(scratch / f"rank-{rank}.json", {"time": time.time(), **report})
     return 1
 
@@ -274,7 +274,7 @@ def _supervise(ranks: dict[int, int], scratch: Path, log: Path) -> int:
     print(f"tpcheck: {message}; see {log}", file=sys.stderr)
     if failed[rank] < 0:
         return 128 - failed[rank]  # as a shell says it
-    ending.note("failed", reports[rank]["why"])
+    exit_reason.note("failed", reports[rank]["why"])
     return 1
 
 

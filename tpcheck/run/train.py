@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from tpcheck import ending, manifest, saving
 from tpcheck.config import RunConfig
-from tpcheck.data import Source, open_data, rank_batches
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
-from tpcheck.model import (
+from tpcheck.run import checkpointing, exit_reason, provenance
+from tpcheck.run.data import Source, open_data, rank_batches
+from tpcheck.run.model import (
     attention_backend,
     build_model,
     build_optimizer,
@@ -33,7 +33,7 @@ from tpcheck.model import (
     set_learning_rate,
     train_step,
 )
-from tpcheck.progress import Steps
+from tpcheck.run.output import Steps
 from tpcheck.trace import TRACE, trace
 
 __all__ = ["Stop", "enable_patches", "process_group", "train"]
@@ -53,12 +53,12 @@ def train(
         data = data or open_data(config)
         step = _agreed_start(config, resume)
         if step:
-            saving.load(result_dir.checkpoint_path(output, step), step, bare, optimizer)
+            checkpointing.load(result_dir.checkpoint_path(output, step), step, bare, optimizer)
         dp_rank = parallel_state.get_data_parallel_rank()
         stage = parallel_state.get_pipeline_model_parallel_rank()
         main = dist.get_rank() == 0
         if main:
-            _prepare_output(output, manifest.describe(config, data, patched), step)
+            _prepare_output(output, provenance.describe(config, data, patched), step)
         with traced(config, pieces[0], step), Steps(display if main else None, step, config.steps) as steps:
             if step:
                 steps.say(f"going on from step {step}")
@@ -77,7 +77,7 @@ def train(
                 leaving = stop.agreed() or step == config.stop_after
                 due = config.checkpoint_every and step % config.checkpoint_every == 0
                 if due or leaving or step == config.steps:
-                    saving.save(output, step, bare, optimizer)
+                    checkpointing.save(output, step, bare, optimizer)
                 if leaving:
                     break
             if main and step == config.steps:
@@ -85,7 +85,7 @@ def train(
                 steps.say(f"complete: {output}")
             elif main:
                 steps.say(f"stopped and saved at step {step}: go on with --resume")
-                ending.note("stopped", f"saved at step {step}")
+                exit_reason.note("stopped", f"saved at step {step}")
 
 
 def enable_patches(config: RunConfig) -> list[dict[str, Any]]:
@@ -161,7 +161,7 @@ class Stop:
 
 def _agreed_start(config: RunConfig, resume: bool) -> int:
     """The step to go on from, as rank 0 finds it."""
-    answer = [manifest.resume_point(config, resume) if dist.get_rank() == 0 else 0]
+    answer = [provenance.resume_point(config, resume) if dist.get_rank() == 0 else 0]
     dist.broadcast_object_list(answer, src=0)
     return answer[0]
 
@@ -169,12 +169,12 @@ def _agreed_start(config: RunConfig, resume: bool) -> int:
 def _prepare_output(output: Path, description: dict[str, Any], step: int) -> None:
     """Make the result directory what it was after `step` steps."""
     if result_dir.is_result(output):
-        description = manifest.continued(result_dir.read_manifest(output), description, step)
+        description = provenance.continued(result_dir.read_manifest(output), description, step)
     output.mkdir(parents=True, exist_ok=True)
     result_dir.write_manifest(output, description)
     result_dir.truncate_steps(output, step)
     (output / result_dir.DIGESTS).unlink(missing_ok=True)
-    saving.discard_unfinished(output)
+    checkpointing.discard_unfinished(output)
 
 
 def _note_attention(output: Path, backend: str) -> None:

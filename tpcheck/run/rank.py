@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 
-from tpcheck import ending
 from tpcheck.config import RunConfig
 from tpcheck.errors import TpcheckError
+from tpcheck.run import exit_reason
 
 __all__ = ["rank_from_environment"]
 
@@ -49,5 +49,5 @@ def _first_node() -> str:
         return call.stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError) as error:
         raise TpcheckError(
-            f"cannot tell which of the nodes {nodes} is the first ({ending.one_line(error)}): set MASTER_ADDR to it"
+            f"cannot tell which of the nodes {nodes} is the first ({exit_reason.one_line(error)}): set MASTER_ADDR to it"
         ) from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from slurm import ledger
 from slurm.states import states
 from tpcheck.errors import TpcheckError
-from tpcheck.planned import read_sweep
+from tpcheck.sweep.stored_spec import read_sweep
 
 __all__ = ["command"]
 

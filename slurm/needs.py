@@ -11,10 +11,10 @@ from slurm.profile import Arch, Profile
 from slurm.shape import Shape, shape_of
 from tpcheck import config as run
 from tpcheck import cost
-from tpcheck.cells import Cell
 from tpcheck.config import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.memory import bytes_per_parameter, memory
+from tpcheck.sweep.spec import Cell
 
 __all__ = ["check", "flops"]
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import yaml
 
 from slurm import ledger
-from tpcheck.cells import Cell, load_sweep
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
-from tpcheck.planned import write_sweep
 from tpcheck.run.exit_reason import ENDS
-from tpcheck.sweep import is_complete, only_one
+from tpcheck.sweep.local import is_complete, only_one
+from tpcheck.sweep.spec import Cell, load_sweep
+from tpcheck.sweep.stored_spec import write_sweep
 
 __all__ = ["CELLS", "RUN", "plan", "prepare"]
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slurm.profile import Arch, Profile
-from tpcheck.cells import Cell
 from tpcheck.errors import TpcheckError
+from tpcheck.sweep.spec import Cell
 
 __all__ = ["Shape", "by_shape", "shape_of"]
 

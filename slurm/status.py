@@ -26,16 +26,16 @@ from rich.table import Table
 from slurm import ledger
 from slurm.ledger import Submission
 from slurm.states import State, states
-from tpcheck import report
-from tpcheck.board import progress
-from tpcheck.cells import Cell, Sweep
 from tpcheck.errors import TpcheckError
-from tpcheck.jobs import is_locked
-from tpcheck.planned import read_sweep
 from tpcheck.run.exit_reason import ENDS
 from tpcheck.run.launch import LOG
-from tpcheck.sweep import LOCK
-from tpcheck.verdict import digests_of
+from tpcheck.sweep import conclude
+from tpcheck.sweep.jobs import is_locked
+from tpcheck.sweep.live_table import progress
+from tpcheck.sweep.local import LOCK
+from tpcheck.sweep.spec import Cell, Sweep
+from tpcheck.sweep.stored_spec import read_sweep
+from tpcheck.sweep.verdict import digests_of
 
 __all__ = ["Row", "command", "follow", "look"]
 
@@ -86,7 +86,7 @@ class Row:
 
 def command(output: Path, watch: bool = False) -> int:
     """Show the table once, or until nothing in it can change."""
-    sweep, console = read_sweep(output), report.console()
+    sweep, console = read_sweep(output), conclude.console()
     if watch:
         follow(sweep, console)
     else:

@@ -35,14 +35,14 @@ from slurm.shape import by_shape
 from slurm.snapshot import Snapshot
 from slurm.states import states
 from slurm.status import follow
-from tpcheck import report
-from tpcheck.cells import Cell, Sweep, load_sweep
 from tpcheck.config import load_run
 from tpcheck.errors import TpcheckError
-from tpcheck.jobs import is_locked
-from tpcheck.planned import write_sweep
 from tpcheck.run.launch import LOG
-from tpcheck.sweep import is_complete, only_one, other_settings
+from tpcheck.sweep import conclude
+from tpcheck.sweep.jobs import is_locked
+from tpcheck.sweep.local import is_complete, only_one, other_settings
+from tpcheck.sweep.spec import Cell, Sweep, load_sweep
+from tpcheck.sweep.stored_spec import write_sweep
 
 __all__ = ["command"]
 
@@ -55,7 +55,7 @@ SLURM_VARIABLES = ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_C
 
 def command(path: Path, overrides: Sequence[str], cluster: str, dry_run: bool = False, wait: bool = False) -> int:
     """Submit what is neither complete nor pending nor running of the sweep at `path` to `cluster`."""
-    sweep, profile, console = load_sweep(path, overrides), load_profile(cluster), report.console()
+    sweep, profile, console = load_sweep(path, overrides), load_profile(cluster), conclude.console()
     snapshot = Snapshot.now()
     for line in needs.check(sweep.cells, profile):
         print(line, file=sys.stderr)
@@ -75,7 +75,7 @@ def command(path: Path, overrides: Sequence[str], cluster: str, dry_run: bool = 
             console.print(f"job {submission.job}: {', '.join(submission.cells)}", soft_wrap=True, highlight=False)
     if wait:
         follow(sweep, console)
-        return report.conclude(sweep, console)
+        return conclude.conclude(sweep, console)
     console.print(f"look with: tpcheck status {sweep.output}", markup=False, soft_wrap=True, highlight=False)
     return 0
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from tpcheck.cells import Cell, Sweep, load_sweep
 from tpcheck.files import result_dir
+from tpcheck.sweep.spec import Cell, Sweep, load_sweep
 
 BASE = {"model": "qwen3-tiny", "steps": 3}
 MATRIX = {"strategy": ["stock", "tree"], "tp": [1, 2]}

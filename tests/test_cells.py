@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.finished import sweep, sweep_file
-from tpcheck.cells import load_sweep
 from tpcheck.errors import TpcheckError
-from tpcheck.planned import read_sweep, write_sweep
+from tpcheck.sweep.spec import load_sweep
+from tpcheck.sweep.stored_spec import read_sweep, write_sweep
 
 
 def test_the_matrix_gives_one_cell_per_combination_named_after_its_settings(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tpcheck.errors import TpcheckError
-from tpcheck.jobs import Job, LocalRunner, Machine, Need, Task, is_locked, visible_gpus
+from tpcheck.sweep.jobs import Job, LocalRunner, Machine, Need, Task, is_locked, visible_gpus
 
 SMALL = Need(cpus=1, gpus=0, memory_gib=0.1)
 ONE_CPU = Machine(cpus=1, gpus=(), memory_gib=8)

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib import image
 
 from tests.finished import finish, sweep
-from tpcheck import page, plot, verdict
+from tpcheck.sweep import plot, report, verdict
 
 
 def test_curves_are_distances_from_the_first_cell_of_the_group(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_the_page_is_one_file_with_picture_verdict_and_every_digest(tmp_path: Pa
     cells = sweep(tmp_path, name="a-b")
     for number, cell in enumerate(cells.cells):
         finish(cell, model=f"{number // 2}" * 64)
-    picture, html = page.write(cells, verdict.judge(cells))
+    picture, html = report.write(cells, verdict.judge(cells))
     text = html.read_text()
     assert picture.stat().st_size > 10_000
     assert "data:image/png;base64," in text
@@ -59,5 +59,5 @@ def test_the_page_is_one_file_with_picture_verdict_and_every_digest(tmp_path: Pa
 def test_without_two_runs_to_compare_there_is_a_page_without_a_picture(tmp_path: Path) -> None:
     cells = sweep(tmp_path)
     finish(cells.cells[0])
-    assert page.write(cells, verdict.judge(cells)) == [tmp_path / "out" / "index.html"]
+    assert report.write(cells, verdict.judge(cells)) == [tmp_path / "out" / "index.html"]
     assert "no verdict yet" in (tmp_path / "out" / "index.html").read_text()

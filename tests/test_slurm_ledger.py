@@ -14,8 +14,8 @@ from slurm.snapshot import Snapshot
 from tests.finished import sweep
 from tpcheck.config import parse_run
 from tpcheck.errors import TpcheckError
-from tpcheck.planned import PLAN, read_sweep, write_sweep
 from tpcheck.run.provenance import describe
+from tpcheck.sweep.stored_spec import PLAN, read_sweep, write_sweep
 
 
 def test_the_ledger_passes_over_what_a_kill_cut_short(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import yaml
 
 from slurm.profile import Profile, load_profile
 from slurm.shape import shape_of
-from tpcheck.cells import Cell
 from tpcheck.config import parse_run
 from tpcheck.errors import TpcheckError
+from tpcheck.sweep.spec import Cell
 
 H100 = {"nodes": 2, "gpus_per_node": 8, "memory_gib": 80}
 LEAST: dict[str, Any] = {"time": "4:00:00", "architectures": {"h100": H100}}

@@ -12,10 +12,10 @@ from slurm import ledger
 from slurm.states import State, states
 from slurm.status import look
 from tests.finished import begin, finish, sweep
-from tpcheck.cells import Sweep
 from tpcheck.cli import main
 from tpcheck.errors import TpcheckError
-from tpcheck.planned import write_sweep
+from tpcheck.sweep.spec import Sweep
+from tpcheck.sweep.stored_spec import write_sweep
 
 NAME = "s.0a1b2c3d"
 CELLS = ("stock-tp1", "stock-tp2", "tree-tp1", "tree-tp2")

@@ -20,12 +20,12 @@ from slurm.ledger import Submission
 from slurm.plan import plan
 from slurm.snapshot import Snapshot
 from tests.finished import begin, finish, sweep_file
-from tpcheck.cells import Cell, load_sweep
 from tpcheck.cli import main
 from tpcheck.config import load_run
 from tpcheck.errors import TpcheckError
 from tpcheck.run import launch
 from tpcheck.run.exit_reason import ENDS
+from tpcheck.sweep.spec import Cell, load_sweep
 
 H100 = {"constraint": "h100", "nodes": 2, "ranks_per_node": 2, "memory_gib": 8}
 PROFILE = {"time": "0:30:00", "architectures": {"h100": H100}}

@@ -19,8 +19,8 @@ import pytest
 from tests.finished import begin, finish, sweep, sweep_file
 from tpcheck.cli import main
 from tpcheck.files import result_dir
-from tpcheck.jobs import is_locked
-from tpcheck.sweep import other_settings
+from tpcheck.sweep.jobs import is_locked
+from tpcheck.sweep.local import other_settings
 
 ROOT = Path(__file__).parents[1]
 QUICK = {"model": "qwen3-tiny", "steps": 2, "seq_length": 20}

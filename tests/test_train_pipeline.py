@@ -12,7 +12,7 @@ from tpcheck.config import RunConfig, parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.run.launch import launch
-from tpcheck.verdict import judge
+from tpcheck.sweep.verdict import judge
 
 TINY = {"preset": "qwen3-tiny", "num_layers": 4, "hidden_size": 32, "head_dim": 4, "ffn_hidden_size": 40, "tied": False}
 GPT2 = {"preset": "gpt2-124m", "num_layers": 2, "hidden_size": 32, "head_dim": 4, "ffn_hidden_size": 40}

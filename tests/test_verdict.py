@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.finished import begin, finish, sweep
-from tpcheck import verdict
-from tpcheck.cells import Sweep
 from tpcheck.errors import TpcheckError
+from tpcheck.sweep import verdict
+from tpcheck.sweep.spec import Sweep
 
 
 def judge(of: Sweep) -> verdict.Verdict:

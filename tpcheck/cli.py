@@ -185,7 +185,7 @@ def sweep(sweep: Path, overrides: tuple[str, ...], cluster: str | None, dry_run:
         return submit(sweep, overrides, cluster, dry_run=dry_run, wait=wait)
     if dry_run or wait:
         raise TpcheckError(f"--{'dry-run' if dry_run else 'wait'} is about Slurm: add --cluster NAME")
-    from tpcheck.sweep import command
+    from tpcheck.sweep.local import command
 
     return command(sweep, overrides)
 
@@ -194,7 +194,7 @@ def sweep(sweep: Path, overrides: tuple[str, ...], cluster: str | None, dry_run:
 @click.argument("output", metavar="DIR", type=click.Path(path_type=Path))
 def verdict(output: Path) -> int:
     """Say which digests of the sweep in DIR agree, from what is there: 0 held, 1 broken, 2 cells are missing."""
-    from tpcheck.report import command
+    from tpcheck.sweep.conclude import command
 
     return command(output)
 

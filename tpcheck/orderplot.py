@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from tpcheck.order import Tree
-from tpcheck.plot import COLOURS, FAINT, INK
+from tpcheck.sweep.plot import COLOURS, FAINT, INK
 
 if TYPE_CHECKING:
     from tpcheck.ordertext import Order

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from tpcheck.plot import COLOURS, FAINT, INK
+from tpcheck.sweep.plot import COLOURS, FAINT, INK
 from tpcheck.trace.judge import Comparison, Row
 from tpcheck.trace.names import role_of
 

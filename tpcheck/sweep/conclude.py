@@ -10,9 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tpcheck import page, verdict
-from tpcheck.cells import Sweep
-from tpcheck.planned import read_sweep
+from tpcheck.sweep import report, verdict
+from tpcheck.sweep.spec import Sweep
+from tpcheck.sweep.stored_spec import read_sweep
 
 __all__ = ["command", "conclude", "console"]
 
@@ -35,6 +35,6 @@ def conclude(sweep: Sweep, to: Console) -> int:
     for line in judged.details():
         to.print(line, markup=False, soft_wrap=True)
     to.print(judged.sentence(), markup=False, soft_wrap=True)
-    for made in page.write(sweep, judged):
+    for made in report.write(sweep, judged):
         to.print(f"{made}", markup=False, soft_wrap=True)
     return judged.exit_code

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from tpcheck.cells import Cell
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
-from tpcheck.verdict import SHORT, digests_of
+from tpcheck.sweep.spec import Cell
+from tpcheck.sweep.verdict import SHORT, digests_of
 
 __all__ = ["Board", "State", "progress"]
 

@@ -26,8 +26,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tpcheck.cells import Cell, Sweep, label, only_size
 from tpcheck.files import result_dir
+from tpcheck.sweep.spec import Cell, Sweep, label, only_size
 
 __all__ = ["COLOURS", "FAINT", "INK", "Curve", "curves", "draw"]
 

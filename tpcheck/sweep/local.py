@@ -24,15 +24,15 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from tpcheck import report, verdict
-from tpcheck.board import Board
-from tpcheck.cells import Cell, Sweep, load_sweep
 from tpcheck.config import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
-from tpcheck.jobs import Job, LocalRunner, Machine, Need, Task, is_locked
-from tpcheck.planned import write_sweep
 from tpcheck.run.launch import LOG
+from tpcheck.sweep import conclude, verdict
+from tpcheck.sweep.jobs import Job, LocalRunner, Machine, Need, Task, is_locked
+from tpcheck.sweep.live_table import Board
+from tpcheck.sweep.spec import Cell, Sweep, load_sweep
+from tpcheck.sweep.stored_spec import write_sweep
 
 __all__ = ["command", "is_complete", "only_one", "other_settings"]
 
@@ -46,14 +46,14 @@ CELL_FREE = ("output", "stop_after")  # settings that two runs of the same cell 
 def command(path: Path, overrides: Sequence[str] = ()) -> int:
     """Run what is not complete of the sweep at `path`, print the verdict, return its exit code."""
     sweep = load_sweep(path, overrides, anywhere=True)
-    console = report.console()
+    console = conclude.console()
     if sweep.archs:
         console.print(f"arch: {', '.join(sweep.archs)} are for a cluster; here every cell runs once, on this machine")
     with only_one(sweep.output), _sigterm_is_ctrl_c():
         todo = [cell for cell in sweep.cells if not is_complete(cell)]
         write_sweep(sweep)
         _run(sweep, todo, console)
-        return report.conclude(sweep, console)
+        return conclude.conclude(sweep, console)
 
 
 def is_complete(cell: Cell) -> bool:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tpcheck.cells import Cell, Sweep
 from tpcheck.config import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
+from tpcheck.sweep.spec import Cell, Sweep
 
 __all__ = ["PLAN", "read_sweep", "write_sweep"]
 

@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from tpcheck.cells import Cell, Sweep, only_size
 from tpcheck.files import result_dir
+from tpcheck.sweep.spec import Cell, Sweep, only_size
 
 __all__ = ["VERDICT", "Group", "Verdict", "judge", "write"]
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from tpcheck import plot
-from tpcheck.cells import Sweep, only_size
-from tpcheck.verdict import Verdict
+from tpcheck.sweep import plot
+from tpcheck.sweep.spec import Sweep, only_size
+from tpcheck.sweep.verdict import Verdict
 
 __all__ = ["PAGE", "PICTURE", "document", "image", "table", "write"]
 

@@ -1,0 +1,1 @@
+"""Many runs of one matrix, on this machine, and the verdict on them."""

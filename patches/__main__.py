@@ -63,7 +63,7 @@ def _traced(out: Path | None, steps: str | None, perturb: int) -> Iterator[None]
         yield
         return
     from tpcheck.errors import TpcheckError
-    from tpcheck.trace.script import STEPS, trace_script
+    from tpcheck.trace.record.script import STEPS, trace_script
 
     try:
         numbers = STEPS if steps is None else [int(number) for number in steps.split(",")]

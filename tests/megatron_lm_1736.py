@@ -20,10 +20,10 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from tpcheck.trace.compare import compare, to_json
-from tpcheck.trace.judge import Comparison
-from tpcheck.trace.report import write
-from tpcheck.trace.text import lines, sentence
+from tpcheck.trace.compare.command import compare, to_json
+from tpcheck.trace.compare.judge import Comparison
+from tpcheck.trace.compare.report import write
+from tpcheck.trace.compare.text import lines, sentence
 
 OUTPUT = Path(__file__).parent.parent / "results" / "megatron_lm_1736"
 MODEL = (

@@ -18,8 +18,8 @@ from traces import GPT2, TINY, Runs, replaced
 
 from patches import cpu
 from tpcheck.cli import main
-from tpcheck.trace.compare import compare, to_json
-from tpcheck.trace.store import RECORDS, rank_folder
+from tpcheck.trace.compare.command import compare, to_json
+from tpcheck.trace.record.store import RECORDS, rank_folder
 
 cpu.enable()
 NO_BUG = contextlib.nullcontext()

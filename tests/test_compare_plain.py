@@ -14,8 +14,8 @@ import tpcheck
 from tpcheck.cli import main
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
-from tpcheck.trace.estimate import open_noise, open_trace
-from tpcheck.trace.store import RECORDS
+from tpcheck.trace.compare.estimate import open_noise, open_trace
+from tpcheck.trace.record.store import RECORDS
 
 
 class Model(nn.Module):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import tpcheck
 from tpcheck.cli import main
-from tpcheck.trace.compare import compare
+from tpcheck.trace.compare.command import compare
 
 WIDTH, TRUE = 8, 11
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from traces import traced
 
-from tpcheck.trace.compare import compare
+from tpcheck.trace.compare.command import compare
 
 
 def test_te_layers_are_rounding_away_from_local_ones_and_share_their_names(tmp_path: Path) -> None:

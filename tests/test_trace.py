@@ -19,11 +19,11 @@ from tpcheck.config import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.run.launch import launch
-from tpcheck.trace import store
-from tpcheck.trace.compare import compare
-from tpcheck.trace.estimate import open_trace
-from tpcheck.trace.names import canonical, layer_of, role_of
-from tpcheck.trace.reader import Key, Logical, Trace
+from tpcheck.trace.compare.command import compare
+from tpcheck.trace.compare.estimate import open_trace
+from tpcheck.trace.compare.reader import Key, Logical, Trace
+from tpcheck.trace.module_names import canonical, layer_of, role_of
+from tpcheck.trace.record import store
 
 
 def test_recording_changes_no_bit_and_covers_everything(tmp_path: Path) -> None:

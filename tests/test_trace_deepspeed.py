@@ -8,8 +8,8 @@ import pytest
 from hugging_face import deepspeed_run, reference
 from ranks import on_ranks
 
-from tpcheck.trace.compare import compare
-from tpcheck.trace.judge import Comparison
+from tpcheck.trace.compare.command import compare
+from tpcheck.trace.compare.judge import Comparison
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")

@@ -10,8 +10,8 @@ from hugging_face import language_model, reference, tokens, train
 from ranks import on_ranks
 from torch.nn.parallel import DistributedDataParallel
 
-from tpcheck.trace.compare import compare
-from tpcheck.trace.reader import Key, Logical, Trace
+from tpcheck.trace.compare.command import compare
+from tpcheck.trace.compare.reader import Key, Logical, Trace
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 

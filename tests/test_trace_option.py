@@ -11,8 +11,8 @@ import pytest
 from test_trace_script import LOOP, SCRIPT
 
 from patches.__main__ import main
-from tpcheck.trace.compare import compare
-from tpcheck.trace.estimate import open_trace
+from tpcheck.trace.compare.command import compare
+from tpcheck.trace.compare.estimate import open_trace
 
 
 @pytest.fixture

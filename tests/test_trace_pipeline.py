@@ -21,11 +21,11 @@ from ranks import on_ranks
 
 import tpcheck
 from patches import cpu
-from tpcheck.trace.chunks import chunks_of
-from tpcheck.trace.compare import compare
-from tpcheck.trace.estimate import open_trace
-from tpcheck.trace.grid import grid_of
-from tpcheck.trace.reader import Trace
+from tpcheck.trace.compare.command import compare
+from tpcheck.trace.compare.estimate import open_trace
+from tpcheck.trace.compare.reader import Trace
+from tpcheck.trace.record.chunks import chunks_of
+from tpcheck.trace.record.rank_layout import grid_of
 
 cpu.enable()
 VOCABULARY, LENGTH, MICROBATCHES, STEPS = 48, 8, 4, 2

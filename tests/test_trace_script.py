@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from tpcheck.errors import TpcheckError
-from tpcheck.trace.compare import compare
-from tpcheck.trace.estimate import open_trace
-from tpcheck.trace.reader import Key
-from tpcheck.trace.script import trace_script
+from tpcheck.trace.compare.command import compare
+from tpcheck.trace.compare.estimate import open_trace
+from tpcheck.trace.compare.reader import Key
+from tpcheck.trace.record.script import trace_script
 
 # A training loop that is `megatron.training.training` as far as tracing it goes, and a script beside it.
 LOOP = """

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpcheck.checkpoint.tiling import Part, tiles
-from tpcheck.trace.metrics import distance, numbers
-from tpcheck.trace.noise import nudge, spawn
-from tpcheck.trace.reader import Logical
-from tpcheck.trace.shards import Shards, whole
+from tpcheck.trace.compare.metrics import distance, numbers
+from tpcheck.trace.compare.reader import Logical
+from tpcheck.trace.record.noise import nudge, spawn
+from tpcheck.trace.record.shards import Shards, whole
 
 
 def assembled(held: list[Shards]) -> np.ndarray:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from tpcheck.config import parse_run
 from tpcheck.run.launch import launch
-from tpcheck.trace.compare import compare
-from tpcheck.trace.judge import Comparison, Row
-from tpcheck.trace.report import write
-from tpcheck.trace.text import sentence, what
+from tpcheck.trace.compare.command import compare
+from tpcheck.trace.compare.judge import Comparison, Row
+from tpcheck.trace.compare.report import write
+from tpcheck.trace.compare.text import sentence, what
 
 OUTPUT = Path(__file__).parent.parent / "results" / "tp_vs_dp"
 MODEL = {

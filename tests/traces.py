@@ -9,9 +9,9 @@ from typing import Any
 
 from tpcheck.config import parse_run
 from tpcheck.run.launch import launch
-from tpcheck.trace.compare import compare
-from tpcheck.trace.estimate import open_noise, open_trace
-from tpcheck.trace.judge import Comparison
+from tpcheck.trace.compare.command import compare
+from tpcheck.trace.compare.estimate import open_noise, open_trace
+from tpcheck.trace.compare.judge import Comparison
 
 TINY = {"preset": "qwen3-tiny", "hidden_size": 64, "head_dim": 8, "ffn_hidden_size": 72}
 GPT2 = {"preset": "gpt2-124m", "num_layers": 2, "hidden_size": 64, "num_attention_heads": 8, "num_query_groups": 8,

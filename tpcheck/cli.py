@@ -109,7 +109,7 @@ def diff(a: Path, b: Path, show_all: bool, as_json: bool) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def compare(a: Path, b: Path, seeds: int, report: Path | None, show_all: bool, as_json: bool) -> int:
     """Judge the traced run B by A, module by module: 0 identical or rounding, 1 suspect, 2 can't tell."""
-    from tpcheck.trace.compare import command
+    from tpcheck.trace.compare.command import command
 
     return command(a, b, seeds=seeds, show_all=show_all, as_json=as_json, report=report)
 

@@ -22,10 +22,10 @@ from typing import Any
 from silent_bugs.case import QWEN3, Bug, Clean
 from tpcheck.config import parse_run
 from tpcheck.run.launch import launch
-from tpcheck.trace.compare import EXIT_CODES, compare
-from tpcheck.trace.estimate import open_noise, open_trace
-from tpcheck.trace.metrics import distance
-from tpcheck.trace.reader import Trace
+from tpcheck.trace.compare.command import EXIT_CODES, compare
+from tpcheck.trace.compare.estimate import open_noise, open_trace
+from tpcheck.trace.compare.metrics import distance
+from tpcheck.trace.compare.reader import Trace
 
 __all__ = ["Answer", "Benchmark", "table", "to_json"]
 

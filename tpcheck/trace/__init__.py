@@ -37,7 +37,7 @@ class Options:
         modules: patterns of module and parameter names, as the shell has them.
         kinds: of `KINDS`; none: all of them.
         sample: of every tensor, only each `sample`-th index of its longest dimension.
-        perturb: a seed other than 0 makes the run nudge what it computes by one rounding: `tpcheck.trace.noise`.
+        perturb: a seed other than 0 makes the run nudge what it computes by one rounding: `tpcheck.trace.record.noise`.
     """
 
     steps: Collection[int] | None = None
@@ -72,10 +72,10 @@ def trace(path: str | Path, model: torch.nn.Module | Sequence[torch.nn.Module], 
 
     An exception leaves the trace unfinished, which `tpcheck compare` refuses.
     """
-    from tpcheck.trace.capture import Capture
-    from tpcheck.trace.grid import grid_of, megatron_config
-    from tpcheck.trace.rules import Rules
-    from tpcheck.trace.store import Writer, rank_folder
+    from tpcheck.trace.record.capture import Capture
+    from tpcheck.trace.record.rank_layout import grid_of, megatron_config
+    from tpcheck.trace.record.rules import Rules
+    from tpcheck.trace.record.store import Writer, rank_folder
 
     if unknown := options.keys() - {field.name for field in fields(Options)}:
         allowed = ", ".join(field.name for field in fields(Options))

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tpcheck.errors import TpcheckError
-from tpcheck.trace.deepspeed import autotp_of
+from tpcheck.trace.record.deepspeed import autotp_of
 
 __all__ = ["Grid", "grid_of", "megatron_config"]
 

@@ -26,9 +26,9 @@ from tpcheck.config import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.trace import TRACE
-from tpcheck.trace.flips import turned
-from tpcheck.trace.metrics import Distance, distance
-from tpcheck.trace.reader import Key, Logical, Trace
+from tpcheck.trace.compare.metrics import Distance, distance
+from tpcheck.trace.compare.reader import Key, Logical, Trace
+from tpcheck.trace.compare.sign_flips import turned
 
 __all__ = ["GRADIENT_NORM", "ROUNDING", "SEEDS", "Estimate", "open_noise", "open_trace"]
 

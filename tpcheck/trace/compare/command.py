@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tpcheck.errors import TpcheckError
-from tpcheck.trace.estimate import SEEDS, Estimate, open_noise, open_trace
-from tpcheck.trace.judge import Comparison, Row, Verdict, judge
-from tpcheck.trace.reader import Trace
-from tpcheck.trace.vocabulary import along_vocabulary, cut_alike, padding
+from tpcheck.trace.compare.estimate import SEEDS, Estimate, open_noise, open_trace
+from tpcheck.trace.compare.judge import Comparison, Row, Verdict, judge
+from tpcheck.trace.compare.reader import Trace
+from tpcheck.trace.compare.vocabulary import along_vocabulary, cut_alike, padding
 
 __all__ = ["EXIT_CODES", "command", "compare", "to_json"]
 
@@ -39,11 +39,11 @@ def compare(a: Path, b: Path, seeds: int = SEEDS) -> Comparison:
 
 
 def command(a: Path, b: Path, *, seeds: int, show_all: bool, as_json: bool, report: Path | None) -> int:
-    from tpcheck.trace.text import lines
+    from tpcheck.trace.compare.text import lines
 
     comparison = compare(a, b, seeds)
     if report is not None:
-        from tpcheck.trace.report import write
+        from tpcheck.trace.compare.report import write
 
         write(comparison, a, b, report)
     if as_json:

@@ -6,8 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
-from tpcheck.trace.judge import Comparison, Row
-from tpcheck.trace.reader import Trace
+from tpcheck.trace.compare.judge import Comparison, Row
+from tpcheck.trace.compare.reader import Trace
 
 __all__ = ["layout", "lines", "padded", "sentence", "what"]
 

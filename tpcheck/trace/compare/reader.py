@@ -22,8 +22,8 @@ from tpcheck.checkpoint.tiling import Array, Index, Part, tiles
 from tpcheck.checkpoint.ulp import FLOATS, values
 from tpcheck.checkpoint.unpickle import ITEMSIZE
 from tpcheck.errors import TpcheckError
-from tpcheck.trace.store import FORMAT, RANK, RECORDS, rank_folder
-from tpcheck.trace.tensorfile import tensors
+from tpcheck.trace.compare.tensorfile import tensors
+from tpcheck.trace.record.store import FORMAT, RANK, RECORDS, rank_folder
 
 __all__ = ["PHASES", "Key", "Logical", "Replicas", "Trace", "encoded"]
 

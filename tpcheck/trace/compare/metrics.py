@@ -10,7 +10,7 @@ import numpy as np
 
 from tpcheck.checkpoint.tiling import Array
 from tpcheck.checkpoint.ulp import compare, values
-from tpcheck.trace.reader import Logical
+from tpcheck.trace.compare.reader import Logical
 
 __all__ = ["LEVELS", "Distance", "Numbers", "distance", "numbers"]
 

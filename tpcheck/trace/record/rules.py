@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from tpcheck.trace.deepspeed import autotp_activation, autotp_parameter
-from tpcheck.trace.grid import Grid, megatron_config
-from tpcheck.trace.shards import Shards, whole
+from tpcheck.trace.record.deepspeed import autotp_activation, autotp_parameter
+from tpcheck.trace.record.rank_layout import Grid, megatron_config
+from tpcheck.trace.record.shards import Shards, whole
 
 __all__ = ["Batch", "Rules"]
 

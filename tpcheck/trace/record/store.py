@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
-from tpcheck.trace.shards import Shards
+from tpcheck.trace.record.shards import Shards
 
 __all__ = ["FORMAT", "RANK", "RECORDS", "Writer", "rank_folder"]
 

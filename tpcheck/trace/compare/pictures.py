@@ -21,8 +21,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from tpcheck.sweep.plot import COLOURS, FAINT, INK
-from tpcheck.trace.judge import Comparison, Row
-from tpcheck.trace.names import role_of
+from tpcheck.trace.compare.judge import Comparison, Row
+from tpcheck.trace.module_names import role_of
 
 __all__ = ["growth", "heat_map", "losses"]
 

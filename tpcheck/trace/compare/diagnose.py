@@ -15,8 +15,8 @@ import math
 import numpy as np
 
 from tpcheck.checkpoint.tiling import Array
-from tpcheck.trace.metrics import Numbers
-from tpcheck.trace.reader import Key, Logical, Trace
+from tpcheck.trace.compare.metrics import Numbers
+from tpcheck.trace.compare.reader import Key, Logical, Trace
 
 __all__ = ["adds_up", "explain"]
 

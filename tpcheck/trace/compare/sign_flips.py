@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tpcheck.checkpoint.tiling import Array
-from tpcheck.trace.metrics import Distance
+from tpcheck.trace.compare.metrics import Distance
 
 __all__ = ["turned"]
 

@@ -19,11 +19,11 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from tpcheck.trace.estimate import GRADIENT_NORM, ROUNDING, Estimate
-from tpcheck.trace.metrics import Distance, Numbers, numbers
-from tpcheck.trace.mistakes import adds_up, explain
-from tpcheck.trace.names import layer_of
-from tpcheck.trace.reader import Key, Logical, Trace, encoded
+from tpcheck.trace.compare.diagnose import adds_up, explain
+from tpcheck.trace.compare.estimate import GRADIENT_NORM, ROUNDING, Estimate
+from tpcheck.trace.compare.metrics import Distance, Numbers, numbers
+from tpcheck.trace.compare.reader import Key, Logical, Trace, encoded
+from tpcheck.trace.module_names import layer_of
 
 __all__ = ["Comparison", "Row", "Verdict", "judge"]
 

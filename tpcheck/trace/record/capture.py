@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from tpcheck.trace.chunks import Chunk, chunks_of
-from tpcheck.trace.deepspeed import engine_of
-from tpcheck.trace.names import norm_of
-from tpcheck.trace.noise import Nudge, nudge, spawn
-from tpcheck.trace.outputs import Watch, replaced
-from tpcheck.trace.parameters import Parameters
-from tpcheck.trace.rules import Batch, Rules
-from tpcheck.trace.shards import Shards, whole
-from tpcheck.trace.store import Writer
+from tpcheck.trace.module_names import norm_of
+from tpcheck.trace.record.chunks import Chunk, chunks_of
+from tpcheck.trace.record.deepspeed import engine_of
+from tpcheck.trace.record.noise import Nudge, nudge, spawn
+from tpcheck.trace.record.outputs import Watch, replaced
+from tpcheck.trace.record.parameters import Parameters
+from tpcheck.trace.record.rules import Batch, Rules
+from tpcheck.trace.record.shards import Shards, whole
+from tpcheck.trace.record.store import Writer
 
 __all__ = ["Capture"]
 

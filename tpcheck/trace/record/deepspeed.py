@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from tpcheck.errors import TpcheckError
-from tpcheck.trace.shards import Shards
+from tpcheck.trace.record.shards import Shards
 
 __all__ = ["autotp_activation", "autotp_of", "autotp_parameter", "engine_of", "full_gradient", "full_states",
            "full_weight", "is_cut", "set_full_gradient"]  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Any
 from patches.imports import when_imported
 from tpcheck.errors import TpcheckError
 from tpcheck.trace import Options, trace
-from tpcheck.trace.store import RANK
+from tpcheck.trace.record.store import RANK
 
 __all__ = ["LOOP", "STEPS", "trace_script"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tpcheck.files import result_dir
 from tpcheck.sweep import report
-from tpcheck.trace import pictures
-from tpcheck.trace.judge import Comparison, Row
-from tpcheck.trace.text import layout, padded, sentence, what
+from tpcheck.trace.compare import pictures
+from tpcheck.trace.compare.judge import Comparison, Row
+from tpcheck.trace.compare.text import layout, padded, sentence, what
 
 __all__ = ["write"]
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from tpcheck.trace.chunks import Chunk
-from tpcheck.trace.deepspeed import engine_of, full_gradient, full_states, full_weight, is_cut, set_full_gradient
-from tpcheck.trace.noise import nudge, spawn
-from tpcheck.trace.rules import Rules
-from tpcheck.trace.shards import Shards, whole
+from tpcheck.trace.record.chunks import Chunk
+from tpcheck.trace.record.deepspeed import engine_of, full_gradient, full_states, full_weight, is_cut, set_full_gradient
+from tpcheck.trace.record.noise import nudge, spawn
+from tpcheck.trace.record.rules import Rules
+from tpcheck.trace.record.shards import Shards, whole
 
 __all__ = ["Parameters"]
 

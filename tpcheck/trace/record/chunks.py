@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tpcheck.trace.grid import Grid
-from tpcheck.trace.names import canonical
+from tpcheck.trace.module_names import canonical
+from tpcheck.trace.record.rank_layout import Grid
 
 __all__ = ["Chunk", "chunks_of"]
 

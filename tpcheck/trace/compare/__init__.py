@@ -1,0 +1,1 @@
+"""Comparing two traces: what rounding explains, and the module at fault."""

@@ -1,0 +1,1 @@
+"""Recording: hooks on a model and its optimizer, and what a rank writes."""

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from tpcheck.cli import ORDER_TARGETS, main
 from tpcheck.errors import TpcheckError
-from tpcheck.order import LARGE, MOST, Node, Tree, formula, from_lists, meetings, reveal, reveal_each, to_lists
-from tpcheck.ordertargets import TARGETS, Setting, trees
+from tpcheck.order.fprev import LARGE, MOST, Node, Tree, formula, from_lists, meetings, reveal, reveal_each, to_lists
+from tpcheck.order.targets import TARGETS, Setting, trees
 
 F32 = np.float32
 

@@ -132,7 +132,7 @@ def order(target: str, draw: Path | None, as_json: bool, **options: Any) -> int:
     Targets: row-parallel (forward), column-parallel and gated (input gradients; gated: a SwiGLU's first layer), norm
     (gamma's gradient), gemm (a local product as TP narrows it), all-reduce.
     """
-    from tpcheck.ordertext import command
+    from tpcheck.order.command import command
 
     return command(target, draw=draw, as_json=as_json, **options)
 

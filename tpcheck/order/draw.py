@@ -19,11 +19,11 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from tpcheck.order import Tree
+from tpcheck.order.fprev import Tree
 from tpcheck.sweep.plot import COLOURS, FAINT, INK
 
 if TYPE_CHECKING:
-    from tpcheck.ordertext import Order
+    from tpcheck.order.command import Order
 
 __all__ = ["draw_orders"]
 

@@ -6,7 +6,7 @@
     gemm              y = Σ_k x_k · 1            features whole, results spread: only the product's shape changes
     all-reduce        y = Σ_r x_r                ranks
 
-What is probed (`tpcheck.order`) enters as x or dy, in logical order. Observed are a result's first and last element:
+What is probed (`tpcheck.order.fprev`) enters as x or dy, in logical order. Observed are a result's first and last element:
 libraries treat edges otherwise, and a ring adds every chunk in another order.
 """
 
@@ -35,7 +35,7 @@ from torch.multiprocessing.spawn import start_processes
 import patches
 from patches.order.collectives import all_gather, tree_all_reduce
 from tpcheck.errors import TpcheckError
-from tpcheck.order import Tree, from_lists, reveal_each, to_lists
+from tpcheck.order.fprev import Tree, from_lists, reveal_each, to_lists
 
 __all__ = ["TARGETS", "Setting", "Strategy", "check", "trees"]
 

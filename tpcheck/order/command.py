@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpcheck.errors import TpcheckError
-from tpcheck.order import MOST, Tree, formula, to_lists
+from tpcheck.order.fprev import MOST, Tree, formula, to_lists
 
 if TYPE_CHECKING:
-    from tpcheck.ordertargets import Setting
+    from tpcheck.order.targets import Setting
 
 __all__ = ["Order", "command", "orders"]
 
@@ -48,7 +48,7 @@ def command(target: str, tp: str | None, size: int | None, *, draw: Path | None,
             raise TpcheckError(f"--{name} {number}: use 1 to {MOST}")
     with warnings.catch_warnings():  # megatron-core's, that neither Apex nor Transformer Engine is installed
         warnings.simplefilter("ignore")
-        from tpcheck.ordertargets import Setting
+        from tpcheck.order.targets import Setting
 
         settings = [Setting(target=target, tp=t, size=size, **options) for t in _sizes(tp)]
         found = orders(settings)
@@ -58,7 +58,7 @@ def command(target: str, tp: str | None, size: int | None, *, draw: Path | None,
     else:
         print("\n".join(_lines(settings[0], found)))
     if draw is not None:
-        from tpcheck.orderplot import draw_orders
+        from tpcheck.order.draw import draw_orders
 
         draw_orders(found, title(settings[0]), draw)
     return 0 if len(found) == 1 else 1
@@ -76,7 +76,7 @@ def _sizes(text: str) -> list[int]:
 
 def orders(settings: Sequence[Setting]) -> list[Order]:
     """The different trees behind `settings`, in the order in which they are met."""
-    from tpcheck.ordertargets import check, trees
+    from tpcheck.order.targets import check, trees
 
     for setting in settings:
         check(setting)

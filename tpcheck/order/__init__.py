@@ -1,0 +1,1 @@
+"""In which order a sum is added, found out from its results (FPRev)."""

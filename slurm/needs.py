@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from slurm.profile import Arch, Profile
 from slurm.shape import Shape, shape_of
 from tpcheck import config as run
-from tpcheck import cost
 from tpcheck.config import RunConfig
+from tpcheck.cost import terms
+from tpcheck.cost.memory import bytes_per_parameter, memory
 from tpcheck.errors import TpcheckError
-from tpcheck.memory import bytes_per_parameter, memory
 from tpcheck.sweep.spec import Cell
 
 __all__ = ["check", "flops"]
@@ -34,7 +34,7 @@ def check(cells: Sequence[Cell], profile: Profile) -> list[str]:
 
 def flops(config: RunConfig) -> float:
     """Floating-point operations of one rank in the whole run, with its strategy's repeated ones; stages share alike."""
-    return config.steps * cost.total(cost.step(config), "flops", config.strategy) / config.pp
+    return config.steps * terms.total(terms.step(config), "flops", config.strategy) / config.pp
 
 
 def _refuse_too_much(cell: Cell, arch: Arch, shape: Shape) -> None:

@@ -23,7 +23,7 @@ from patches.ops.sharded import Shards
 from patches.order import products, tree
 from tpcheck.cli import main
 from tpcheck.config import RunConfig, parse_run
-from tpcheck.cost import LEGEND, STRATEGIES, step, symbols, total
+from tpcheck.cost.terms import LEGEND, STRATEGIES, step, symbols, total
 from tpcheck.run.model import build_model, build_optimizer, train_step
 from tpcheck.run.train import enable_patches
 

@@ -9,8 +9,8 @@ import pytest
 from slurm.needs import check, flops
 from slurm.profile import Profile
 from tpcheck.config import RunConfig, parse_run
+from tpcheck.cost.memory import GIB, memory
 from tpcheck.errors import TpcheckError
-from tpcheck.memory import GIB, memory
 from tpcheck.sweep.spec import Cell
 
 B8 = {"model": "qwen3-8b", "seq_length": 2048, "micro_batch_size": 1, "global_batch_size": 8, "recompute": True}

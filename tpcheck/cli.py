@@ -17,8 +17,8 @@ from typing import Any
 import click
 
 from tpcheck import __version__
+from tpcheck.cost.datasheets import GPUS
 from tpcheck.errors import TpcheckError
-from tpcheck.gpus import GPUS
 
 __all__ = ["main"]
 
@@ -166,7 +166,7 @@ def doctor(target: str | None, overrides: tuple[str, ...], as_json: bool) -> int
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def cost(model: str, gpu: str, as_json: bool, **options: Any) -> int:
     """What a step of a model costs on paper: FLOPs, bytes and memory of a rank for stock, gather and tree."""
-    from tpcheck.costtext import command
+    from tpcheck.cost.command import command
 
     return command(model, gpu, as_json=as_json, **options)
 

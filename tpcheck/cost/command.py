@@ -1,4 +1,4 @@
-"""`tpcheck cost`: the account of `tpcheck.cost` on the terminal or as JSON, with a floor in time on a GPU."""
+"""`tpcheck cost`: the account of `tpcheck.cost.terms` on the terminal or as JSON, with a floor in time on a GPU."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 from tpcheck.config import RunConfig, load_run_or_preset
 from tpcheck.config.presets import PRESETS
-from tpcheck.cost import LEGEND, STRATEGIES, Quantity, Strategy, Term, step, symbols, total
+from tpcheck.cost.datasheets import BOARD, GPUS, Gpu
+from tpcheck.cost.memory import GIB, memory
+from tpcheck.cost.terms import LEGEND, STRATEGIES, Quantity, Strategy, Term, step, symbols, total
 from tpcheck.errors import TpcheckError
-from tpcheck.gpus import BOARD, GPUS, Gpu
-from tpcheck.memory import GIB, memory
 
 __all__ = ["command"]
 

@@ -146,7 +146,7 @@ def doctor(target: str | None, overrides: tuple[str, ...], as_json: bool) -> int
 
     Attention kernels are really run, with all heads and with those that other TP sizes see.
     """
-    from tpcheck.doctor import command
+    from tpcheck.doctor.machine import command
 
     return command(target, overrides, as_json)
 

@@ -77,7 +77,7 @@ def command(target: str | None, overrides: Sequence[str], as_json: bool) -> int:
 
 def examine(config: RunConfig) -> list[Finding]:
     """Everything that there is to say, in the order of the table."""
-    from tpcheck.doctorattention import attention
+    from tpcheck.doctor.attention import attention
 
     return [*_versions(config), *_devices(config), *_sums(config), *_settings(config), *attention(config)]
 

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import patches
 from patches.order.heads import Kernel, first_dependence
 from tpcheck.config import RunConfig
-from tpcheck.doctor import Finding, unless_stock
+from tpcheck.doctor.machine import Finding, unless_stock
 from tpcheck.errors import TpcheckError
 
 __all__ = ["attention"]

@@ -1,0 +1,1 @@
+"""Whether this machine can keep the promise for a run."""

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from slurm import ledger
-from slurm.states import states
+from slurm import submissions
+from slurm.queue import states
 from tpcheck.errors import TpcheckError
 from tpcheck.sweep.stored_spec import read_sweep
 
@@ -18,7 +18,7 @@ __all__ = ["command"]
 
 def command(output: Path, cells: Sequence[str] = ()) -> int:
     """Cancel the pending and running jobs of `cells`, of all when none is named."""
-    submissions = ledger.read(output)
+    submissions = submissions.read(output)
     submitted = {cell for submission in submissions for cell in submission.cells}
     names = [cell.name for cell in read_sweep(output).cells]
     strangers = [cell for cell in cells if cell not in submitted and cell not in names]
@@ -37,7 +37,7 @@ def command(output: Path, cells: Sequence[str] = ()) -> int:
     for cell in elements.values():  # first: a script that is about to queue again looks for it
         with contextlib.suppress(OSError):  # on a full disk, too, a job must be cancelled
             (output / cell).mkdir(exist_ok=True)
-            (output / cell / ledger.CANCELLED).touch()
+            (output / cell / submissions.CANCELLED).touch()
     done = subprocess.run(["scancel", *elements], capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise TpcheckError(f"scancel: {done.stderr.strip()}")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from slurm import ledger
+from slurm import submissions
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.run.exit_reason import ENDS
@@ -52,7 +52,7 @@ def prepare(cell: Cell) -> None:
     cell.path.mkdir(parents=True, exist_ok=True)
     config = cell.config.model_dump(mode="json") | {"output": str(cell.path.absolute())}
     (cell.path / RUN).write_text(yaml.safe_dump(config, sort_keys=False))
-    (cell.path / ledger.CANCELLED).unlink(missing_ok=True)
+    (cell.path / submissions.CANCELLED).unlink(missing_ok=True)
     (cell.path / ENDS).unlink(missing_ok=True)  # why an earlier job ended is no reason of this one
     (cell.path / result_dir.DIGESTS).unlink(missing_ok=True)  # of fewer steps, or the cell would be complete
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from submitit.slurm import slurm as submitit_slurm
 
+from slurm.allocation import Shape
 from slurm.profile import Arch, Profile, plain
-from slurm.shape import Shape
 from tpcheck.errors import TpcheckError
 
 __all__ = ["Script"]

@@ -23,9 +23,9 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from slurm import ledger
-from slurm.ledger import Submission
-from slurm.states import State, states
+from slurm import submissions
+from slurm.queue import State, states
+from slurm.submissions import Submission
 from tpcheck.errors import TpcheckError
 from tpcheck.run.exit_reason import ENDS
 from tpcheck.run.launch import LOG
@@ -118,7 +118,7 @@ def follow(sweep: Sweep, console: Console) -> list[Row]:
 
 def look(sweep: Sweep) -> tuple[list[Row], str]:
     """A row for every cell; when Slurm can't be asked, also why."""
-    submissions = ledger.latest(ledger.read(sweep.output))
+    submissions = submissions.latest(submissions.read(sweep.output))
     unfinished = [cell.name for cell in sweep.cells if not digests_of(cell)]
     asked = {submissions[name].job_name: submissions[name] for name in unfinished if name in submissions}
     known: Mapping[tuple[str, int], State] | None = None
@@ -133,7 +133,7 @@ def look(sweep: Sweep) -> tuple[list[Row], str]:
 def _row(cell: Cell, submission: Submission | None, known: Mapping[tuple[str, int], State] | None) -> Row:
     job, tried, state = "", [], None
     if submission:
-        tried = [each for each in ledger.attempts(cell.path) if each.job_name == submission.job_name]
+        tried = [each for each in submissions.attempts(cell.path) if each.job_name == submission.job_name]
         state = known.get((submission.job_name, submission.cells.index(cell.name))) if known is not None else None
         job = submission.element(cell.name) or (state.job if state else "")
     word = _word(cell, submission, state, bool(tried), asked=known is not None)
@@ -152,7 +152,7 @@ def _word(cell: Cell, submission: Submission | None, state: State | None, starte
     if not asked:
         return "unknown"
     if state is None:
-        cancelled = (cell.path / ledger.CANCELLED).exists()
+        cancelled = (cell.path / submissions.CANCELLED).exists()
         return "cancelled" if cancelled else "failed" if started else "missing"
     word = WORDS.get(state.word, "running")
     return "requeued" if word == "pending" and started else word
@@ -189,7 +189,7 @@ def _why(word: Word, job: str, state: State | None, said: str) -> str:
 
 def _said(cell: Cell, log: Path | None) -> str:
     """Why a run failed: what the rank that failed first has left, or else the last line of the log."""
-    failed = [end["why"] for end in ledger.lines(cell.path / ENDS) if end.get("kind") == "failed"]
+    failed = [end["why"] for end in submissions.lines(cell.path / ENDS) if end.get("kind") == "failed"]
     if failed:
         return str(failed[0])[:REASON]
     lines = log.read_text(errors="replace").splitlines() if log and log.exists() else []

@@ -26,15 +26,15 @@ import submitit
 from rich.console import Console
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from slurm import ledger, needs
-from slurm.ledger import Submission
+from slurm import preflight, submissions
+from slurm.allocation import by_shape
 from slurm.plan import RUN, prepare
 from slurm.profile import Profile, load_profile
+from slurm.queue import states
 from slurm.script import Script
-from slurm.shape import by_shape
 from slurm.snapshot import Snapshot
-from slurm.states import states
 from slurm.status import follow
+from slurm.submissions import Submission
 from tpcheck.config import load_run
 from tpcheck.errors import TpcheckError
 from tpcheck.run.launch import LOG
@@ -57,7 +57,7 @@ def command(path: Path, overrides: Sequence[str], cluster: str, dry_run: bool = 
     """Submit what is neither complete nor pending nor running of the sweep at `path` to `cluster`."""
     sweep, profile, console = load_sweep(path, overrides), load_profile(cluster), conclude.console()
     snapshot = Snapshot.now()
-    for line in needs.check(sweep.cells, profile):
+    for line in preflight.check(sweep.cells, profile):
         print(line, file=sys.stderr)
     if dry_run:
         todo = [cell for cell in sweep.cells if not is_complete(cell)]
@@ -91,7 +91,7 @@ def _need_slurm() -> None:
 
 def _todo(sweep: Sweep, console: Console) -> list[Cell]:
     """The cells that nobody has run to their end and no job will."""
-    submissions = ledger.read(sweep.output)
+    submissions = submissions.read(sweep.output)
     known = states(submissions, waiting=lambda why: console.print(f"{why}; asking again", markup=False))
     incomplete = [cell for cell in sweep.cells if not is_complete(cell)]  # after Slurm: what has ended left its digests
     active = set()
@@ -99,7 +99,7 @@ def _todo(sweep: Sweep, console: Console) -> list[Cell]:
         found = {cell: state for place, cell in enumerate(each.cells) if (state := known.get((each.job_name, place)))}
         active |= {cell for cell, state in found.items() if state.active}
         if found and each.job is None:  # a call that was interrupted between sbatch and the ledger
-            ledger.record(sweep.output, dataclasses.replace(each, job=next(iter(found.values())).job))
+            submissions.record(sweep.output, dataclasses.replace(each, job=next(iter(found.values())).job))
     # Trained by something that no ledger knows: train.sbatch, a lost node.
     active |= {cell.name for cell in incomplete if is_locked(cell.path / LOG)}
     kept, left = len(sweep.cells) - len(incomplete), [cell for cell in incomplete if cell.name in active]
@@ -140,11 +140,11 @@ def _submit(script: Script, sweep: Sweep, cluster: str) -> Submission:
     script.folder.mkdir(parents=True, exist_ok=True)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     submission = Submission(now, cluster, script.name, None, script.cells, script.folder)
-    ledger.record(sweep.output, submission)
+    submissions.record(sweep.output, submission)
     with _uninterrupted(), _without_variables(script):
         job = _sbatch(script)
         submission = dataclasses.replace(submission, job=job)
-        ledger.record(sweep.output, submission)
+        submissions.record(sweep.output, submission)
     return submission
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from slurm.allocation import Shape
 from slurm.profile import Profile
 from slurm.script import Script
-from slurm.shape import Shape
 
 GOLDEN = Path(__file__).parent / "sbatch"
 H100 = {"partition": "h100", "nodes": 4, "gpus_per_node": 8, "memory_gib": 80}

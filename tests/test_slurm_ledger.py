@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from slurm import ledger
-from slurm.ledger import Attempt, Submission
+from slurm import submissions
 from slurm.snapshot import Snapshot
+from slurm.submissions import Attempt, Submission
 from tests.finished import sweep
 from tpcheck.config import parse_run
 from tpcheck.errors import TpcheckError
@@ -20,19 +20,19 @@ from tpcheck.sweep.stored_spec import PLAN, read_sweep, write_sweep
 
 def test_the_ledger_passes_over_what_a_kill_cut_short(tmp_path: Path) -> None:
     one = Submission("2026-01-01T00:00:00+00:00", "c", "s.1", "7", ("a", "b"), tmp_path)
-    ledger.record(tmp_path, one)
-    with (tmp_path / ledger.LEDGER).open("a") as file:
+    submissions.record(tmp_path, one)
+    with (tmp_path / submissions.LEDGER).open("a") as file:
         file.write('{"format": 1, "job_na')
     other = Submission("2026-01-02T00:00:00+00:00", "c", "s.2", None, ("b",), tmp_path)
-    ledger.record(tmp_path, other)
-    assert ledger.read(tmp_path) == [one, other]
-    assert ledger.latest(ledger.read(tmp_path)) == {"a": one, "b": other}
+    submissions.record(tmp_path, other)
+    assert submissions.read(tmp_path) == [one, other]
+    assert submissions.latest(submissions.read(tmp_path)) == {"a": one, "b": other}
 
 
 def test_a_ledger_of_another_format_is_refused(tmp_path: Path) -> None:
-    (tmp_path / ledger.LEDGER).write_text('{"format": 2}\n')
+    (tmp_path / submissions.LEDGER).write_text('{"format": 2}\n')
     with pytest.raises(TpcheckError, match="has format 2, this tpcheck reads format 1"):
-        ledger.read(tmp_path)
+        submissions.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -50,11 +50,11 @@ def test_a_ledger_of_another_format_is_refused(tmp_path: Path) -> None:
     ids=str,
 )
 def test_a_ledger_that_somebody_has_changed_is_refused(tmp_path: Path, damage: dict[str, Any]) -> None:
-    ledger.record(tmp_path, Submission("2026-01-01T00:00:00+00:00", "c", "s.1", "7", ("a", "b"), tmp_path))
-    line = json.loads((tmp_path / ledger.LEDGER).read_text())
-    (tmp_path / ledger.LEDGER).write_text(json.dumps(line | damage))
+    submissions.record(tmp_path, Submission("2026-01-01T00:00:00+00:00", "c", "s.1", "7", ("a", "b"), tmp_path))
+    line = json.loads((tmp_path / submissions.LEDGER).read_text())
+    (tmp_path / submissions.LEDGER).write_text(json.dumps(line | damage))
     with pytest.raises(TpcheckError, match="a line is not as tpcheck writes it"):
-        ledger.read(tmp_path)
+        submissions.read(tmp_path)
 
 
 @pytest.mark.parametrize("damage", [{"name": "../x"}, {"name": 5}, {"settings": []}, {"group": None}], ids=str)
@@ -70,8 +70,8 @@ def test_a_plan_that_somebody_has_changed_is_refused(tmp_path: Path, damage: dic
 
 def test_attempts_are_read_as_the_script_writes_them(tmp_path: Path) -> None:
     line = '{"job": "7", "array_index": 1, "restart": 2, "nodes": "h[1-2]", "began": "now", "job_name": "s.1"}\n'
-    (tmp_path / ledger.ATTEMPTS).write_text(line + line[:20])
-    assert ledger.attempts(tmp_path) == [Attempt("7", 1, 2, "h[1-2]", "now", "s.1")]
+    (tmp_path / submissions.ATTEMPTS).write_text(line + line[:20])
+    assert submissions.attempts(tmp_path) == [Attempt("7", 1, 2, "h[1-2]", "now", "s.1")]
 
 
 def test_a_copy_of_the_code_says_in_the_manifest_what_it_is(tmp_path: Path, monkeypatch: Any) -> None:

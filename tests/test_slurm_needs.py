@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from slurm.needs import check, flops
+from slurm.preflight import check, flops
 from slurm.profile import Profile
 from tpcheck.config import RunConfig, parse_run
 from tpcheck.cost.memory import GIB, memory

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from slurm.allocation import shape_of
 from slurm.profile import Profile, load_profile
-from slurm.shape import shape_of
 from tpcheck.config import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.sweep.spec import Cell

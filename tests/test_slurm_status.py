@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from slurm import ledger
-from slurm.states import State, states
+from slurm import submissions
+from slurm.queue import State, states
 from slurm.status import look
 from tests.finished import begin, finish, sweep
 from tpcheck.cli import main
@@ -44,8 +44,8 @@ def say(folder: Path, command: str, text: str, code: int = 0) -> None:
 
 def submission(
     cells: tuple[str, ...] = CELLS, job: str | None = "77", folder: Path = Path("jobs")
-) -> ledger.Submission:
-    return ledger.Submission("2026-02-03T04:05:06+00:00", "local", NAME, job, cells, folder)
+) -> submissions.Submission:
+    return submissions.Submission("2026-02-03T04:05:06+00:00", "local", NAME, job, cells, folder)
 
 
 @pytest.fixture
@@ -53,14 +53,14 @@ def submitted(tmp_path: Path) -> Sweep:
     """A sweep of four cells in one array."""
     made = sweep(tmp_path)
     write_sweep(made)
-    ledger.record(made.output, submission(folder=tmp_path / "jobs"))
+    submissions.record(made.output, submission(folder=tmp_path / "jobs"))
     return made
 
 
 def attempt(of: Sweep, cell: str, restart: int = 0) -> None:
     line = {"job": "77", "array_index": 0, "restart": restart, "nodes": "h1", "began": "x", "job_name": NAME}
     (of.output / cell).mkdir(exist_ok=True)
-    with (of.output / cell / ledger.ATTEMPTS).open("a") as file:
+    with (of.output / cell / submissions.ATTEMPTS).open("a") as file:
         print(json.dumps(line), file=file)
 
 
@@ -105,7 +105,7 @@ def test_sacct_is_not_believed_when_it_says_that_a_job_runs_which_squeue_does_no
 
 
 def test_a_silent_controller_is_asked_again_and_then_is_an_error(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slurm.states.PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("slurm.queue.PAUSE_SECONDS", 0.01)
     say(slurm, "squeue", "Unable to contact slurm controller", code=1)
     heard: list[str] = []
     with pytest.raises(
@@ -195,7 +195,7 @@ def test_logs_are_shown_relative_to_the_sweep_and_brackets_as_they_are(
     monkeypatch.chdir(tmp_path)
     made = sweep(tmp_path, output="[/x]")
     write_sweep(made)
-    ledger.record(made.output, submission(folder=tmp_path / "[/x]" / "jobs"))
+    submissions.record(made.output, submission(folder=tmp_path / "[/x]" / "jobs"))
     (made.output / "jobs").mkdir()
     (made.output / "jobs/77_0_0_log.out").touch()
     say(slurm, "squeue", f"{NAME}|77|0|RUNNING|gpu[a-b]|None\n")
@@ -245,7 +245,7 @@ def test_cancel_cancels_exactly_the_elements_of_the_cells_named(
 def test_cancel_finds_a_submission_whose_number_was_never_written_down(tmp_path: Path, slurm: Path) -> None:
     made = sweep(tmp_path)
     write_sweep(made)
-    ledger.record(made.output, submission(("tree-tp1",), job=None))
+    submissions.record(made.output, submission(("tree-tp1",), job=None))
     say(slurm, "squeue", f"{NAME}|91|N/A|PENDING||Priority\n")
     assert main(["cancel", str(made.output)]) == 0
     assert (slurm / "scancel.calls").read_text() == "91\n"

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
-from slurm import ledger, states, submit
-from slurm.ledger import Submission
+from slurm import queue, submissions, submit
 from slurm.plan import plan
 from slurm.snapshot import Snapshot
+from slurm.submissions import Submission
 from tests.finished import begin, finish, sweep_file
 from tpcheck.cli import main
 from tpcheck.config import load_run
@@ -64,7 +64,7 @@ class Site:
 
     @property
     def ledger(self) -> list[Submission]:
-        return ledger.read(self.out)
+        return submissions.read(self.out)
 
     def submit(self, *options: str) -> int:
         return main(["sweep", str(self.sweep), "--cluster", str(self.folder / "cluster.yaml"), *options])
@@ -80,7 +80,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     monkeypatch.setenv("FAKE", str(tmp_path))
     monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=":")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(submit, "states", functools.partial(states.states, patience=0))
+    monkeypatch.setattr(submit, "states", functools.partial(queue.states, patience=0))
     return Site(tmp_path)
 
 
@@ -91,7 +91,7 @@ def test_cells_of_one_shape_are_one_array_and_the_ledger_knows_its_number(site: 
         ("101", ("stock-tp2", "tree-tp2")),
     ]
     assert site.ledger[0].element("tree-tp1") == "100_1"
-    lines = [json.loads(line) for line in (site.out / ledger.LEDGER).read_text().splitlines()]
+    lines = [json.loads(line) for line in (site.out / submissions.LEDGER).read_text().splitlines()]
     assert [line["job"] for line in lines] == [None, "100", None, "101"]
     assert [line["job_name"] for line in lines[:2]] == [site.ledger[0].job_name] * 2
 
@@ -174,7 +174,7 @@ def test_a_submission_interrupted_after_sbatch_is_found_by_its_name(site: Site, 
     cells = tuple(site.cells)
     half = Submission("2026-01-01T00:00:00+00:00", "c", "s.00000000", None, cells, site.out / "slurm")
     site.out.mkdir()
-    ledger.record(site.out, half)
+    submissions.record(site.out, half)
     if queued:
         site.queue(half, "PENDING", job="77")
     assert site.submit() == 0
@@ -249,7 +249,7 @@ def test_a_cell_that_ends_while_slurm_is_asked_is_not_submitted_again(site: Site
             (site.cells[name].path / "run.yaml").unlink()
             site.cells[name].path.rmdir()
             finish(site.cells[name])
-        return states.states(*arguments, **options)
+        return queue.states(*arguments, **options)
 
     monkeypatch.setattr(submit, "states", ask)
     site.submit()
@@ -265,10 +265,10 @@ def test_a_plan_refuses_what_was_made_with_other_settings(site: Site) -> None:
 
 def test_a_mark_of_tpcheck_cancel_goes_when_the_cell_is_submitted_again(site: Site) -> None:
     begin(site.cells["tree-tp1"])
-    for name in (ledger.CANCELLED, ENDS):  # and why the last job ended is no reason of the next one
+    for name in (submissions.CANCELLED, ENDS):  # and why the last job ended is no reason of the next one
         (site.cells["tree-tp1"].path / name).touch()
     site.submit()
-    assert not any((site.cells["tree-tp1"].path / name).exists() for name in (ledger.CANCELLED, ENDS))
+    assert not any((site.cells["tree-tp1"].path / name).exists() for name in (submissions.CANCELLED, ENDS))
 
 
 def test_a_plan_prepares_a_sweep_for_plain_sbatch(site: Site) -> None:

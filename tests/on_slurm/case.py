@@ -17,8 +17,8 @@ import pytest
 import yaml
 from slurm_cluster import Cluster, wait_for
 
-from slurm import ledger
-from slurm.states import ENDED
+from slurm import submissions
+from slurm.queue import ENDED
 from tpcheck.files import result_dir
 
 __all__ = ["CELL", "PROFILE", "RUN", "Case", "Digests", "digests", "need_node_names", "together", "train_here"]
@@ -85,11 +85,11 @@ class Case:
 
     def jobs(self, cell: str) -> list[str]:
         """What Slurm calls the jobs that `cell` was ever handed in with."""
-        submitted = [each for each in ledger.read(self.out) if cell in each.cells]
+        submitted = [each for each in submissions.read(self.out) if cell in each.cells]
         return [element for each in submitted if (element := each.element(cell))]
 
     def attempts(self, cell: str) -> int:
-        return len(ledger.attempts(self.out / cell))
+        return len(submissions.attempts(self.out / cell))
 
     def wait_for_step(self, cell: str, step: int) -> None:
         wait_for(lambda: self._step(cell) >= step, PATIENCE, f"step {step} of {cell}")

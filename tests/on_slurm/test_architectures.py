@@ -6,7 +6,7 @@ import json
 
 from case import Case, need_node_names, together
 
-from slurm import ledger
+from slurm import submissions
 
 
 @together
@@ -28,5 +28,5 @@ def test_two_architectures_two_sizes_one_of_them_on_two_nodes_have_one_digest(ca
 
 
 def nodes_of(case: Case, cell: str) -> list[str]:
-    (attempt,) = ledger.attempts(case.out / cell)
+    (attempt,) = submissions.attempts(case.out / cell)
     return case.cluster.run("scontrol", "show", "hostnames", attempt.nodes).split()

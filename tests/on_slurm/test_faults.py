@@ -12,7 +12,7 @@ import pytest
 from case import CELL, STEPS, Case, need_node_names, together
 from slurm_cluster import wait_for
 
-from slurm import ledger
+from slurm import submissions
 from tpcheck.files import result_dir
 
 CHECKPOINTS = {6, 12, 18}  # of a cell that is not asked to save
@@ -219,7 +219,7 @@ def resumed_from(case: Case, cell: str = CELL) -> list[int]:
 
 def _queued(case: Case) -> list[str]:
     """What Slurm has of the sweep, whatever was written down."""
-    names = ",".join(submission.job_name for submission in ledger.read(case.out))
+    names = ",".join(submission.job_name for submission in submissions.read(case.out))
     return case.cluster.run("squeue", "-h", "-o", "%F", "--name", names).split()
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from slurm.ledger import Submission
+from slurm.submissions import Submission
 from tpcheck.errors import TpcheckError
 
 __all__ = ["State", "states"]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from slurm.allocation import Shape, shape_of
 from slurm.profile import Arch, Profile
-from slurm.shape import Shape, shape_of
 from tpcheck import config as run
 from tpcheck.config import RunConfig
 from tpcheck.cost import terms

@@ -18,16 +18,16 @@ __all__ = ["command"]
 
 def command(output: Path, cells: Sequence[str] = ()) -> int:
     """Cancel the pending and running jobs of `cells`, of all when none is named."""
-    submissions = submissions.read(output)
-    submitted = {cell for submission in submissions for cell in submission.cells}
+    every = submissions.read(output)
+    submitted = {cell for submission in every for cell in submission.cells}
     names = [cell.name for cell in read_sweep(output).cells]
     strangers = [cell for cell in cells if cell not in submitted and cell not in names]
     if strangers:
         raise TpcheckError(f"{strangers[0]} is no cell of {output}: it has {', '.join(names)}")
-    known = states(submissions, waiting=lambda why: print(f"{why}; asking again", file=sys.stderr))
+    known = states(every, waiting=lambda why: print(f"{why}; asking again", file=sys.stderr))
     elements = {
         f"{state.job}_{place}" if len(each.cells) > 1 else state.job: each.cells[place]
-        for each in submissions
+        for each in every
         for place in range(len(each.cells))
         if (state := known.get((each.job_name, place))) and state.active and each.cells[place] in (cells or submitted)
     }

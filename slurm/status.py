@@ -118,16 +118,16 @@ def follow(sweep: Sweep, console: Console) -> list[Row]:
 
 def look(sweep: Sweep) -> tuple[list[Row], str]:
     """A row for every cell; when Slurm can't be asked, also why."""
-    submissions = submissions.latest(submissions.read(sweep.output))
+    latest = submissions.latest(submissions.read(sweep.output))
     unfinished = [cell.name for cell in sweep.cells if not digests_of(cell)]
-    asked = {submissions[name].job_name: submissions[name] for name in unfinished if name in submissions}
+    asked = {latest[name].job_name: latest[name] for name in unfinished if name in latest}
     known: Mapping[tuple[str, int], State] | None = None
     unknown = ""
     try:
         known = states(list(asked.values()), patience=0)
     except TpcheckError as error:
         unknown = str(error)
-    return [_row(cell, submissions.get(cell.name), known) for cell in sweep.cells], unknown
+    return [_row(cell, latest.get(cell.name), known) for cell in sweep.cells], unknown
 
 
 def _row(cell: Cell, submission: Submission | None, known: Mapping[tuple[str, int], State] | None) -> Row:

@@ -91,11 +91,11 @@ def _need_slurm() -> None:
 
 def _todo(sweep: Sweep, console: Console) -> list[Cell]:
     """The cells that nobody has run to their end and no job will."""
-    submissions = submissions.read(sweep.output)
-    known = states(submissions, waiting=lambda why: console.print(f"{why}; asking again", markup=False))
+    every = submissions.read(sweep.output)
+    known = states(every, waiting=lambda why: console.print(f"{why}; asking again", markup=False))
     incomplete = [cell for cell in sweep.cells if not is_complete(cell)]  # after Slurm: what has ended left its digests
     active = set()
-    for each in submissions:
+    for each in every:
         found = {cell: state for place, cell in enumerate(each.cells) if (state := known.get((each.job_name, place)))}
         active |= {cell for cell, state in found.items() if state.active}
         if found and each.job is None:  # a call that was interrupted between sbatch and the ledger

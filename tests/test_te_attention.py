@@ -16,7 +16,7 @@ from test_megatron import differences
 
 import patches
 from tpcheck.config import parse_run
-from tpcheck.doctor import attention
+from tpcheck.doctor import attention as doctor_attention
 
 CALLS: list[int] = []
 
@@ -130,7 +130,7 @@ def doctor() -> dict[str, tuple[str, str]]:
     config = parse_run(
         {"model": "qwen3-tiny", "layers": "te", "attention": "flash", "seq_length": 16, "micro_batch_size": 1}
     )
-    return {one.name: (one.found, one.verdict) for one in attention.attention(config)}
+    return {one.name: (one.found, one.verdict) for one in doctor_attention.attention(config)}
 
 
 def test_the_doctor_runs_te_backends_that_are_here():

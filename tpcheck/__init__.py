@@ -2,8 +2,8 @@
 
 `train` runs one configuration, `hash` digests a checkpoint's logical tensors, `diff` compares two runs bit by
 bit, `trace` records a run module by module and `compare` tells rounding from a bug in two traces, `sweep` runs a
-matrix of configurations and gives the verdict. What they exchange are result directories (`tpcheck.files.result_dir`) and
-traces: JSON, safetensors and checkpoints, nothing that has to be unpickled.
+matrix of configurations and gives the verdict. What they exchange are result directories
+(`tpcheck.files.result_dir`) and traces: JSON, safetensors and checkpoints, nothing that has to be unpickled.
 """
 
 import importlib

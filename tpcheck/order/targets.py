@@ -6,8 +6,8 @@
     gemm              y = Σ_k x_k · 1            features whole, results spread: only the product's shape changes
     all-reduce        y = Σ_r x_r                ranks
 
-What is probed (`tpcheck.order.fprev`) enters as x or dy, in logical order. Observed are a result's first and last element:
-libraries treat edges otherwise, and a ring adds every chunk in another order.
+What is probed (`tpcheck.order.fprev`) enters as x or dy, in logical order. Observed are a result's first and last
+element: libraries treat edges otherwise, and a ring adds every chunk in another order.
 """
 
 from __future__ import annotations

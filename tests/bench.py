@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from patches.order.exact import exact_product
+from patches.order.exact.products import exact_product
 from patches.order.tree import tree_of_products
 from tpcheck.config import load_run, parse_run
 from tpcheck.run.launch import launch

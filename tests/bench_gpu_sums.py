@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patches.aten.overrides import LocalInvariance
 from patches.contract import Contract
 from patches.ops.cross_entropy import cross_entropy
 from patches.ops.norm import norm
 from patches.ops.sharded import Shards
 from patches.order.collectives import gradient_norm
-from patches.order.exact import rounded
-from patches.order.local import LocalInvariance
+from patches.order.exact.products import rounded
 from patches.order.tree import tree_sum
 
 
@@ -76,7 +76,7 @@ def sums(device: str) -> Iterator[Sum]:
 def _tree_sum(roots: Tensor) -> Tensor:
     """What a rank does with the roots that it received."""
     if roots.is_cuda:
-        from patches.order.collectives_gpu import rounded_tree_sum
+        from patches.order.kernels.collectives import rounded_tree_sum
 
         return rounded_tree_sum(roots.flatten(1), torch.bfloat16)
     return rounded(tree_sum(roots), torch.bfloat16)

@@ -22,7 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from patches.order.variant import Variant
+from patches.order.kernels.variant import Variant
 
 MODULES = tuple(
     f"patches.order.{name}_gpu" for name in ("gemm", "collectives", "sums", "norm", "softmax", "embedding", "squares")

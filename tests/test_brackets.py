@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from test_exact import DTYPES, HARD, operands, same, values
 from torch import Tensor
 
-from patches.order import brackets, norm
-from patches.order.exact import exact_product, exact_sum, rounded, rounded_sum, sum_bounds
-from patches.order.slices import sliced_product, sliced_sum
+from patches.order.exact import brackets, norm
+from patches.order.exact.products import exact_product, exact_sum, rounded, rounded_sum, sum_bounds
+from patches.order.exact.slices import sliced_product, sliced_sum
 from patches.order.tree import tree_of_products, tree_of_sums
 
 hard_cases = st.fixed_dictionaries(

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from patches.order.exact import exact_product, exact_sum, rounded, sum_of_squares
+from patches.order.exact.products import exact_product, exact_sum, rounded, sum_of_squares
 from patches.order.tree import cuts, tree_of_products, tree_of_sums, tree_sum
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

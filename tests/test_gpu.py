@@ -19,8 +19,8 @@ from ranks import on_ranks
 from staged import stage
 from torch import Tensor
 
+from patches.aten.overrides import LocalInvariance
 from patches.order.collectives import gradient_norm
-from patches.order.local import LocalInvariance
 from patches.order.products import add_product, product, tree_product
 from patches.order.tree import tree_sum
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from patches.order.heads import first_dependence
+from patches.order.head_invariance import first_dependence
 
 HEADS = 8
 RESULTS = list(enumerate(("the output", "dq", "dk", "dv")))

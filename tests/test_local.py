@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patches.aten.overrides import ELEMENTWISE, LocalInvariance
+from patches.aten.patch import _refuse
 from patches.contract import UnsupportedError
-from patches.megatron.local import _refuse
-from patches.order.local import ELEMENTWISE, LocalInvariance
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from ranks import on_ranks
 from torch import Tensor
 
+from patches.aten.overrides import LocalInvariance
 from patches.contract import Contract, UnsupportedError
 from patches.ops.attention import repeat_for_heads
 from patches.ops.bias import bias_per_token
@@ -20,7 +21,6 @@ from patches.ops.linear import column_parallel, row_parallel
 from patches.ops.norm import norm
 from patches.ops.sharded import Shards
 from patches.order.collectives import all_gather, gradient_norm, tree_all_reduce
-from patches.order.local import LocalInvariance
 
 S, B, H, FFN, V = 16, 3, 40, 88, 104
 DTYPES = (torch.float32, torch.bfloat16)

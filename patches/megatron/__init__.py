@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from patches.aten import patch
 from patches.megatron import (
     attention,
     clip_grads,
@@ -13,20 +14,19 @@ from patches.megatron import (
     initial_weights,
     language_module,
     layers,
-    local,
     mlp,
     param_and_grad_buffer,
+    refusals,
     tokenizer,
     torch_norm,
-    transformer_config,
 )
 from patches.registry import Patch
 
 __all__ = ["PATCHES"]
 
 PATCHES: list[Patch] = [
-    *transformer_config.PATCHES,
-    *local.PATCHES,
+    *refusals.PATCHES,
+    *patch.PATCHES,
     *tokenizer.PATCHES,
     *mlp.PATCHES,
     *language_module.PATCHES,

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from patches.call_site import contract, over_tp
 from patches.contract import UnsupportedError
-from patches.megatron.context import contract, over_tp
 from patches.megatron.torch_norm import HEADS
 from patches.ops.attention import repeat_for_heads
 from patches.registry import attribute

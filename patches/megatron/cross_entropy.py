@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from patches.call_site import over_tp
 from patches.contract import UnsupportedError
-from patches.megatron.context import over_tp
 from patches.ops.cross_entropy import cross_entropy
 from patches.registry import attribute
 

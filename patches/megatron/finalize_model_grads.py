@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from patches.call_site import is_complete, tp_group
 from patches.contract import UnsupportedError
-from patches.megatron.context import is_complete, tp_group
 from patches.megatron.first_step import require_agreement
 from patches.registry import attribute
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from patches.call_site import contract
 from patches.contract import UnsupportedError
-from patches.megatron.context import contract
 
 __all__ = ["require_agreement"]
 

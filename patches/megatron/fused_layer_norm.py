@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from patches.megatron.context import mark_complete, over_tp, whole
+from patches.call_site import mark_complete, over_tp, whole
 from patches.megatron.torch_norm import HEADS, TOKENS
 from patches.ops.norm import norm
 from patches.registry import attribute

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patches.call_site import tp_group
 from patches.contract import Contract, UnsupportedError
-from patches.megatron.context import tp_group
 from patches.registry import REGISTRY, attribute
 
 __all__ = ["PATCHES", "by_name", "global_names", "note", "seed"]

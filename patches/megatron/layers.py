@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from patches.call_site import mark_complete, over_tp, tp_group, whole
 from patches.contract import UnsupportedError
-from patches.megatron.context import mark_complete, over_tp, tp_group, whole
 from patches.ops.bias import bias_per_token
 from patches.ops.embedding import embedding
 from patches.ops.linear import column_parallel, row_parallel
-from patches.order import kernels
+from patches.order.kernels import provenance
 from patches.registry import attribute
 
 __all__ = ["PATCHES"]
@@ -64,7 +64,7 @@ def _column_forward_impl(original: Any) -> Any:
 
 def _embedding_forward(original: Any) -> Any:
     def forward(self: Any, input_: Tensor) -> Tensor:
-        if not kernels.serve(self.weight.device):
+        if not provenance.serve(self.weight.device):
             return original(self, input_)
         from megatron.core.tensor_parallel import mappings
 

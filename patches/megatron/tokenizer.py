@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from patches.call_site import contract
 from patches.contract import UnsupportedError
-from patches.megatron.context import contract
 from patches.registry import attribute
 
 __all__ = ["PATCHES"]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patches.call_site import mark_complete, over_tp, whole
 from patches.contract import UnsupportedError
-from patches.megatron.context import mark_complete, over_tp, whole
 from patches.ops.norm import norm
 from patches.registry import REGISTRY, attribute
 

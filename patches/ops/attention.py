@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patches.ops.sharded import Shards
 from patches.order.collectives import all_gather
-from patches.order.exact import rounded
+from patches.order.exact.products import rounded
 from patches.order.sums import row_sums, tree_of_sums
 from patches.order.tree import tree_sum
 

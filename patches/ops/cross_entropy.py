@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from patches.ops.sharded import Shards
-from patches.order import kernels
 from patches.order.collectives import all_gather
-from patches.order.exact import rounded
+from patches.order.exact.products import rounded
+from patches.order.kernels import provenance
 
 __all__ = ["cross_entropy"]
 
@@ -29,7 +29,7 @@ def cross_entropy(logits_sbV: Tensor, target_sb: Tensor, shards: Shards) -> Tens
         logits_sbV: [s, b, V/t], this rank's share of the vocabulary.
         target_sb: [s, b], ids in the whole vocabulary.
     """
-    function = _FusedCrossEntropy if kernels.serve(logits_sbV.device) else _CrossEntropy
+    function = _FusedCrossEntropy if provenance.serve(logits_sbV.device) else _CrossEntropy
     loss: Tensor = function.apply(logits_sbV, target_sb, shards)
     return loss
 
@@ -66,7 +66,7 @@ class _CrossEntropy(torch.autograd.Function):
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, shards: Shards) -> Tensor:
-        from patches.order import softmax_gpu
+        from patches.order.kernels import softmax
 
         z_TV = logits.flatten(0, -2)
         share = z_TV.shape[1]
@@ -76,12 +76,12 @@ class _FusedCrossEntropy(torch.autograd.Function):
         picked = picked.float().masked_fill_(elsewhere, 0.0)
         gather = shards.contract.strategy == "gather"
         whole = all_gather(z_TV, shards.group, 1) if gather else z_TV
-        tops, sums = softmax_gpu.exponentials(whole, shards.contract.leaves_of_rank(shards.size))
+        tops, sums = softmax.exponentials(whole, shards.contract.leaves_of_rank(shards.size))
         top = tops.amax((1, 2))
         if shards.size > 1:
             dist.all_reduce(picked, group=shards.group)
             dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shards.group)
-        root = softmax_gpu.joined(tops, sums, top)[1]
+        root = softmax.joined(tops, sums, top)[1]
         total = rounded(root, torch.float32) if gather else shards.meet(root, torch.float32)
         ctx.save_for_backward(z_TV, local_T, top, total)
         ctx.shape = logits.shape
@@ -89,7 +89,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
-        from patches.order import softmax_gpu
+        from patches.order.kernels import softmax
 
         z, local, top, total = ctx.saved_tensors
-        return softmax_gpu.logits_gradient(z, local, top, total, dloss.flatten()).view(ctx.shape), None, None
+        return softmax.logits_gradient(z, local, top, total, dloss.flatten()).view(ctx.shape), None, None

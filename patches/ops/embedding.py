@@ -34,7 +34,7 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        from patches.order.embedding_gpu import embedding_gradient
+        from patches.order.kernels.embedding import embedding_gradient
 
         (local,) = ctx.saved_tensors
         return embedding_gradient(dy.flatten(0, -2), local.flatten(), ctx.rows, ctx.dtype), None, None

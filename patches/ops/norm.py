@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from patches.ops.sharded import Shards
-from patches.order import kernels
-from patches.order import norm as norm_on_cpu
+from patches.order.exact import norm as norm_on_cpu
+from patches.order.kernels import provenance
 
 __all__ = ["norm"]
 
@@ -65,18 +65,18 @@ def _gamma_gradient(
     whole: tuple[int, ...], shards: Shards,
 ) -> Tensor:  # fmt: skip
     """Σ dy·x̂; kernels of the tree multiply as they sum."""
-    if kernels.serve(x.device) and shards.contract.strategy == "tree":
-        from patches.order import sums_gpu
+    if provenance.serve(x.device) and shards.contract.strategy == "tree":
+        from patches.order.kernels import sums
 
         leaves = shards.contract.leaves_of_rank(shards.size)
-        return shards.meet(sums_gpu.tree_of_sums(dy, leaf_dim, leaves, whole, (x, mean, rstd)), dtype)
+        return shards.meet(sums.tree_of_sums(dy, leaf_dim, leaves, whole, (x, mean, rstd)), dtype)
     return shards.total(dy.float() * norm_on_cpu.x_hat(x, mean, rstd), leaf_dim, dtype, whole)
 
 
 def _rows(x: Tensor) -> Any:
     """What normalises rows where `x` lies."""
-    if not kernels.serve(x.device):
+    if not provenance.serve(x.device):
         return norm_on_cpu
-    from patches.order import norm_gpu
+    from patches.order.kernels import norm
 
-    return norm_gpu
+    return norm

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patches.contract import Contract
 from patches.order.collectives import Pending, all_gather, begin_all_reduce, begin_reduce_scatter
-from patches.order.exact import rounded
+from patches.order.exact.products import rounded
 from patches.order.products import product, tree_product
 from patches.order.sums import row_sums, tree_of_sums
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from patches.contract import UnsupportedError
-from patches.order import kernels
-from patches.order.exact import pieces, rounded, sum_of_squares
+from patches.order.exact.products import pieces, rounded, sum_of_squares
+from patches.order.kernels import provenance
 from patches.order.tree import tree_sum
 
 __all__ = [
@@ -77,7 +77,7 @@ def begin_reduce_scatter(
         return lambda: _rounded_sum(root, 1, dtype, divide_by)
     if symmetric:
         check_symmetric_memory(root.device)
-        from patches.order.collectives_gpu import begin_reading_peers
+        from patches.order.kernels.collectives import begin_reading_peers
 
         return begin_reading_peers(root, group, dtype, divide_by)
     mine = root.contiguous()
@@ -119,7 +119,7 @@ def _rounded_sum(parts: Tensor, size: int, dtype: torch.dtype, divide_by: int) -
     """Tree sum of the `size` parts that lie one after the other along dimension 0, divided, rounded once."""
     parts = parts.reshape(size, parts.shape[0] // size, *parts.shape[1:])
     if parts.is_cuda:
-        from patches.order.collectives_gpu import rounded_tree_sum
+        from patches.order.kernels.collectives import rounded_tree_sum
 
         return rounded_tree_sum(parts.flatten(1), dtype, divide_by).view(parts.shape[1:])
     root = tree_sum(parts.unbind())
@@ -131,13 +131,13 @@ def gradient_norm(grads: list[Tensor], groups: list[dist.ProcessGroup], device: 
 
     Infinities and NaNs come through as they are.
     """
-    if kernels.serve(device):
-        from patches.order import squares_gpu
+    if provenance.serve(device):
+        from patches.order.kernels import squares
 
-        bins = squares_gpu.squares(grads, device)
+        bins = squares.squares(grads, device)
         for group in groups:
             dist.all_reduce(bins, group=group)
-        return squares_gpu.root(bins)
+        return squares.root(bins)
     tops = [piece.abs().amax().float() for piece in pieces(grads)]
     top = torch.stack(tops).amax() if tops else torch.zeros((), device=device)
     nan = top.isnan()

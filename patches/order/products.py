@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from patches.contract import UnsupportedError
-from patches.order import kernels
-from patches.order.exact import exact_product, rounded
+from patches.order.exact.products import exact_product, rounded
+from patches.order.kernels import provenance
 from patches.order.tree import tree_of_products
 
 __all__ = ["add_product", "check", "describe", "keep_to", "product", "tree_product"]
@@ -39,7 +39,7 @@ def keep_to(device: str | None) -> None:
 def describe(device: str) -> dict[str, Any]:
     """What the bits of products and other sums on `device` depend on besides their operands, for the manifest."""
     facts: dict[str, Any] = (
-        {**_gemm().contract(), "sums": kernels.contract()} if device == "cuda" else {"leaf": "exact"}
+        {**_gemm().contract(), "sums": provenance.contract()} if device == "cuda" else {"leaf": "exact"}
     )
     return facts
 
@@ -106,7 +106,7 @@ def _on_gpu(*operands: Tensor) -> bool:
 @lru_cache
 def _gemm() -> ModuleType:
     try:
-        return import_module("patches.order.gemm_gpu")
+        return import_module("patches.order.kernels.gemm")
     except ImportError as error:
         raise UnsupportedError(
             f"products on a GPU need Triton ({error}): install the version that torch {torch.__version__} asks for"

@@ -19,8 +19,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from patches.order.brackets import AT_ONCE
-from patches.order.exact import exact_product, rounded_sum
+from patches.order.exact.brackets import AT_ONCE
+from patches.order.exact.products import exact_product, rounded_sum
 
 __all__ = ["cuts", "tree_of_products", "tree_of_sums", "tree_sum"]
 

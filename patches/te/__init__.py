@@ -6,7 +6,7 @@ Megatron's TE layers call these forwards, so its models and plain `transformer_e
 from __future__ import annotations
 
 from patches.registry import Patch
-from patches.te import attention, layernorm_linear, layernorm_mlp, linear, megatron_extensions, norms, uncovered
+from patches.te import attention, layernorm_linear, layernorm_mlp, linear, megatron_extensions, norms, refusals
 
 __all__ = ["PATCHES"]
 
@@ -17,5 +17,5 @@ PATCHES: list[Patch] = [
     *norms.PATCHES,
     *attention.PATCHES,
     *megatron_extensions.PATCHES,
-    *uncovered.PATCHES,
+    *refusals.PATCHES,
 ]

@@ -1,8 +1,8 @@
 """transformer_engine.pytorch.attention.dot_product_attention: the backend that the contract names, and no other.
 
-unfused        products and a softmax that `patches.order.local` covers
+unfused        products and a softmax that `patches.aten.overrides` covers
 flash, fused   run deterministically, on keys repeated for their query heads, once they were seen to compute each head
-               by itself at the shape that is met (`patches.order.heads`), with the heads that every TP size sees
+               by itself at the shape that is met, with the heads that every TP size sees (`order.head_invariance`)
 
 A backend that was not asked for is refused where it would run, whatever chose it.
 """
@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from patches.call_site import contract
 from patches.contract import Attention, UnsupportedError
-from patches.megatron.context import contract
 from patches.ops.attention import repeat_for_heads
-from patches.order.heads import first_dependence
+from patches.order.head_invariance import first_dependence
 from patches.registry import REGISTRY
 from patches.te.context import over_tp, te_attribute
 

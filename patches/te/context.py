@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patches.call_site import contract, mark_complete
 from patches.contract import UnsupportedError
-from patches.megatron.context import contract, mark_complete
 from patches.ops.sharded import Shards
-from patches.order.exact import OPERANDS
+from patches.order.exact.products import OPERANDS
 from patches.registry import attribute
 
 __all__ = ["mark_complete", "one_leaf", "over_tp", "refuse_uncovered", "te_attribute", "tokens"]

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from patches.call_site import contract
+from patches.call_site import over_tp as over_megatrons_tp
 from patches.contract import UnsupportedError
-from patches.megatron.context import contract
-from patches.megatron.context import over_tp as over_megatrons_tp
 from patches.megatron.torch_norm import HEADS, TOKENS
 from patches.ops.norm import norm
 from patches.ops.sharded import Shards

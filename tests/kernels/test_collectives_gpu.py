@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from patches.order import collectives_gpu
-from patches.order.collectives_gpu import BLOCK, MOST, rounded_tree_sum, sum_of_peers, variants
-from patches.order.exact import rounded
+from patches.order.exact.products import rounded
+from patches.order.kernels import collectives
+from patches.order.kernels.collectives import BLOCK, MOST, rounded_tree_sum, sum_of_peers, variants
 from patches.order.tree import tree_sum
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -75,16 +75,16 @@ def test_reading_peers_scatters_as_sending_does(device, shape, monkeypatch):
         buffer[: root.numel()] = root.flatten().to(device)
     addresses = torch.tensor([buffer.data_ptr() for buffer in buffers], device=device)
     handle = SimpleNamespace(barrier=lambda: barriers.append(buffers[2][: roots[2].numel()].cpu().clone()))
-    monkeypatch.setattr(collectives_gpu, "_buffer", lambda group, count, device: (buffers[2], handle, addresses))
+    monkeypatch.setattr(collectives, "_buffer", lambda group, count, device: (buffers[2], handle, addresses))
     if device.type == "cpu":
         stream = SimpleNamespace(wait_stream=lambda other: None)
-        monkeypatch.setattr(collectives_gpu, "_aside", lambda device: stream)
+        monkeypatch.setattr(collectives, "_aside", lambda device: stream)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
         monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
     buffers[2].fill_(math.nan)  # this rank puts its own root there
     group = SimpleNamespace(size=lambda: ranks, rank=lambda: 2)
-    got = collectives_gpu.begin_reading_peers(roots[2].to(device), group, torch.bfloat16)()
+    got = collectives.begin_reading_peers(roots[2].to(device), group, torch.bfloat16)()
     want = rounded(tree_sum(roots), torch.bfloat16).chunk(ranks)[2]
     assert got.shape == want.shape and torch.equal(bits(got.cpu()), bits(want))
     assert len(barriers) == 2 and torch.equal(barriers[0], roots[2].flatten())

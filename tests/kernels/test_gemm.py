@@ -17,9 +17,9 @@ import torch
 pytest.importorskip("triton", reason="Triton is not on the path: make test-kernels")
 
 from patches.contract import UnsupportedError
-from patches.order import gemm_gpu
-from patches.order.exact import exact_product
-from patches.order.gemm_gpu import contract, product
+from patches.order.exact.products import exact_product
+from patches.order.kernels import gemm
+from patches.order.kernels.gemm import contract, product
 from patches.order.tree import cuts, tree_of_products, tree_sum
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -59,7 +59,7 @@ def assert_right(y, a, b, leaves=1, pieces=1):
 def loads(request, monkeypatch):
     """Both ways to load, where the operands leave the choice."""
     if not request.param:
-        monkeypatch.setattr(gemm_gpu, "_suits_tma", lambda *_: False)
+        monkeypatch.setattr(gemm, "_suits_tma", lambda *_: False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -119,11 +119,11 @@ def test_gated_leaves_are_gate_then_up_in_one_accumulator(device):
 @pytest.mark.parametrize("K", (512, 4 * 72))
 def test_tma_and_pointers_have_same_bits(K, layout, leaves, pieces, device, monkeypatch):
     a, b = operands(136, 264, K, device, layout=layout)
-    suits_tma, chosen = gemm_gpu._suits_tma, []
-    monkeypatch.setattr(gemm_gpu, "_suits_tma", lambda *args: chosen.append(suits_tma(*args)) or chosen[-1])
+    suits_tma, chosen = gemm._suits_tma, []
+    monkeypatch.setattr(gemm, "_suits_tma", lambda *args: chosen.append(suits_tma(*args)) or chosen[-1])
     by_tma = product(a, b, leaves, pieces)
     assert chosen == [True, True]
-    monkeypatch.setattr(gemm_gpu, "_suits_tma", lambda *_: False)
+    monkeypatch.setattr(gemm, "_suits_tma", lambda *_: False)
     assert_same_bits(product(a, b, leaves, pieces), by_tma)
 
 
@@ -237,22 +237,22 @@ def test_contract_is_json():
 
 
 def test_check_finds_products_that_depend_on_what_else_is_in_a_call(monkeypatch, device):
-    gemm_gpu.check(device)
+    gemm.check(device)
     for wrong, of in (("a leaf alone", lambda a, leaves: leaves == 1), ("a row alone", lambda a, leaves: len(a) == 1)):
 
         def broken(a, b, leaves=1, of=of):
             return product(a, b, leaves) * (1 + 2.0**-23 if of(a, leaves) else 1)
 
-        monkeypatch.setattr(gemm_gpu, "product", broken)
+        monkeypatch.setattr(gemm, "product", broken)
         with pytest.raises(UnsupportedError, match=wrong):
-            gemm_gpu.check(device)
+            gemm.check(device)
 
 
 def test_check_refuses_a_gpu_that_products_are_not_made_for(monkeypatch):
-    monkeypatch.setattr(gemm_gpu, "INTERPRETED", False)
+    monkeypatch.setattr(gemm, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(UnsupportedError, match=r"9.x and 10.x, not 8.0"):
-        gemm_gpu.check(torch.device("cuda", 7))
+        gemm.check(torch.device("cuda", 7))
 
 
 @pytest.mark.gpu

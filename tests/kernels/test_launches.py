@@ -61,18 +61,18 @@ def key(kernel, signature, constants, attrs):
 def main():
     from triton.runtime import driver
 
-    from patches.order import gemm_gpu
+    from patches.order.kernels import gemm
 
     driver.set_active(Driver())
     variants = {}
-    for variant in gemm_gpu.variants():
+    for variant in gemm.variants():
         names = variant.kernel.arg_names
         constants = {(names.index(name),): value for name, value in variant.constexprs.items()}
         variants[variant.name] = key(variant.kernel, variant.signature, constants, variant.attrs)
-    launched = gemm_gpu.kernel = Compiled(gemm_gpu.kernel)
-    gemm_gpu._programs = lambda device: 132
-    gemm_gpu._family = lambda device: 90
-    suits_tma = gemm_gpu._suits_tma
+    launched = gemm.kernel = Compiled(gemm.kernel)
+    gemm._programs = lambda device: 132
+    gemm._family = lambda device: 90
+    suits_tma = gemm._suits_tma
     T, K, checked = 256, 1024, 0
     for name, layout, leaves, how, N in combinations(
         ("bf16", "fp16", "fp32"), ("abᵀ", "ab", "aᵀb"), (1, 8), ("tma", "pointers"), (768, 128)
@@ -87,8 +87,8 @@ def main():
         a_MK = torch.empty(K, T, dtype=dtype).T if "aᵀ" in layout else torch.empty(T, K, dtype=dtype)
         b_KN = torch.empty(N, K, dtype=dtype).T if "bᵀ" in layout else torch.empty(K, N, dtype=dtype)
         out = torch.empty(1, T, N, dtype=torch.float32 if result == "added" else dtype)
-        gemm_gpu._suits_tma = suits_tma if how == "tma" else lambda *_: False
-        gemm_gpu._launch(a_MK.unsqueeze(0), b_KN.unsqueeze(0), out, leaves, 1, result == "added")
+        gemm._suits_tma = suits_tma if how == "tma" else lambda *_: False
+        gemm._launch(a_MK.unsqueeze(0), b_KN.unsqueeze(0), out, leaves, 1, result == "added")
         checked += 1
         assert launched.key == variants[title], f"launched: {launched.key}\nchecked: {variants[title]}"
     assert checked == 21

@@ -17,18 +17,18 @@ from ranks import on_ranks
 from test_megatron import differences, run
 from test_ops import attention_keys, network, stock
 
+from patches.aten.overrides import LocalInvariance
+from patches.aten.patch import _refuse
 from patches.contract import Contract
-from patches.megatron.local import _refuse
 from patches.ops.embedding import embedding
 from patches.ops.sharded import Shards
-from patches.order import kernels
 from patches.order.collectives import all_gather
-from patches.order.local import LocalInvariance
+from patches.order.kernels import provenance
 
 
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch):
-    monkeypatch.setattr(kernels, "serve", lambda device: True)
+    monkeypatch.setattr(provenance, "serve", lambda device: True)
 
 
 @pytest.mark.parametrize("centered", (False, True), ids=("rmsnorm", "layernorm"))

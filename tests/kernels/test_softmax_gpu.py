@@ -14,9 +14,9 @@ pytest.importorskip("triton", reason="Triton is not on the path: make test-kerne
 
 from by_pairs import DTYPES, assert_close, assert_same_bits, by_pairs
 
-from patches.order.embedding_gpu import BLOCK, embedding_gradient
-from patches.order.exact import exact_sum
-from patches.order.softmax_gpu import CHUNK, SHORT, exponentials, joined, logits_gradient, softmax, softmax_gradient
+from patches.order.exact.products import exact_sum
+from patches.order.kernels.embedding import BLOCK, embedding_gradient
+from patches.order.kernels.softmax import CHUNK, SHORT, exponentials, joined, logits_gradient, softmax, softmax_gradient
 from patches.order.tree import tree_sum
 
 ULP = 2.0**-24

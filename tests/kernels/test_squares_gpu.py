@@ -15,9 +15,9 @@ pytest.importorskip("triton", reason="Triton is not on the path: make test-kerne
 
 from by_pairs import DTYPES
 
-from patches.order import kernels
 from patches.order.collectives import gradient_norm
-from patches.order.squares_gpu import TILE, root, squares
+from patches.order.kernels import provenance
+from patches.order.kernels.squares import TILE, root, squares
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ANY_FLOAT = st.floats(width=32, allow_nan=True, allow_infinity=True)  # zeros and subnormals as well
@@ -59,7 +59,7 @@ def test_largest_squares_have_room():
 
 
 def test_gradient_norm_takes_it(monkeypatch):
-    monkeypatch.setattr(kernels, "serve", lambda device: True)
+    monkeypatch.setattr(provenance, "serve", lambda device: True)
     x, y = torch.randn(50, generator=torch.Generator().manual_seed(0)), torch.tensor([1e-30, 3.0]).bfloat16()
     right = exact_root([*x.double().tolist(), *y.double().tolist()])
     assert gradient_norm([x.to(DEVICE), y.to(DEVICE)], [], DEVICE) == right

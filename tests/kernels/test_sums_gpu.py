@@ -15,9 +15,10 @@ pytest.importorskip("triton", reason="Triton is not on the path: make test-kerne
 
 from by_pairs import DTYPES, assert_close, assert_same_bits, by_pairs, leaves_by_pairs
 
-from patches.order import norm, norm_gpu
-from patches.order.exact import exact_sum
-from patches.order.sums_gpu import row_sums, sums_of_rows, tree_of_sums
+from patches.order.exact import norm as exact_norm
+from patches.order.exact.products import exact_sum
+from patches.order.kernels import norm
+from patches.order.kernels.sums import row_sums, sums_of_rows, tree_of_sums
 from patches.order.tree import tree_sum
 
 EPS = 1e-5
@@ -85,13 +86,13 @@ def test_leaves_of_heads_take_tokens_in_order(heads, device):
 def test_norm_is_right_and_a_row_does_not_see_the_others(h, dtype, centered, device):
     x, dy = (torch.randn(6, 2, h).mul(2).add(0.5).to(device, dtype) for _ in range(2))
     gamma, beta = torch.randn(h).to(device, dtype), torch.randn(h).to(device, dtype) if centered else None
-    y, mean, rstd = norm_gpu.normalised(x, gamma, beta, EPS, centered)
-    dx = norm_gpu.input_gradient(dy, x, gamma, mean, rstd)
+    y, mean, rstd = norm.normalised(x, gamma, beta, EPS, centered)
+    dx = norm.input_gradient(dy, x, gamma, mean, rstd)
     for rows in (slice(0, 1), slice(1, 4)):
-        y_, mean_, rstd_ = norm_gpu.normalised(x[rows], gamma, beta, EPS, centered)
+        y_, mean_, rstd_ = norm.normalised(x[rows], gamma, beta, EPS, centered)
         assert_same_bits(y_, y[rows])
         assert_same_bits(rstd_, rstd[rows])
-        assert_same_bits(norm_gpu.input_gradient(dy[rows], x[rows], gamma, mean_, rstd_), dx[rows])
+        assert_same_bits(norm.input_gradient(dy[rows], x[rows], gamma, mean_, rstd_), dx[rows])
 
     cpu = [t.cpu().double() if t is not None else None for t in (x, dy, gamma, beta)]
     X = cpu[0].requires_grad_()
@@ -110,18 +111,19 @@ def test_norm_is_right_and_a_row_does_not_see_the_others(h, dtype, centered, dev
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gamma_gradient_multiplies_as_it_sums(dtype, centered, device):
     x, dy = torch.randn(70, 2, 40).to(device, dtype), torch.randn(70, 2, 40).to(device, dtype)
-    _, mean, rstd = norm_gpu.normalised(x, torch.ones(40, device=device), None, EPS, centered)
+    _, mean, rstd = norm.normalised(x, torch.ones(40, device=device), None, EPS, centered)
     summed = tree_of_sums(dy, 0, 8, (1,), (x, mean, rstd))
     shifted = x.cpu().float() - mean.cpu() if centered else x.cpu().float()
     assert_same_bits(summed, leaves_by_pairs(dy.cpu().float() * (shifted * rstd.cpu()), 8))
     exact = exact_sum(
-        dy.cpu().float() * norm.x_hat(x.cpu(), *norm.normalised(x.cpu(), torch.ones(40), None, EPS, centered)[1:]),
+        dy.cpu().float()
+        * exact_norm.x_hat(x.cpu(), *exact_norm.normalised(x.cpu(), torch.ones(40), None, EPS, centered)[1:]),
         (0, 1),
     )
     assert_close(summed, exact, 2.0**-18 * 140)
     heads = (dy.unflatten(2, (8, 5)), 2, 4, (0, 1))
     of_heads = x.unflatten(2, (8, 5))
-    _, mean, rstd = norm_gpu.normalised(of_heads, torch.ones(5, device=device), None, EPS, centered)
+    _, mean, rstd = norm.normalised(of_heads, torch.ones(5, device=device), None, EPS, centered)
     shifted = of_heads.cpu().float() - mean.cpu() if centered else of_heads.cpu().float()
     terms = heads[0].cpu().float() * (shifted * rstd.cpu())
     assert_same_bits(

@@ -1,8 +1,8 @@
 """The attention kernels of this machine, each really run: does a head depend on the heads beside it?
 
 At the run's own shape (on a CPU at most 128 tokens), forward and backward, with all heads and with those that other
-TP sizes see (`patches.order.heads`): Megatron's local attention, torch's scaled_dot_product_attention and Transformer
-Engine's backends, under the patches and without.
+TP sizes see (`patches.order.head_invariance`): Megatron's local attention, torch's scaled_dot_product_attention and
+Transformer Engine's backends, under the patches and without.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import patches
-from patches.order.heads import Kernel, first_dependence
+from patches.order.head_invariance import Kernel, first_dependence
 from tpcheck.config import RunConfig
 from tpcheck.doctor.machine import Finding, unless_stock
 from tpcheck.errors import TpcheckError

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patches.order.exact import rounded, sum_bounds
-from patches.order.slices import sliced_sum
+from patches.order.exact.products import rounded, sum_bounds
+from patches.order.exact.slices import sliced_sum
 
 __all__ = ["input_gradient", "normalised", "x_hat"]
 

@@ -16,11 +16,11 @@ def serve(device: torch.device) -> bool:
 
 def contract() -> dict[str, Any]:
     """What the bits of the kernels' sums depend on besides their summands, for the manifest."""
-    from patches.order import embedding_gpu, softmax_gpu
+    from patches.order.kernels import embedding, softmax
 
     return {
         "order": "adjacent pairs",
-        "chunk of exponentials": softmax_gpu.CHUNK,
-        "longest row in one chunk": softmax_gpu.SHORT,
-        "tokens added at once": embedding_gpu.BLOCK,
+        "chunk of exponentials": softmax.CHUNK,
+        "longest row in one chunk": softmax.SHORT,
+        "tokens added at once": embedding.BLOCK,
     }

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from patches.contract import UnsupportedError
 from patches.order.collectives import WAY_OUT, Pending
-from patches.order.exact import rounded
-from patches.order.pairs_gpu import on, power_of_two
-from patches.order.variant import Variant
+from patches.order.exact.products import rounded
+from patches.order.kernels.pairs import on, power_of_two
+from patches.order.kernels.variant import Variant
 
 __all__ = ["begin_reading_peers", "rounded_tree_sum", "sum_of_peers", "variants"]
 

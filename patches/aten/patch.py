@@ -1,12 +1,12 @@
-"""ATen's local kernels: see `patches.order.local` for what is covered."""
+"""ATen's local kernels: see `patches.aten.overrides` for what is covered."""
 
 from __future__ import annotations
 
 import torch
 
+from patches.aten.overrides import LocalInvariance
 from patches.contract import Contract, UnsupportedError
 from patches.order import products
-from patches.order.local import LocalInvariance
 from patches.registry import Patch, Undo
 
 __all__ = ["PATCHES"]

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patches.order.pairs_gpu import LAUNCH, TYPES, on, variant, widened
-from patches.order.variant import Variant
+from patches.order.kernels.pairs import LAUNCH, TYPES, on, variant, widened
+from patches.order.kernels.variant import Variant
 
 __all__ = ["root", "squares", "variants"]
 

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patches.order import kernels
-from patches.order.elementwise import without_tail
-from patches.order.exact import OPERANDS, rounded, rounded_sum
+from patches.aten.elementwise import without_tail
+from patches.order.exact.products import OPERANDS, rounded, rounded_sum
+from patches.order.kernels import provenance
 from patches.order.products import product
 from patches.order.sums import row_sums
 
@@ -215,7 +215,7 @@ def _mean_dim(
 
 def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
     dtype = torch.float32 if half_to_float else x.dtype
-    if kernels.serve(x.device):
+    if provenance.serve(x.device):
         return _softmax_kernels().softmax(x, dim, dtype)
     weights = torch.exp(x.float() - x.float().amax(dim, keepdim=True))
     return (weights / rounded_sum(weights, dim, keepdim=True)).to(dtype)
@@ -223,30 +223,30 @@ def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
 
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
     dtype = torch.float32 if half_to_float else x.dtype
-    if kernels.serve(x.device):
+    if provenance.serve(x.device):
         return _softmax_kernels().softmax(x, dim, dtype, log=True)
     shifted = x.float() - x.float().amax(dim, keepdim=True)
     return (shifted - torch.log(rounded_sum(torch.exp(shifted), dim, keepdim=True))).to(dtype)
 
 
 def _softmax_backward(grad: Tensor, y: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
-    if kernels.serve(y.device):
+    if provenance.serve(y.device):
         return _softmax_kernels().softmax_gradient(grad, y, dim, input_dtype)
     weighted = grad.float() * y.float()
     return (weighted - y.float() * rounded_sum(weighted, dim, keepdim=True)).to(input_dtype)
 
 
 def _log_softmax_backward(grad: Tensor, y: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
-    if kernels.serve(y.device):
+    if provenance.serve(y.device):
         return _softmax_kernels().softmax_gradient(grad, y, dim, input_dtype, log=True)
     total = rounded_sum(grad, dim, keepdim=True)
     return (grad.float() - torch.exp(y.float()) * total).to(input_dtype)
 
 
 def _softmax_kernels() -> Any:
-    from patches.order import softmax_gpu
+    from patches.order.kernels import softmax
 
-    return softmax_gpu
+    return softmax
 
 
 PRODUCTS: dict[str, Kernel] = {

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patches.order.pairs_gpu import LAUNCH, narrowed, on, pairs, power_of_two, variant, widened
-from patches.order.variant import Variant
+from patches.order.kernels.pairs import LAUNCH, narrowed, on, pairs, power_of_two, variant, widened
+from patches.order.kernels.variant import Variant
 
 __all__ = ["input_gradient", "normalised", "variants"]
 

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patches.order.pairs_gpu import LAUNCH, on, pairs, pairs_of_rows, power_of_two, variant, widened
+from patches.order.kernels.pairs import LAUNCH, on, pairs, pairs_of_rows, power_of_two, variant, widened
+from patches.order.kernels.variant import Variant
 from patches.order.tree import cuts, tree_sum
-from patches.order.variant import Variant
 
 __all__ = ["Normed", "row_sums", "sums_of_rows", "tree_of_sums", "variants"]
 

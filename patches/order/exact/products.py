@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from patches.order.brackets import UNIT, bracketed_product
-from patches.order.slices import FLOAT64_BITS, rounded, sliced_sum
+from patches.order.exact.brackets import UNIT, bracketed_product
+from patches.order.exact.slices import FLOAT64_BITS, rounded, sliced_sum
 
 __all__ = ["exact_product", "exact_sum", "pieces", "rounded", "rounded_sum", "sum_bounds", "sum_of_squares"]
 

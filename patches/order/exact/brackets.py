@@ -25,7 +25,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from patches.order.slices import FLOAT64_BITS, log2_ceil, matmul, on_grid, product_bits, rounded, sliced_product
+from patches.order.exact.slices import FLOAT64_BITS, log2_ceil, matmul, on_grid, product_bits, rounded, sliced_product
 
 __all__ = ["AT_ONCE", "bracketed_product"]
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patches.order.variant import Variant
+from patches.order.kernels.variant import Variant
 
 __all__ = [
     "LAUNCH",
@@ -75,7 +75,7 @@ def widened(x):
 @triton.jit
 def narrowed(x, DTYPE: tl.constexpr):
     """float32 `x` rounded to nearest, ties to even; the interpreter cuts bfloat16 off instead."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.int32, bitcast=True)
         upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         narrow = tl.where(x == x, upper, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)

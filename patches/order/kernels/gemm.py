@@ -19,10 +19,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from patches.contract import UnsupportedError
-from patches.order.gemm_kernel import COUNTS, kernel
-from patches.order.pairs_gpu import on
+from patches.order.kernels.gemm_kernel import COUNTS, kernel
+from patches.order.kernels.pairs import on
+from patches.order.kernels.variant import Variant
 from patches.order.tree import cuts, tree_sum
-from patches.order.variant import Variant
 
 __all__ = ["check", "contract", "product", "variants"]
 
@@ -98,7 +98,7 @@ def contract() -> dict[str, object]:
     """What the bits depend on besides the operands, for the manifest."""
     here = torch.cuda.is_available() and not INTERPRETED
     return {
-        "kernel": "patches.order.gemm_gpu",
+        "kernel": "patches.order.kernels.gemm",
         "revision": 1,
         "triton": triton.__version__,
         "family": f"sm_{_family(torch.device('cuda'))}" if here else None,

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patches.order.pairs_gpu import LAUNCH, contiguous_rows, narrowed, on, pairs, power_of_two, variant, widened
-from patches.order.sums_gpu import sums_of_rows
-from patches.order.variant import Variant
+from patches.order.kernels.pairs import LAUNCH, contiguous_rows, narrowed, on, pairs, power_of_two, variant, widened
+from patches.order.kernels.sums import sums_of_rows
+from patches.order.kernels.variant import Variant
 
 __all__ = ["exponentials", "joined", "logits_gradient", "softmax", "softmax_gradient", "variants"]
 

@@ -71,18 +71,18 @@ demo: $(READY)
 
 test: $(READY) test-megatron test-te
 	@echo "==> tests"
-	@$(PYTEST) --ignore tests/kernels
+	@$(PYTEST) --ignore tests/patches/kernels
 
 colon = $(subst $() ,:,$(strip $(1)))
 
 test-megatron: $(MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%) $(NEWER_MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%)
 	@echo "==> call sites in megatron-core $(NEWER_MEGATRON_VERSIONS)"
 	@MEGATRON_SOURCES=$(call colon,$(NEWER_MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%)) \
-	    $(BIN)/python -m pytest -q -W ignore tests/test_call_sites.py
+	    $(BIN)/python -m pytest -q -W ignore tests/patches/test_call_sites.py
 	@for version in $(MEGATRON_VERSIONS); do \
 	    echo "==> the patches on megatron-core $$version"; \
-	    PYTHONPATH=$(VENV)/megatron-core-$$version $(PYTEST) -q -W ignore tests/test_megatron.py \
-	        tests/test_patches.py tests/test_initial_weights.py tests/test_fully_reshardable.py \
+	    PYTHONPATH=$(VENV)/megatron-core-$$version $(PYTEST) -q -W ignore tests/patches/megatron/test_training.py \
+	        tests/patches/test_patches.py tests/patches/megatron/test_initial_weights.py tests/patches/megatron/test_fully_reshardable.py \
 	        -k "under_tree and (qwen3 or distributed or initialised) or very_object or weights or saved" || exit 1; \
 	done
 
@@ -98,39 +98,39 @@ test-megatron-lm: $(VENV)/megatron-lm
 	@echo "==> Megatron-LM's own pretrain_gpt.py in $(MEGATRON_LM)"
 	@PATH="$$($(BIN)/python -c 'import sys; print(sys.base_prefix)')/bin:$$PATH" OMP_NUM_THREADS=1 \
 	    MEGATRON_LM=$(abspath $(MEGATRON_LM)) PYTHONPATH=$(abspath $(MEGATRON_LM)):$(abspath $<) \
-	    $(BIN)/python -m pytest -q -W ignore tests/test_megatron_lm.py
+	    $(BIN)/python -m pytest -q -W ignore tests/megatron_lm/test_megatron_lm.py
 
-$(VENV)/megatron-lm: $(READY) tests/megatron_lm.txt
+$(VENV)/megatron-lm: $(READY) tests/megatron_lm/requirements.txt
 	@echo "==> installing what Megatron-LM's scripts import beside the rest"
 	@rm -rf $@
-	@$(PIP) install --no-deps --target $@ -r tests/megatron_lm.txt
+	@$(PIP) install --no-deps --target $@ -r tests/megatron_lm/requirements.txt
 	@echo "import typing, typing_extensions; typing.override = typing_extensions.override  # 0.19, before Python 3.12" \
 	    > $@/sitecustomize.py
 
-# TE's wheel holds its Python code alone; tests/te_cpu stands in for the compiled part.
+# TE's wheel holds its Python code alone; tests/support/te_cpu stands in for the compiled part.
 test-te: $(TE_VERSIONS:%=$(VENV)/te-%)
 	@for version in $(TE_VERSIONS); do \
 	    echo "==> whole models and refusals on Transformer Engine $$version"; \
-	    PYTHONPATH=$(VENV)/te-$$version $(PYTEST) -q -W ignore tests/test_te_megatron.py \
-	        tests/test_te_attention.py tests/test_te_refusals.py || exit 1; \
+	    PYTHONPATH=$(VENV)/te-$$version $(PYTEST) -q -W ignore tests/patches/te/test_megatron.py \
+	        tests/patches/te/test_attention.py tests/patches/te/test_refusals.py || exit 1; \
 	done
 	@for version in $(firstword $(TE_VERSIONS)) $(lastword $(TE_VERSIONS)); do \
 	    echo "==> modules on Transformer Engine $$version"; \
-	    PYTHONPATH=$(VENV)/te-$$version $(BIN)/python -m pytest -q -W ignore tests/test_te_modules.py || exit 1; \
+	    PYTHONPATH=$(VENV)/te-$$version $(BIN)/python -m pytest -q -W ignore tests/patches/te/test_modules.py || exit 1; \
 	done
 	@echo "==> each patch left out, and the trainer, on Transformer Engine $(lastword $(TE_VERSIONS))"
-	@PYTHONPATH=$(VENV)/te-$(lastword $(TE_VERSIONS)) $(PYTEST) -q -W ignore tests/test_te_ablation.py \
-	    tests/test_te_train.py tests/test_te_trace.py
+	@PYTHONPATH=$(VENV)/te-$(lastword $(TE_VERSIONS)) $(PYTEST) -q -W ignore tests/patches/te/test_ablation.py \
+	    tests/patches/te/test_train.py tests/patches/te/test_trace.py
 
 # Each rank of every test counts; forwards that the patches replace run in the stock tests.
 te-coverage: $(VENV)/te-$(lastword $(TE_VERSIONS))
 	@echo "==> coverage of Transformer Engine $(lastword $(TE_VERSIONS))"
-	@PYTHONPATH=$< $(BIN)/coverage run -m pytest -q -W ignore tests/test_te_modules.py tests/test_te_megatron.py
+	@PYTHONPATH=$< $(BIN)/coverage run -m pytest -q -W ignore tests/patches/te/test_modules.py tests/patches/te/test_megatron.py
 	@$(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
 # No $(VENV): a GPU's torch and Transformer Engine belong to the environment they came with.
 gpu:
-	@$(PYTHON) tests/gpu.py --wheels $(WHEELS) --results $(GPU_RESULTS)
+	@$(PYTHON) -m tests.gpu.suite --wheels $(WHEELS) --results $(GPU_RESULTS)
 
 # For the Python of GPU machines, whatever runs here; pip takes a platform by its exact name.
 wheels:
@@ -139,7 +139,7 @@ wheels:
 	@$(PYTHON) -m pip --disable-pip-version-check --quiet --quiet download --no-deps --only-binary=:all: \
 	    --python-version $(WHEELS_PYTHON) --implementation cp \
 	    $(foreach libc,28 27 24 17 12 5,--platform manylinux_2_$(libc)_x86_64) --platform manylinux2014_x86_64 \
-	    -d $(WHEELS) -c constraints.txt -r tests/gpu.txt
+	    -d $(WHEELS) -c constraints.txt -r tests/gpu/requirements.txt
 	@du -sh $(WHEELS)
 
 $(VENV)/te-%: $(READY)
@@ -149,9 +149,9 @@ $(VENV)/te-%: $(READY)
 
 test-kernels: $(VENV)/triton-$(TRITON_VERSION)
 	@echo "==> GPU kernels in the interpreter of Triton $(TRITON_VERSION)"
-	@PYTHONPATH=$< $(PYTEST) -q -W ignore tests/kernels
+	@PYTHONPATH=$< $(PYTEST) -q -W ignore tests/patches/kernels
 	@echo "==> GPU kernels compiled for sm_90 and sm_100"
-	@PYTHONPATH=$< $(BIN)/python tests/static_kernels.py
+	@PYTHONPATH=$< $(BIN)/python -m tests.patches.kernels.static_kernels
 
 $(VENV)/triton-%: $(READY)
 	@echo "==> unpacking Triton $*"
@@ -160,16 +160,16 @@ $(VENV)/triton-%: $(READY)
 
 test-slurm: $(READY)
 	@echo "==> sweeps on a real Slurm, and what can happen to them"
-	@$(BIN)/python -m pytest -m slurm --durations=15 tests/on_slurm
+	@$(BIN)/python -m pytest -m slurm --durations=15 tests/slurm/real
 
 test-frameworks: $(VENV)/frameworks
 	@echo "==> traces of Hugging Face models and DeepSpeed"
-	@DS_ACCELERATOR=cpu PYTHONPATH=$< $(PYTEST) -q -W ignore tests/test_trace_hugging_face.py tests/test_trace_deepspeed.py
+	@DS_ACCELERATOR=cpu PYTHONPATH=$< $(PYTEST) -q -W ignore tests/trace/test_hugging_face.py tests/trace/test_deepspeed.py
 
-$(VENV)/frameworks: $(READY) tests/frameworks.txt
+$(VENV)/frameworks: $(READY) tests/trace/frameworks.txt
 	@echo "==> installing transformers and DeepSpeed beside the rest"
 	@rm -rf $@
-	@$(PIP) install --no-deps --target $@ -r tests/frameworks.txt
+	@$(PIP) install --no-deps --target $@ -r tests/trace/frameworks.txt
 	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu PYTHONPATH=$@ \
 	    $(PIP) install --no-deps --no-build-isolation --target $@ deepspeed==0.19.8
 
@@ -183,11 +183,11 @@ lint: $(READY)
 
 bench: $(READY)
 	@echo "==> benchmarks"
-	@$(BIN)/python tests/bench.py
+	@$(BIN)/python -m tests.bench
 
 silent-bugs: $(READY)
 	@echo "==> silent bugs: minutes; writes results/silent_bugs"
-	@cd tests && PYTHONPATH=.. OMP_NUM_THREADS=1 $(abspath $(BIN))/python -W ignore -m silent_bugs
+	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.silent_bugs
 
 clean:
 	@echo "==> removing caches and results/qwen3-tiny-cpu"

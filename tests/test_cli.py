@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch_dist import save
 
 import tpcheck
+from tests.support.torch_dist import save
 from tpcheck import cli
 from tpcheck.checkpoint import digest
 from tpcheck.cli import main

@@ -7,8 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from silent_bugs import CASES
-from silent_bugs.benchmark import Answer, Benchmark, table, to_json
+from tests.silent_bugs import CASES
+from tests.silent_bugs.benchmark import Answer, Benchmark, table, to_json
 
 RESULTS = Path(__file__).parents[2] / "results" / "silent_bugs"
 

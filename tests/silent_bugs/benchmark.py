@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from silent_bugs.case import QWEN3, Bug, Clean
+from tests.silent_bugs.case import QWEN3, Bug, Clean
 from tpcheck.config import parse_run
 from tpcheck.run.launch import launch
 from tpcheck.trace.compare.command import EXIT_CODES, compare

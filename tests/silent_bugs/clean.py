@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from silent_bugs.case import GPT2, QWEN3, Clean
+from tests.silent_bugs.case import GPT2, QWEN3, Clean
 
 __all__ = ["CLEAN"]
 

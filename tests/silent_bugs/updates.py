@@ -13,7 +13,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.tensor_parallel import random as mcore_random
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
-from silent_bugs.case import GPT2, QWEN3, around, bug, replaced, tp_rank
+from tests.silent_bugs.case import GPT2, QWEN3, around, bug, replaced, tp_rank
 from tpcheck.run import train
 
 TP2, DP2 = {"tp": 2}, {"dp": 2}

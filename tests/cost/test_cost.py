@@ -1,0 +1,226 @@
+"""The cost on paper against what a step really does: products, bytes and buffers counted on gloo ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from patches.megatron.first_step import require_agreement
+from patches.ops.sharded import Shards
+from patches.order import products, tree
+from tests.support.ranks import on_ranks
+from tpcheck.cli import main
+from tpcheck.config import RunConfig, parse_run
+from tpcheck.cost.terms import LEGEND, STRATEGIES, step, symbols, total
+from tpcheck.run.model import build_model, build_optimizer, train_step
+from tpcheck.run.train import enable_patches
+
+QWEN3 = {"preset": "qwen3-tiny", "num_layers": 2, "hidden_size": 48, "head_dim": 8, "num_query_groups": 4,
+         "ffn_hidden_size": 40}  # fmt: skip
+SHARED_KV = {**QWEN3, "num_query_groups": 2}
+GPT2 = {"preset": "gpt2-124m", "num_layers": 1, "hidden_size": 48, "head_dim": 4, "num_attention_heads": 8,
+        "num_query_groups": 8, "ffn_hidden_size": 40, "vocab_size": 200, "max_positions": 32}  # fmt: skip
+B8 = {"model": "qwen3-8b", "strategy": "stock", "seq_length": 4096, "micro_batch_size": 1, "global_batch_size": 1}
+SCALARS = 5  # elements of the gradient norm and of flags, which the account leaves out
+# Bytes that a rank sends, as multiples of (size - 1) / size of the whole tensor's.
+VOLUMES = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "alltoall_base_": 1}
+
+
+@dataclass
+class Counts:
+    flops: int = 0
+    bytes: float = 0.0
+    buffers: int = 0  # the most bytes held for one sum over ranks
+    held: int | None = None  # bytes held for the one under way
+
+
+class Counting(TorchDispatchMode):
+    """Counts what every collective sends and, in a stock run, ATen's products."""
+
+    def __init__(self, counts: Counts, strategy: str) -> None:
+        super().__init__()
+        self.counts, self.products, self.tree = counts, strategy == "stock", strategy == "tree"
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, name = function._schema.name.split("::")
+        if namespace == "c10d":
+            self._collective(name, args)
+        elif self.products and name in ("mm", "bmm", "addmm", "baddbmm"):
+            count_product(self.counts, *args[name.startswith(("add", "badd")) :][:2])
+        return function(*args, **(kwargs or {}))
+
+    def _collective(self, name: str, args: Any) -> None:
+        tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg]) if isinstance(t, torch.Tensor)]
+        group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
+        whole = max(tensor.nbytes for tensor in tensors)
+        if group.size() == 1 or max(tensor.numel() for tensor in tensors) <= SCALARS:
+            return
+        assert name in VOLUMES, f"a collective that the account does not know: {name}"
+        self.counts.bytes += VOLUMES[name] * (group.size() - 1) / group.size() * whole
+        if self.counts.held is not None and name != "allreduce_":
+            if name == "alltoall_base_":  # roots sent and received; an all-gather brings the result
+                self.counts.held += 2 * whole
+            elif not self.tree:
+                self.counts.held += whole
+
+
+def count_product(counts: Counts, a: torch.Tensor, b: torch.Tensor) -> None:
+    counts.flops += 2 * a.numel() * b.shape[-1]
+
+
+def counted(config: RunConfig) -> Counts:
+    """One training step of megatron-core's own model on this rank."""
+    enable_patches(config)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tp)
+    _, pieces = build_model(config)
+    optimizer = build_optimizer(config, pieces)
+    counts = Counts()
+    if config.strategy != "stock":
+        count_patches(counts)
+        require_agreement(pieces, parallel_state.get_tensor_model_parallel_group())  # no part of any later step
+    tokens = torch.randint(0, config.model.vocab_size, (config.micro_batch_size, config.seq_length + 1))
+    with Counting(counts, config.strategy):
+        train_step(config, pieces, optimizer, [tokens] * config.microbatches)
+    return counts
+
+
+def count_patches(counts: Counts) -> None:
+    """Count every leaf product, and what is held during one sharded sum."""
+
+    def product_of(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(a: torch.Tensor, b: torch.Tensor, *dtype: torch.dtype) -> Any:
+            count_product(counts, a, b)
+            return original(a, b, *dtype)
+
+        return call
+
+    def with_buffers(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts.held = 0
+            result = original(*args, **kwargs)
+            counts.buffers, counts.held = max(counts.buffers, counts.held), None
+            return result
+
+        return call
+
+    products.exact_product = tree.exact_product = product_of(tree.exact_product)
+    for name in ("begin_product", "total"):
+        setattr(Shards, name, with_buffers(getattr(Shards, name)))
+
+
+def run(strategy: str, tp: int, sp: bool = False, **settings: Any) -> RunConfig:
+    defaults = {"model": QWEN3, "seq_length": 16, "micro_batch_size": 2, "global_batch_size": 4}
+    return parse_run(defaults | {"strategy": strategy, "tp": tp, "sequence_parallel": sp} | settings)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "tp1": {"tp": 1},
+    "fp32": {"tp": 2, "dtype": "fp32"},
+    "sp-recompute": {"tp": 4, "sp": True, "recompute": True},
+    "gpt2": {"tp": 4, "model": GPT2},
+    "gpt2-sp": {"tp": 4, "sp": True, "model": GPT2},
+    "shared-kv": {"tp": 4, "model": SHARED_KV},
+    "shared-kv-sp": {"tp": 4, "sp": True, "model": SHARED_KV},
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_step_does_what_the_formulas_say(case, strategy):
+    config = run(strategy, **case)
+    terms = step(config)
+    for counts in on_ranks(config.tp, counted, config):
+        assert counts.flops == pytest.approx(total(terms, "flops", strategy), abs=0.5)
+        assert counts.bytes == pytest.approx(total(terms, "bytes", strategy), abs=0.5)
+        assert counts.buffers == total(terms, "memory", strategy)
+
+
+def test_gather_multiplies_a_third_of_the_layers_products_on_every_rank() -> None:
+    """The reference design's 3.3 times at TP=8: of a layer's three products one is a sharded sum."""
+    terms = [term for term in step(parse_run(B8 | {"tp": 8})) if "attention" not in term.what]
+    assert total(terms, "flops", "gather") / total(terms, "flops", "stock") == pytest.approx((2 + 8) / 3)
+    assert total(terms, "flops", "tree") == total(terms, "flops", "stock")
+
+
+def test_flops_of_a_step_are_those_of_six_per_parameter_and_token() -> None:
+    terms = [term for term in step(parse_run(B8)) if "attention" not in term.what]
+    multiplied = 8.19e9 - 151936 * 4096  # the embedding is looked up
+    assert total(terms, "flops", "stock") == pytest.approx(6 * multiplied * 4096, rel=1e-3)
+
+
+def test_every_symbol_of_a_formula_is_explained() -> None:
+    formulas = " ".join(term.formula for tp in (1, 8) for term in step(parse_run(B8 | {"tp": tp})))
+    assert set(re.findall(r"[^\W\d]", formulas)) <= set(LEGEND) == set(symbols(parse_run(B8)))
+
+
+def test_command_prints_every_formula_and_what_it_gives(capsys: Any) -> None:
+    assert main(["cost", "qwen3-8b", "--tp", "8", "--gpu", "h100"]) == 0
+    text = capsys.readouterr().out
+    for term in step(parse_run(B8 | {"tp": 8})):
+        assert term.formula in text
+    assert "datasheet" in text and "t=8" in text
+    assert "NVLink joins" not in text
+
+
+@pytest.mark.parametrize("tp", ("1", "16"))
+def test_columns_stand_below_their_heading_within_120_columns(tp: str, capsys: Any) -> None:
+    assert main(["cost", "qwen3-8b", "--tp", tp, "--sp"]) == 0
+    text = capsys.readouterr().out
+    headings = [line for line in text.splitlines() if "gather     tree" in line]
+    assert len(headings) == 4 and len({line.index("tree") for line in headings}) == 1
+    assert not any(unicodedata.combining(letter) for letter in text)
+    assert max(map(len, text.splitlines())) <= 120
+    assert ("NVLink joins the 8 GPUs of a board; between boards TP=16 is slower" in text) == (tp == "16")
+
+
+def test_command_answers_in_json(capsys: Any) -> None:
+    assert main(["cost", "qwen3-8b", "--tp", "8", "--gpu", "b200", "--seq", "2048", "--sp", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    config = parse_run(B8 | {"tp": 8, "seq_length": 2048, "sequence_parallel": True})
+    assert answer["terms"] == [
+        dataclasses.asdict(term) | {"strategies": list(term.strategies)} for term in step(config)
+    ]
+    tree = answer["totals"]["tree"]
+    assert tree["flops"] == total(step(config), "flops", "tree")
+    assert tree["flops_ms"] == pytest.approx(tree["flops"] / 2250e12 * 1e3)
+    assert tree["bytes_ms"] == pytest.approx(tree["bytes"] / 900e9 * 1e3)
+
+
+def test_stages_of_a_model_are_not_counted(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: qwen3-8b\npp: 2\n")
+    assert main(["cost", str(path)]) == 2
+    assert "a whole model's cost is counted, not that of pp=2 stages of one: use pp=1" in capsys.readouterr().err
+
+
+def test_command_takes_a_run_file(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: qwen3-0.6b\ntp: 2\nrecompute: true\nseq_length: 1024\n")
+    assert main(["cost", str(path), "--micro-batch", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["symbols"]
+    assert (found["t"], found["r"], found["T"], found["n"]) == (2, 2, 1024, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["qwen4"], "qwen4: neither a preset (qwen3-tiny, qwen3-0.6b, qwen3-8b, gpt2-124m) nor a run file"),
+        (["qwen3-8b", "--tp", "3"], "tp=3 does not divide num_attention_heads=32"),
+        (["qwen3-8b", "--gpu", "v100"], "'v100' is not one of"),
+    ],
+)
+def test_bad_input_is_answered_with_what_is_allowed(arguments, message, capsys):
+    assert main(["cost", *arguments]) == 2
+    assert message in capsys.readouterr().err

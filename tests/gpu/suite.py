@@ -1,0 +1,162 @@
+"""Everything that needs a GPU, in one command without network and within ten minutes: `make gpu`.
+
+Missing modules come from wheels that `make wheels` fetched elsewhere. Then, each with a time-out of its own, so that
+one that fails or hangs does not cost the others' results:
+
+    doctor    tpcheck doctor: what is here, and which attention kernels compute each head by itself
+    kernels   tests/patches/kernels, compiled instead of interpreted
+    tests     what is marked `gpu`
+    bench     bench_gpu.py
+
+Logs, bench.json, bench.md and summary.json go to a folder named after the device. Imports nothing but Python's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from tests.support import ROOT
+
+TESTS = ROOT / "tests"
+KERNELS = TESTS / "patches" / "kernels"
+NEEDED = """
+    blake3 click cloudpickle hypothesis megatron.core packaging psutil pydantic pytest pytest_timeout rich safetensors
+    submitit xdist yaml
+""".split()
+MARGIN = 20  # seconds that a part has to end by itself, and to be ended
+WORKERS = 6  # share the GPU; most of the time goes to compiling
+SHARES = {"doctor": 0.1, "kernels": 0.25, "tests": 0.3, "bench": 0.35}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "results" / "gpu")
+    parser.add_argument("--wheels", type=Path, default=ROOT / "wheels")
+    parser.add_argument("--site", type=Path, default=ROOT / "build" / "gpu-site", help="where wheels are installed")
+    parser.add_argument("--seconds", type=float, default=570, help="of everything together")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal at tiny shapes")
+    parser.add_argument("--only", choices=list(SHARES), action="append", help="these parts alone")
+    options = parser.parse_args()
+    began = time.monotonic()
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    environment["PYTHONPATH"] = _path(ROOT, os.environ.get("PYTHONPATH"))
+    if find_missing():
+        environment["PYTHONPATH"] = _path(install(options.wheels, options.site), environment["PYTHONPATH"])
+    folder = options.results / device_name(options.device, environment)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [name for name in SHARES if not options.only or name in options.only]
+    outcomes: dict[str, dict[str, object]] = {}
+    for i, name in enumerate(parts):
+        left = began + options.seconds - time.monotonic()
+        seconds = max(30.0, left * SHARES[name] / sum(SHARES[later] for later in parts[i:]))
+        outcomes[name] = run_part(name, options.device, folder, seconds, environment)
+        (folder / "summary.json").write_text(json.dumps(outcomes, indent=1) + "\n")
+    for name, outcome in outcomes.items():
+        print(f"==> {name}: {outcome['outcome']} after {outcome['seconds']:.0f} s")
+    print(f"==> results in {folder}, {time.monotonic() - began:.0f} s in all")
+    return 0 if all(outcome["outcome"] == "passed" for outcome in outcomes.values()) else 1
+
+
+def find_missing() -> list[str]:
+    return [module for module in NEEDED if not _is_there(module)]
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package that it lies in
+        return False
+
+
+def install(wheels: Path, site: Path) -> Path:
+    """All wheels, since some fit only each other, into `site`, which goes before what the machine has."""
+    if not any(wheels.glob("*.whl")):
+        raise SystemExit(
+            f"missing: {', '.join(find_missing())}; no wheels in {wheels}: run make wheels where there is a network"
+        )
+    print(f"==> missing: {', '.join(find_missing())}; installing {wheels} into {site}", flush=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps"]
+    subprocess.run([*pip, "--no-compile", "--upgrade", "--target", site, *sorted(wheels.glob("*.whl"))], check=True)
+    return site
+
+
+def device_name(device: str, environment: dict[str, str]) -> str:
+    """A folder's name: nvidia-h200. Asked of another process: a GPU is not touched in this one."""
+    if device == "cpu":
+        return "cpu"
+    code = "import torch; print(torch.cuda.get_device_name())"
+    asked = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if asked.returncode:
+        raise SystemExit(f"torch sees no GPU here: {asked.stderr.strip().splitlines()[-1]}")
+    return re.sub(r"[^a-z0-9]+", "-", asked.stdout.strip().lower()).strip("-")
+
+
+def command(name: str, device: str, folder: Path, seconds: float) -> list[str]:
+    if name == "doctor":
+        shape = ["qwen3-8b", "seq_length=4096", "micro_batch_size=1", "global_batch_size=1"]
+        return [sys.executable, "-m", "tpcheck", "doctor", *(shape if device == "cuda" else ["qwen3-tiny"])]
+    pytest = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--timeout={seconds:.0f}",
+        "--durations=10",
+    ]
+    junit = [f"--junitxml={folder / name}.xml"]
+    if device == "cuda":
+        pytest += ["-n", str(WORKERS), "--dist", "worksteal"]
+    if name == "kernels":
+        return [*pytest, *junit, str(KERNELS)]
+    if name == "tests":
+        marked = "gpu" if device == "cuda" else "not gpu and not slow"
+        return [*pytest, *junit, "-m", marked, *map(str, sorted(TESTS.rglob("test_gpu.py")))]
+    bench = [sys.executable, "-m", "tests.gpu.bench", "--device", device, "--out", str(folder)]
+    return [*bench, "--seconds", f"{seconds - MARGIN:.0f}"]
+
+
+def run_part(name: str, device: str, folder: Path, seconds: float, environment: dict[str, str]) -> dict[str, object]:
+    """Run one part, on the screen and into its log; whatever is left of it when time is up is killed."""
+    if name == "kernels" and not KERNELS.is_dir():
+        return {"outcome": "missing", "seconds": 0.0}
+    print(f"==> {name}, at most {seconds:.0f} s", flush=True)
+    began = time.monotonic()
+    with (folder / f"{name}.log").open("w") as log:
+        called = command(name, device, folder, seconds)
+        process = subprocess.Popen(called, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            status = process.wait(seconds)
+            outcome = "passed" if status == 0 else f"failed with status {status}"
+        except subprocess.TimeoutExpired:
+            outcome = f"killed after {seconds:.0f} s"
+        finally:
+            _kill(process)
+    print((folder / f"{name}.log").read_text(errors="replace")[-6000:], flush=True)
+    return {"outcome": outcome, "seconds": time.monotonic() - began}
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """The part and the ranks that it started: they are one session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _path(first: Path, rest: str | None) -> str:
+    return os.pathsep.join([str(first), *([rest] if rest else [])])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

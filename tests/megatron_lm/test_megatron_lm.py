@@ -1,0 +1,110 @@
+"""Megatron-LM's own pretrain_gpt.py, unmodified, on a checkout: `make test-megatron-lm MEGATRON_LM=path`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import pytest
+
+from tests.megatron_lm.runs import Case, Ended, cases, run_script
+from tpcheck.checkpoint.digest import digest_checkpoint
+
+CHECKOUT = Path(os.environ.get("MEGATRON_LM", ""))
+STOCK = "--no-persist-layer-norm --no-masked-softmax-fusion"  # what Megatron's own layers want without CUDA and Apex
+STEPS = re.compile(r"lm loss: (\S+) .*grad norm: (\S+)")
+
+pytestmark = [
+    pytest.mark.skipif(
+        not os.environ.get("MEGATRON_LM"), reason="MEGATRON_LM names no checkout: make test-megatron-lm"
+    ),
+    pytest.mark.timeout(1800),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported() -> None:
+    """What every rank would import by itself, once."""
+    assert Path(megatron.core.__file__).is_relative_to(CHECKOUT), "another megatron-core comes first on the path"
+    importlib.import_module("megatron.training.training")
+
+
+def trained(folder: Path, tp: int, flags: str, options: str = "", dp: int = 1) -> dict[str, Any]:
+    """Losses and gradient norms as printed, and the digests of the checkpoint at the end."""
+    save = f"--save {folder} --save-interval 1000 --ckpt-format torch_dist"
+    done = run_script(CHECKOUT / "pretrain_gpt.py", tp, f"{flags} {save}", dp, options)
+    assert done.code == 0, done.out[-4000:]
+    (last,) = (path for path in folder.iterdir() if path.name.startswith("iter_"))
+    digests = digest_checkpoint(last)
+    return {"steps": STEPS.findall(done.out), "model": digests.model, "optimizer": digests.optimizer}
+
+
+def ids(case: Case) -> str:
+    return case.flags or "defaults"
+
+
+def applicable(case: Case) -> None:
+    from packaging.specifiers import SpecifierSet
+
+    if case.versions and not SpecifierSet(case.versions).contains(megatron.core.__version__, prereleases=True):
+        pytest.skip(f"for megatron-core {case.versions}")
+
+
+@pytest.mark.parametrize("case", cases("same"), ids=ids)
+def test_bits_are_the_same_at_every_tp(case: Case, tmp_path: Path) -> None:
+    applicable(case)
+    flags = case.all_flags
+    one = trained(tmp_path / "1", 1, flags)
+    assert len(one["steps"]) >= 3
+    for tp in (tp for tp in case.tp if tp > 1):
+        assert trained(tmp_path / str(tp), tp, flags) == one
+    if "--pipeline-model-parallel-size" in flags:
+        alone = re.sub(r"--(pipeline-model-parallel-size|num-layers-per-virtual-pipeline-stage) \d", "", flags)
+        assert trained(tmp_path / "whole", 1, alone) == one
+
+
+def test_bits_are_the_same_under_gather(tmp_path: Path) -> None:
+    one, two = (trained(tmp_path / str(tp), tp, "", "--strategy gather") for tp in (1, 2))
+    assert one == two
+
+
+def test_bits_of_stock_differ(tmp_path: Path) -> None:
+    one, two = (trained(tmp_path / str(tp), tp, STOCK, "--strategy stock") for tp in (1, 2))
+    assert one["steps"] != two["steps"] and one["model"] != two["model"]
+
+
+def test_a_run_goes_on_at_another_tp_with_the_bits_of_one_that_never_stopped(tmp_path: Path) -> None:
+    through = trained(tmp_path / "through", 1, "--train-iters 5 --lr-decay-iters 5")
+    first = run_script(
+        CHECKOUT / "pretrain_gpt.py",
+        1,
+        f"--train-iters 5 --lr-decay-iters 5 --exit-interval 3 --save {tmp_path / 'first'} --save-interval 3",
+    )
+    assert first.code == 0, first.out[-4000:]
+    resumed = trained(tmp_path / "resumed", 2, f"--train-iters 5 --lr-decay-iters 5 --load {tmp_path / 'first'}")
+    # Megatron-LM prints the mean loss of a resumed run's first two steps at its second: its norm tells.
+    assert resumed["steps"][0] == through["steps"][3] and resumed["steps"][1][1] == through["steps"][4][1]
+    assert (resumed["model"], resumed["optimizer"]) == (through["model"], through["optimizer"])
+
+
+def refusal(case: Case) -> Ended:
+    applicable(case)
+    return run_script(CHECKOUT / "pretrain_gpt.py", max(case.tp), case.all_flags, case.dp, "", case.connections)
+
+
+@pytest.mark.parametrize("case", cases("refused"), ids=ids)
+def test_what_is_not_covered_is_refused_in_one_line(case: Case) -> None:
+    done = refusal(case)
+    lines = [line for line in done.out.splitlines() if line.startswith("python -m patches: ")]
+    assert done.code == 2 and len(lines) == 1 and case.says in lines[0], done.out[-4000:]
+    assert "Traceback" not in done.out
+
+
+@pytest.mark.parametrize("case", cases("megatron"), ids=ids)
+def test_what_megatron_itself_demands_is_its_own_error(case: Case) -> None:
+    done = refusal(case)
+    assert done.code == 1 and case.says in done.out and "python -m patches: " not in done.out, done.out[-4000:]

@@ -1,0 +1,105 @@
+"""Whole layers on the kernels, on gloo ranks in the interpreter: right, and the same bits at every TP size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("triton", reason="Triton is not on the path: make test-kernels")
+if torch.cuda.is_available():
+    pytest.skip("these ranks hold CPU tensors, which only the interpreter takes", allow_module_level=True)
+
+from patches.aten.overrides import LocalInvariance
+from patches.aten.patch import _refuse
+from patches.contract import Contract
+from patches.ops.embedding import embedding
+from patches.ops.sharded import Shards
+from patches.order.collectives import all_gather
+from patches.order.kernels import provenance
+from tests.patches.kernels.by_pairs import assert_same_bits
+from tests.patches.megatron.test_training import differences, run
+from tests.patches.test_ops import attention_keys, network, stock
+from tests.support.ranks import on_ranks
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch):
+    monkeypatch.setattr(provenance, "serve", lambda device: True)
+
+
+@pytest.mark.parametrize("centered", (False, True), ids=("rmsnorm", "layernorm"))
+@pytest.mark.parametrize("strategy", ("tree", "gather"))
+def test_layers_are_right_and_have_same_bits_at_every_tp(strategy, centered):
+    dtype = torch.bfloat16 if centered else torch.float32
+    one = on_ranks(1, network, strategy, 8, False, dtype, centered)[0]
+    usual = stock(dtype, centered, dtype)
+    for name, want in stock(dtype, centered, torch.float64).items():
+        ours, theirs = ((x[name].double() - want).norm() / want.norm() for x in (one, usual))
+        assert ours < 1.5 * theirs + 2**-24, f"{name}: {ours:.1e}, torch's own in {dtype}: {theirs:.1e}"
+    for tp, sp in ((2, True), (4, False)):
+        for rank, other in enumerate(on_ranks(tp, network, strategy, 8, sp, dtype, centered)):
+            unequal = [name for name in one if not torch.equal(one[name], other[name])]
+            assert not unequal, f"tp={tp} sp={sp} rank={rank}: {unequal}"
+
+
+@pytest.mark.parametrize("strategy", ("tree", "gather"))
+def test_shared_keys_get_same_gradient_at_every_tp(strategy):
+    one = on_ranks(1, attention_keys, strategy, 2, 16)[0]
+    assert all(torch.equal(one, other) for other in on_ranks(4, attention_keys, strategy, 2, 16))
+
+
+@pytest.mark.parametrize("options", ({}, {"shape": "gpt2", "dtype": "fp32", "tied": True}), ids=("qwen3", "gpt-2"))
+def test_megatron_trains_to_same_bits_at_every_tp(options):
+    one = run("tree", 1, seq=16, **options)
+    for tp, sp in ((2, False), (4, True)):
+        assert not differences(one, run("tree", tp, sp, seq=16, **options)), f"tp={tp} sp={sp}"
+
+
+def embedded(strategy: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    group = dist.group.WORLD
+    g = torch.Generator().manual_seed(0)
+    weight, ids = torch.randn(24, 10, generator=g), torch.randint(0, 24, (3, 30), generator=g)
+    weight[5] = -0.0
+    share = weight.chunk(group.size())[group.rank()].clone().requires_grad_()
+    y = embedding(share, ids, Shards(Contract(strategy), group))
+    y.backward(torch.randn(3, 30, 10, generator=g))
+    total = y.detach().clone()
+    dist.all_reduce(total, group=group)
+    return total, all_gather(share.grad, group)
+
+
+def test_embedding_and_its_gradient_are_the_same_at_every_tp():
+    one = on_ranks(1, embedded, "tree")[0]
+    for tp in (2, 3):
+        for other in on_ranks(tp, embedded, "gather" if tp == 3 else "tree"):
+            for x, y in zip(one, other, strict=True):
+                assert_same_bits(x, y)
+
+
+def test_atens_reductions_take_the_kernels():
+    x = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    local = LocalInvariance("CPU", _refuse)
+    try:
+        got = [
+            x.sum(),
+            x.sum(1),
+            x.mean(0, keepdim=True),
+            x.softmax(1),
+            x.log_softmax(0),
+            x.sum((0, 1), dtype=torch.bfloat16),
+        ]
+        leaf = x.clone().requires_grad_()
+        leaf.softmax(1).log_softmax(0).square().sum().backward()
+    finally:
+        local.remove()
+    X = x.double().requires_grad_()
+    X.softmax(1).log_softmax(0).square().sum().backward()
+    want = [x.double().sum(), x.double().sum(1), x.double().mean(0, keepdim=True), x.double().softmax(1),
+            x.double().log_softmax(0), x.double().sum().bfloat16()]  # fmt: skip
+    for a, b in zip([*got, leaf.grad], [*want, X.grad], strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-5, atol=1e-5)
+    assert got[-1].dtype == torch.bfloat16

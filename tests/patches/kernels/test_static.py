@@ -1,0 +1,50 @@
+"""The static check itself: a kernel that got worse, or that no table knows, is named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from patches.order.kernels.variant import Variant
+from tests.patches.kernels.static_kernels import SHARED_LIMIT, TABLE, TOLERANCE, Facts, broken_rules, differences
+
+GOOD = Facts(registers=168, stack=0, shared=SHARED_LIMIT, mma=True, asked=1, waits=1)
+MMA = Variant("product", None, {}, expects="mma")
+
+
+def test_committed_table_is_within_the_limits():
+    for name, row in json.loads(TABLE.read_text())["kernels"].items():
+        assert row.keys() == TOLERANCE.keys()
+        facts = replace(GOOD, **row)
+        assert not broken_rules(name, (MMA, int(name.split()[0][3:])), facts)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    (
+        ({"stack": 264}, "264 bytes of stack"),
+        ({"shared": SHARED_LIMIT + 16}, "shared memory"),
+        ({"mma": False}, "tensor cores"),
+        ({"waits": 2}, "waits for every wgmma"),
+    ),
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_broken_rule_is_named(change, problem):
+    assert not broken_rules("it", (MMA, 90), GOOD)
+    (found,) = broken_rules("it", (MMA, 90), replace(GOOD, **change))
+    assert problem in found
+
+
+@pytest.mark.parametrize("change", ({"registers": 176}, {"stack": 8}, {"shared": 1024}), ids=str)
+def test_difference_from_the_table_is_named(change):
+    table = {"it": {fact: getattr(GOOD, fact) for fact in TOLERANCE}}
+    assert not differences(table, {"it": replace(GOOD, registers=170)})
+    (found,) = differences(table, {"it": replace(GOOD, **change)})
+    assert next(iter(change)) in found
+
+
+def test_table_and_kernels_must_be_the_same_set():
+    row = {fact: getattr(GOOD, fact) for fact in TOLERANCE}
+    assert len(differences({"gone": row}, {"new": GOOD})) == 2

@@ -1,0 +1,84 @@
+"""Each patch is needed: with any single one left out, some configuration's bits depend on TP, or it is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import patches
+from patches.megatron import PATCHES, initial_weights
+from patches.registry import REGISTRY, check_versions
+from tests.patches.megatron.test_training import differences, run
+from tests.support import plain_megatron
+from tests.support.ranks import on_ranks
+
+# name: (TP sizes to compare, data-parallel size, options)
+FEELS_IT: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "local-kernels": (8, 1, {"model": {"ffn_hidden_size": 360}}),
+    "gated-fc1": (2, 1, {}),
+    "row-parallel": (8, 1, {}),
+    "column-parallel": (8, 1, {}),
+    "qk-layernorm": (8, 1, {}),
+    "shared-kv": (8, 1, {"model": {"num_query_groups": 4}}),
+    "cross-entropy": (8, 1, {"vocab": 1000}),
+    "fused-cross-entropy": (8, 1, {"vocab": 1016, "model": {"cross_entropy_loss_fusion": True}}),
+    "data-parallel-sum": (2, 3, {}),
+    "finalize-gradients": (8, 1, {"sp": True}),
+    "gradient-norm": (8, 1, {}),
+}
+REFUSED_WITHOUT = {
+    "norms": ({"sp": True}, "input_layernorm.weight is a partial sum of a module that is not covered"),
+    "wgrad-fusion": ({"model": {"gradient_accumulation_fusion": True}}, "you must install APEX"),
+}
+ELSEWHERE = {
+    "settings",
+    "layer-modules",
+    "block-modules",
+    "optimizer-settings",
+    "megatron-fsdp",
+    "torch-fsdp",
+}  # tests/patches/test_refusals.py
+ELSEWHERE |= {"shared-embedding"}  # tests/patches/test_refusals.py
+ELSEWHERE |= {"masked-softmax"}  # tests/patches/test_patches.py
+ELSEWHERE |= {"padded-vocabulary", "padded-vocabulary-0.17"}  # tests/patches/test_patches.py
+ELSEWHERE |= {"saved-optimizer"}  # tests/patches/megatron/test_fully_reshardable.py
+ELSEWHERE |= {patch.name for patch in initial_weights.PATCHES}  # tests/patches/megatron/test_initial_weights.py
+ELSEWHERE |= {"fused-norm"}  # tests/patches/test_patches.py
+ELSEWHERE |= {"embedding"}  # tests/kernels: it changes nothing on a CPU
+
+NEEDED = check_versions(PATCHES)
+
+
+def training_without(names: set[str], options: dict[str, Any]) -> dict[str, Any]:
+    patches.cpu.enable()
+    REGISTRY.apply(patches.Contract(), [patch for patch in NEEDED if patch.name not in names])
+    return plain_megatron.train(**options)
+
+
+@pytest.mark.parametrize("name", [patch.name for patch in NEEDED if patch.name in FEELS_IT])
+def test_bits_depend_on_tp_without(name):
+    tp, dp, options = FEELS_IT[name]
+    options = {"dtype": "fp32", **options}
+    one, other = (on_ranks(t * dp, training_without, {name}, {"tp": t, **options})[0] for t in (1, tp))
+    assert differences(one, other)
+    complete = [run("tree", t, dp=dp, **options) for t in (1, tp)]
+    assert not differences(*complete)
+
+
+@pytest.mark.parametrize("name", REFUSED_WITHOUT)
+def test_run_is_refused_without(name):
+    options, message = REFUSED_WITHOUT[name]
+    with pytest.raises(AssertionError, match=message):
+        on_ranks(2, training_without, {name}, {"tp": 2, **options})
+
+
+def test_bits_depend_on_tp_without_norms_even_if_not_refused():
+    options = {"dtype": "fp32", "sp": True, "model": {"qk_layernorm": False}}
+    names = {"norms", "finalize-gradients"}
+    one, other = (on_ranks(t, training_without, names, {"tp": t, **options})[0] for t in (1, 8))
+    assert differences(one, other)
+
+
+def test_every_patch_is_ablated():
+    assert {patch.name for patch in PATCHES} == FEELS_IT.keys() | REFUSED_WITHOUT.keys() | ELSEWHERE

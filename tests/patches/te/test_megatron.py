@@ -1,0 +1,72 @@
+"""megatron-core's GPTModel of Transformer Engine layers under `patches.enable()`: losses, gradients, gradient norms
+and float32 main parameters have the same bits at every TP size, the very bits of Megatron's local layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.patches.megatron.test_training import FULL_RECOMPUTE, PIPELINES, differences, run
+
+CASES: dict[str, dict[str, Any]] = {
+    "qwen3": {"steps": 5},
+    "gpt-2 shape fp32": {"shape": "gpt2", "dtype": "fp32", "steps": 5},
+    "four KV groups fp32": {"model": {"num_query_groups": 4}, "dtype": "fp32"},
+    "full recompute": {"model": FULL_RECOMPUTE},
+    "gradient accumulation fusion": {"model": {"gradient_accumulation_fusion": True}},
+    "initialised on the device": {"model": {"use_cpu_initialization": False}},
+    "zero-centered gamma": {"model": {"layernorm_zero_centered_gamma": True}},
+    "distributed optimizer": {"ddp": {"use_distributed_optimizer": True}},
+}
+FIVE_STEPS = [name for name in CASES if "steps" in CASES[name]]
+EVERY_SIZE = ((2, False), (2, True), (4, False), (4, True), (8, False), (8, True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_has_same_bits_at_every_tp(name):
+    one = run("tree", 1, te=True, **CASES[name])
+    for tp, sp in EVERY_SIZE if name in FIVE_STEPS else ((2, False), (4, True)):
+        assert not differences(one, run("tree", tp, sp, te=True, **CASES[name])), f"tp={tp} sp={sp}"
+
+
+def test_training_has_same_bits_at_every_pp():
+    _, options = PIPELINES["qwen3"]
+    one = run("tree", 1, te=True, **options)
+    for tp, layout in ((1, {"pp": 2, "vpp": 2}), (2, {"sp": True, "pp": 2})):
+        assert not differences(one, run("tree", tp, te=True, **layout, **options)), f"tp={tp} {layout}"
+
+
+@pytest.mark.parametrize("name", FIVE_STEPS)
+def test_training_under_gather_has_same_bits_at_every_tp(name):
+    one = run("gather", 1, te=True, **CASES[name])
+    for tp, sp in EVERY_SIZE:
+        assert not differences(one, run("gather", tp, sp, te=True, **CASES[name])), f"tp={tp} sp={sp}"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name"), [("gather", "qwen3"), *(("tree", name) for name in CASES if name != "zero-centered gamma")]
+)
+def test_training_has_the_bits_of_the_local_layers(strategy, name):
+    """All of them; but the local layers have no zero-centered gamma."""
+    options = {**CASES[name], "steps": 2}
+    local, te_layers = (run(strategy, 2, True, te=te, **options) for te in (False, True))
+    assert not differences(of_the_run(local), of_the_run(te_layers))
+    assert matrices(local) <= matrices(te_layers) and matrices(local)
+
+
+def of_the_run(record: dict[str, Any]) -> dict[str, Any]:
+    """What does not name a tensor: TE's layers keep their norms elsewhere than the local ones."""
+    return {name: value for name, value in record.items() if "loss" in name or "norm" in name}
+
+
+def matrices(record: dict[str, Any]) -> set[str]:
+    """Digests of final parameters whose names both kinds of layers share."""
+    return {f"{name} {value}" for name, value in record["final"].items() if "norm" not in name}
+
+
+@pytest.mark.parametrize("name", FIVE_STEPS)
+def test_stock_training_has_other_bits_at_every_tp(name):
+    one = run("stock", 1, te=True, **CASES[name])
+    for tp in (2, 4):
+        assert any(key.startswith("final/") for key in differences(one, run("stock", tp, te=True, **CASES[name])))

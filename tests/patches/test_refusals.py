@@ -1,0 +1,145 @@
+"""What the promise does not cover is refused by name when it is first met, with the way out."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+import patches
+from tests.support import plain_megatron
+from tests.support.ranks import on_ranks
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "dropout": ({"model": {"hidden_dropout": 0.1}}, "hidden_dropout=0.1 is not covered by the patches: set it to 0"),
+    "attention dropout": ({"model": {"attention_dropout": 0.1}}, "attention_dropout=0.1"),
+    "fp8": ({"model": {"fp8": "hybrid"}}, "fp8='hybrid'"),
+    "experts": ({"model": {"num_moe_experts": 2, "add_bias_linear": False}}, "num_moe_experts=2"),
+    "latent attention": ({"model": {"multi_latent_attention": True}}, "multi_latent_attention=True"),
+    "normalization": ({"model": {"normalization": "L2Norm"}}, "normalization='L2Norm'"),
+    "activation": ({"model": {"activation_func": torch.nn.functional.celu}}, "celu.* is not covered: use one of silu"),
+    "uninitialised weights": ({"model": {"perform_initialization": False}}, "perform_initialization=False"),
+    "transformer engine's cross-entropy": (
+        {"model": {"cross_entropy_fusion_impl": "te"}},
+        "cross_entropy_fusion_impl='te'",
+    ),
+    "fp16": ({"model": {"fp16": True}, "dtype": "fp32"}, "fp16=True"),
+}
+
+
+def train(options: dict[str, Any]) -> None:
+    patches.enable()
+    plain_megatron.train(**options)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_setting_is_refused_by_name(name):
+    options, message = REFUSED[name]
+    with pytest.raises(AssertionError, match=message):
+        on_ranks(1, train, options)
+
+
+# Of a model that is cut into two pipeline stages.
+REFUSED_IN_A_PIPELINE: dict[str, tuple[dict[str, Any], str]] = {
+    "tied embeddings": (
+        {"tied": True},
+        "share_embeddings_and_output_weights=True with pipeline_model_parallel_size=2 .*: set it to False",
+    ),
+    "multi-token prediction": (
+        {"model": {"mtp_num_layers": 1}},
+        "mtp_num_layers=1 with pipeline_model_parallel_size=2 is not covered.*: set it to None",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_IN_A_PIPELINE)
+def test_setting_is_refused_by_name_in_a_pipeline(name):
+    options, message = REFUSED_IN_A_PIPELINE[name]
+    options = {"pp": 2, **options, "model": {"num_layers": 2, **options.get("model", {})}}
+    with pytest.raises(AssertionError, match=message):
+        on_ranks(2, train, options)
+
+
+def build_with_uncovered_module() -> None:
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    class RMSNorm(torch.nn.Module):
+        __module__ = "transformer_engine.pytorch.module.rmsnorm"
+
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__()
+
+    patches.enable()
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    config = TransformerConfig(**{**plain_megatron.SHARED, **plain_megatron.QWEN3})
+    spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
+    TransformerLayer(config, spec.submodules)
+
+
+def test_transformer_engine_layers_are_refused_by_name():
+    with pytest.raises(
+        AssertionError, match="self_attention.q_layernorm is a transformer_engine.pytorch.module.rmsnorm.RMSNorm"
+    ):
+        on_ranks(1, build_with_uncovered_module)
+
+
+def optimize(**settings: Any) -> None:
+    import torch
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.optimizer.optimizer import FP32Optimizer
+
+    patches.enable()
+    FP32Optimizer(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1), OptimizerConfig(**settings), None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), (({"optimizer": "muon"}, "optimizer='muon'"), ({"fp16": True}, "fp16"))
+)
+def test_optimizer_is_refused_by_name(settings, message):
+    with pytest.raises(AssertionError, match=message):
+        on_ranks(1, lambda: optimize(**settings))
+
+
+def smoothed_loss() -> None:
+    import torch
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    patches.enable()
+    vocab_parallel_cross_entropy(torch.zeros(2, 1, 4), torch.zeros(2, 1, dtype=torch.long), 0.1)
+
+
+def test_label_smoothing_is_refused_by_name():
+    with pytest.raises(AssertionError, match="label_smoothing=0.1 is not covered"):
+        on_ranks(1, smoothed_loss)
+
+
+def test_several_distributed_optimizer_instances_are_refused_by_name():
+    from types import SimpleNamespace
+
+    from patches.megatron.param_and_grad_buffer import _start_grad_sync
+
+    group = SimpleNamespace(ddp_config=SimpleNamespace(num_distributed_optimizer_instances=2))
+    with pytest.raises(patches.UnsupportedError, match="num_distributed_optimizer_instances > 1 is not covered: use 1"):
+        _start_grad_sync(None)(group)
+
+
+@pytest.mark.parametrize(
+    ("module", "cls", "flag"),
+    (
+        ("fsdp.mcore_fsdp_adapter", "FullyShardedDataParallel", "--use-megatron-fsdp"),
+        ("torch_fully_sharded_data_parallel", "TorchFullyShardedDataParallel", "--use-torch-fsdp2"),
+    ),
+)
+def test_fully_sharded_data_parallelism_is_refused_by_flag(module, cls, flag):
+    distributed = importlib.import_module(f"megatron.core.distributed.{module}")
+    with patches.enabled(), pytest.raises(patches.UnsupportedError, match=f"is not covered.*without {flag}"):
+        getattr(distributed, cls)(None, None, None)

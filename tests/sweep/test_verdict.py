@@ -1,0 +1,170 @@
+"""The verdict on a sweep, from result directories alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.finished import begin, finish, sweep
+from tpcheck.errors import TpcheckError
+from tpcheck.sweep import verdict
+from tpcheck.sweep.spec import Sweep
+
+
+def judge(of: Sweep) -> verdict.Verdict:
+    return verdict.judge(of, lambda a, b: [f"compared {a.name}", f"with {b.name}"])
+
+
+@pytest.fixture
+def cells(tmp_path: Path) -> Sweep:
+    return sweep(tmp_path, matrix={"strategy": ["stock", "tree"], "tp": [1, 2, 4]})
+
+
+def complete(of: Sweep, **digests: str) -> None:
+    """Every cell trained; equal digests but for the cells named, with `_` for `-`."""
+    for cell in of.cells:
+        finish(cell, model=digests.get(cell.name.replace("-", "_"), "aa"))
+
+
+def test_equal_digests_hold_the_promise_whatever_stock_does(cells: Sweep) -> None:
+    complete(cells, stock_tp2="cc", stock_tp4="dd")
+    found = judge(cells)
+    assert found.exit_code == 0
+    assert [group.status for group in found.groups] == ["different", "identical"]
+    assert found.sentence() == "HELD: tree: one digest each, of the model and of the optimizer, over TP=1, 2, 4"
+    assert found.rows() == [
+        ("stock", "3 of 3: TP=1, 2, 4", "3 different", "one: bbbbbbbbbbbb", "different, not promised"),
+        ("tree", "3 of 3: TP=1, 2, 4", "one: aa", "one: bbbbbbbbbbbb", "identical"),
+    ]
+
+
+def test_one_other_model_digest_breaks_the_promise_and_the_two_runs_are_compared(cells: Sweep) -> None:
+    complete(cells, tree_tp4="ee")
+    found = judge(cells)
+    assert found.exit_code == 1
+    assert found.details() == ["tree: tree-tp1 and tree-tp4 differ", "  compared tree-tp1", "  with tree-tp4"]
+
+
+def test_one_other_optimizer_digest_breaks_the_promise(cells: Sweep) -> None:
+    for cell in cells.cells:
+        finish(cell, optimizer="ff" if cell.name == "tree-tp2" else "bb")
+    assert judge(cells).exit_code == 1
+
+
+def test_an_optimizer_that_has_no_digest_is_no_difference_but_leaves_no_verdict(cells: Sweep) -> None:
+    for cell in cells.cells:
+        without: dict[str, Any] = {"optimizer": None, "notes": ["it is not to be trusted"]}
+        finish(cell, **(without if cell.name == "tree-tp2" else {}))
+    found = judge(cells)
+    assert found.exit_code == 2
+    assert found.groups[1].status == "identical"
+    assert found.sentence() == "no verdict: tree: one digest of the model, but not every optimizer has one"
+    assert found.details() == ["tree-tp2: it is not to be trusted"]
+    assert found.rows()[1][3] == "one: bbbbbbbbbbbb, 1 without"
+
+
+def test_cells_whose_products_are_of_another_kind_were_not_promised_to_be_equal(tmp_path: Path) -> None:
+    of = sweep(tmp_path, matrix={"arch": ["h100", "b300"], "strategy": ["tree"], "tp": [1, 2, 4]})
+    for cell in of.cells:
+        if cell.name != "b300-tree-tp4":
+            products = {"kernel": "gemm_gpu", "family": "sm_90" if cell.arch == "h100" else "sm_100"}
+            finish(cell, model="aa" if cell.arch == "h100" else "cc", products=products)
+    found = judge(of)
+    assert found.exit_code == 2
+    assert [(group.name, len(group.cells), group.status) for group in found.groups] == [
+        ("tree (sm_90 products)", 3, "identical"),
+        ("tree (sm_100 products)", 3, "incomplete"),
+    ]
+
+
+def test_products_of_one_family_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+    of = sweep(tmp_path, matrix={"strategy": ["tree"], "tp": [1, 2]})
+    for cell, triton in zip(of.cells, ("3.4.0", "3.6.0"), strict=True):
+        finish(cell, products={"family": "sm_90", "triton": triton, "sums": {"order": triton}})
+    found = judge(of)
+    names = ["tree (sm_90 products, triton 3.4.0, sums)", "tree (sm_90 products, triton 3.6.0, sums)"]
+    assert [group.name for group in found.groups] == names
+    assert found.exit_code == 2
+    assert found.sentence().startswith(f"no verdict: {', '.join(names)} cannot be compared")
+
+
+def test_cells_from_before_manifests_told_of_products_had_exact_ones(tmp_path: Path) -> None:
+    of = sweep(tmp_path, matrix={"strategy": ["tree"], "tp": [1, 2, 4]})
+    manifests: tuple[dict[str, Any], ...] = ({}, {"products": {"leaf": "exact"}}, {"products": {"family": "sm_90"}})
+    for cell, manifest in zip(of.cells, manifests, strict=True):
+        finish(cell, **manifest)
+    assert [(group.name, len(group.cells)) for group in judge(of).groups] == [
+        ("tree (exact products)", 2),
+        ("tree (sm_90 products)", 1),
+    ]
+
+
+def test_a_manifest_whose_products_are_damaged_is_refused(tmp_path: Path) -> None:
+    of = sweep(tmp_path, matrix={"strategy": ["tree"], "tp": [1, 2]})
+    for cell in of.cells:
+        finish(cell, products="exact")
+    with pytest.raises(TpcheckError, match="'products' should be an object, found 'exact'"):
+        judge(of)
+
+
+def test_missing_cells_are_named_and_give_exit_code_2(cells: Sweep) -> None:
+    finish(cells.cells[0])
+    begin(cells.cells[1], [3.0])
+    found = judge(cells)
+    assert found.exit_code == 2
+    assert found.details() == ["missing: stock-tp2, stock-tp4, tree-tp1, tree-tp2, tree-tp4"]
+    assert found.sentence() == "no verdict yet: 5 of 6 cells are missing"
+
+
+def test_a_broken_promise_outweighs_missing_cells(cells: Sweep) -> None:
+    finish(cells.cells[3], model="aa")
+    finish(cells.cells[4], model="cc")
+    assert judge(cells).exit_code == 1
+
+
+def test_digests_of_an_earlier_step_do_not_complete_a_cell(cells: Sweep) -> None:
+    complete(cells)
+    path = cells.cells[0].path / "digests.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "step": 2}))
+    assert judge(cells).missing == ["stock-tp1"]
+
+
+def test_a_group_of_one_cell_is_no_proof(tmp_path: Path) -> None:
+    alone = sweep(tmp_path, matrix={"strategy": ["tree"], "seed": [1, 2]})
+    complete(alone)
+    found = judge(alone)
+    assert [group.status for group in found.groups] == ["alone", "alone"]
+    assert found.sentence().startswith("nothing was promised and compared")
+
+
+def test_invariant_settings_are_the_sweep_files_choice(tmp_path: Path) -> None:
+    both = sweep(tmp_path, matrix={"strategy": ["tree"], "threads": [1, 2]}, invariant=["threads"])
+    complete(both)
+    assert (
+        judge(both).sentence()
+        == "HELD: tree: one digest each, of the model and of the optimizer, over threads1; threads2"
+    )
+
+
+def test_the_verdict_is_written_beside_the_cells(cells: Sweep) -> None:
+    complete(cells, stock_tp2="cc")
+    written = json.loads(verdict.write(judge(cells), cells.output).read_text())
+    assert written["exit_code"] == 0
+    assert written["groups"][1]["cells"]["tree-tp1"] == {"model": "aa", "optimizer": "bb" * 32}
+    assert [group["status"] for group in written["groups"]] == ["different", "identical"]
+
+
+def test_an_optimizer_without_a_digest_is_not_called_equal(cells: Sweep) -> None:
+    complete(cells)
+    for cell in cells.cells:
+        path = cell.path / "digests.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "optimizer": None}))
+    found = judge(cells)
+    assert found.rows()[1][3] == "-"
+    assert (
+        found.sentence()
+        == "HELD: tree: one digest each, of the model (there is none of the optimizer), over TP=1, 2, 4"
+    )

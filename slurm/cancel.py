@@ -11,6 +11,7 @@ from pathlib import Path
 from slurm import submissions
 from slurm.queue import states
 from tpcheck.errors import TpcheckError
+from tpcheck.files.names import CANCELLED
 from tpcheck.sweep.stored_spec import read_sweep
 
 __all__ = ["command"]
@@ -37,7 +38,7 @@ def command(output: Path, cells: Sequence[str] = ()) -> int:
     for cell in elements.values():  # first: a script that is about to queue again looks for it
         with contextlib.suppress(OSError):  # on a full disk, too, a job must be cancelled
             (output / cell).mkdir(exist_ok=True)
-            (output / cell / submissions.CANCELLED).touch()
+            (output / cell / CANCELLED).touch()
     done = subprocess.run(["scancel", *elements], capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise TpcheckError(f"scancel: {done.stderr.strip()}")

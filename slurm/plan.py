@@ -14,18 +14,13 @@ from pathlib import Path
 
 import yaml
 
-from slurm import submissions
 from tpcheck.errors import TpcheckError
-from tpcheck.files import result_dir
-from tpcheck.run.exit_reason import ENDS
+from tpcheck.files.names import CANCELLED, CELLS, DIGESTS, EXIT_REASONS, RUN
 from tpcheck.sweep.local import is_complete, only_one
 from tpcheck.sweep.spec import Cell, load_sweep
 from tpcheck.sweep.stored_spec import write_sweep
 
-__all__ = ["CELLS", "RUN", "plan", "prepare"]
-
-CELLS = "cells.txt"
-RUN = "run.yaml"  # in every cell: its configuration, resolved
+__all__ = ["plan", "prepare"]
 
 
 def plan(path: Path, overrides: Sequence[str] = ()) -> list[str]:
@@ -52,9 +47,9 @@ def prepare(cell: Cell) -> None:
     cell.path.mkdir(parents=True, exist_ok=True)
     config = cell.config.model_dump(mode="json") | {"output": str(cell.path.absolute())}
     (cell.path / RUN).write_text(yaml.safe_dump(config, sort_keys=False))
-    (cell.path / submissions.CANCELLED).unlink(missing_ok=True)
-    (cell.path / ENDS).unlink(missing_ok=True)  # why an earlier job ended is no reason of this one
-    (cell.path / result_dir.DIGESTS).unlink(missing_ok=True)  # of fewer steps, or the cell would be complete
+    (cell.path / CANCELLED).unlink(missing_ok=True)
+    (cell.path / EXIT_REASONS).unlink(missing_ok=True)  # why an earlier job ended is no reason of this one
+    (cell.path / DIGESTS).unlink(missing_ok=True)  # of fewer steps, or the cell would be complete
 
 
 if __name__ == "__main__":

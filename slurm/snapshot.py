@@ -19,12 +19,12 @@ import blake3
 import patches
 import slurm
 import tpcheck
-from tpcheck.files import result_dir
+from tpcheck.files.json_files import write_object
+from tpcheck.files.names import CODE, SNAPSHOTS
 from tpcheck.run import provenance
 
 __all__ = ["Snapshot"]
 
-FORMAT = 1
 PACKAGES = (patches, tpcheck, slurm)
 SUFFIXES = {".py", ".yaml", ".sbatch"}
 DIGITS = 12
@@ -53,7 +53,7 @@ class Snapshot:
 
     def place(self, output: Path) -> Path:
         """Where the copy is in the sweep's output, or will be."""
-        return output.absolute() / "code" / self.digest[:DIGITS]
+        return output.absolute() / SNAPSHOTS / self.digest[:DIGITS]
 
     def write(self, output: Path) -> Path:
         """Make the copy, unless it is there; it appears whole or not at all."""
@@ -67,7 +67,7 @@ class Snapshot:
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).write_bytes(content)
             git = provenance.git(Path(str(tpcheck.__file__)).parent) or {"commit": None, "dirty": None}
-            result_dir.write_json(partial / provenance.CODE, {"format": FORMAT, **git, "digest": self.digest})
+            write_object(partial / CODE, {"format": provenance.CODE_FORMAT, **git, "digest": self.digest})
             partial.chmod(0o755)
             os.rename(partial, place)
         finally:

@@ -27,12 +27,11 @@ from slurm import submissions
 from slurm.queue import State, states
 from slurm.submissions import Submission
 from tpcheck.errors import TpcheckError
-from tpcheck.run.exit_reason import ENDS
-from tpcheck.run.launch import LOG
+from tpcheck.files.json_files import readable_lines
+from tpcheck.files.lock import is_locked
+from tpcheck.files.names import CANCELLED, EXIT_REASONS, LOCK, LOG
 from tpcheck.sweep import conclude
-from tpcheck.sweep.jobs import is_locked
 from tpcheck.sweep.live_table import progress
-from tpcheck.sweep.local import LOCK
 from tpcheck.sweep.spec import Cell, Sweep
 from tpcheck.sweep.stored_spec import read_sweep
 from tpcheck.sweep.verdict import digests_of
@@ -152,7 +151,7 @@ def _word(cell: Cell, submission: Submission | None, state: State | None, starte
     if not asked:
         return "unknown"
     if state is None:
-        cancelled = (cell.path / submissions.CANCELLED).exists()
+        cancelled = (cell.path / CANCELLED).exists()
         return "cancelled" if cancelled else "failed" if started else "missing"
     word = WORDS.get(state.word, "running")
     return "requeued" if word == "pending" and started else word
@@ -189,7 +188,7 @@ def _why(word: Word, job: str, state: State | None, said: str) -> str:
 
 def _said(cell: Cell, log: Path | None) -> str:
     """Why a run failed: what the rank that failed first has left, or else the last line of the log."""
-    failed = [end["why"] for end in submissions.lines(cell.path / ENDS) if end.get("kind") == "failed"]
+    failed = [end["why"] for end in readable_lines(cell.path / EXIT_REASONS) if end.get("kind") == "failed"]
     if failed:
         return str(failed[0])[:REASON]
     lines = log.read_text(errors="replace").splitlines() if log and log.exists() else []

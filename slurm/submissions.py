@@ -11,22 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tpcheck.errors import TpcheckError
-from tpcheck.files import result_dir
+from tpcheck.files.json_files import append_line, readable_lines
+from tpcheck.files.names import ATTEMPTS, SUBMISSIONS
 
-__all__ = ["ATTEMPTS", "CANCELLED", "LEDGER", "Attempt", "Submission", "attempts", "latest", "lines", "read", "record"]
+__all__ = ["Attempt", "Submission", "attempts", "latest", "read", "record"]
 
 FORMAT = 1
-LEDGER = "submissions.jsonl"
-ATTEMPTS = "attempts.jsonl"  # in every cell: one line whenever Slurm starts it, written by the batch script
-CANCELLED = "cancelled"  # in a cell that `tpcheck cancel` has ended: it must not queue again by itself
 
 
 @dataclass(frozen=True)
@@ -71,30 +67,25 @@ class Attempt:
 
 def record(output: Path, submission: Submission) -> None:
     """Add `submission`, on disk when this returns."""
-    line = json.dumps({"format": FORMAT, **dataclasses.asdict(submission), "folder": str(submission.folder)})
-    file = output / LEDGER
-    with file.open("ab") as ledger:
-        if not _ends_a_line(file):
-            ledger.write(b"\n")  # what a kill cut short stays a line of its own, which readers pass over
-        ledger.write(line.encode() + b"\n")
-        ledger.flush()
-        os.fsync(ledger.fileno())
-    result_dir.sync(output)
+    append_line(
+        output / SUBMISSIONS,
+        {"format": FORMAT, **dataclasses.asdict(submission), "folder": str(submission.folder)},
+    )
 
 
 def read(output: Path) -> list[Submission]:
     """All submissions of the sweep in `output`, the oldest first."""
     found: dict[str, Submission] = {}
-    for line in lines(output / LEDGER):
+    for line in readable_lines(output / SUBMISSIONS):
         if line.get("format") != FORMAT:
             raise TpcheckError(
-                f"{output / LEDGER} has format {line.get('format')!r}, this tpcheck reads format {FORMAT}"
+                f"{output / SUBMISSIONS} has format {line.get('format')!r}, this tpcheck reads format {FORMAT}"
             )
         try:
             submission = _submission(line)
         except (KeyError, TypeError, ValueError) as error:
             raise TpcheckError(
-                f"{output / LEDGER}: a line is not as tpcheck writes it ({error!r}): restore it"
+                f"{output / SUBMISSIONS}: a line is not as tpcheck writes it ({error!r}): restore it"
             ) from error
         found[submission.job_name] = submission
     return list(found.values())
@@ -125,28 +116,6 @@ def attempts(cell: Path) -> list[Attempt]:
     names = [field.name for field in dataclasses.fields(Attempt)]
     return [
         Attempt(**{name: line[name] for name in names})
-        for line in lines(cell / ATTEMPTS)
+        for line in readable_lines(cell / ATTEMPTS)
         if all(name in line for name in names)
     ]
-
-
-def lines(file: Path) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines; lines that a kill or a full disk cut short are passed over."""
-    try:
-        text = file.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    found = []
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
-
-
-def _ends_a_line(file: Path) -> bool:
-    text = file.read_bytes()
-    return not text or text.endswith(b"\n")

@@ -28,7 +28,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from slurm import preflight, submissions
 from slurm.allocation import by_shape
-from slurm.plan import RUN, prepare
+from slurm.plan import prepare
 from slurm.profile import Profile, load_profile
 from slurm.queue import states
 from slurm.script import Script
@@ -37,16 +37,15 @@ from slurm.status import follow
 from slurm.submissions import Submission
 from tpcheck.config import load_run
 from tpcheck.errors import TpcheckError
-from tpcheck.run.launch import LOG
+from tpcheck.files.lock import is_locked
+from tpcheck.files.names import LOG, RUN, SLURM_JOBS
 from tpcheck.sweep import conclude
-from tpcheck.sweep.jobs import is_locked
 from tpcheck.sweep.local import is_complete, only_one, other_settings
 from tpcheck.sweep.spec import Cell, Sweep, load_sweep
 from tpcheck.sweep.stored_spec import write_sweep
 
 __all__ = ["command"]
 
-JOBS = "slurm"
 # What these say in the environment goes before the script, and would spoil it; so does what names one of its options.
 SBATCH_VARIABLES = "JOB_NAME ARRAY_INX OPEN_MODE REQUEUE NO_REQUEUE SIGNAL TIMELIMIT EXPORT WAIT CLUSTERS".split()
 # A job inherits these from a job that submits it, where it has none of its own.
@@ -125,7 +124,7 @@ def _scripts(sweep: Sweep, todo: Sequence[Cell], profile: Profile, snapshot: Sna
     scripts = []
     for cells, shape in by_shape(todo, profile):
         name = f"{sweep.name}.{secrets.token_hex(4)}"
-        logs = Path(profile.logs).expanduser() if profile.logs else sweep.output / JOBS
+        logs = Path(profile.logs).expanduser() if profile.logs else sweep.output / SLURM_JOBS
         names, folder = tuple(cell.name for cell in cells), (logs / name).absolute()
         place = snapshot.place(sweep.output)
         scripts.append(Script(profile, shape, name, names, sweep.output.absolute(), place, folder, Path.cwd()))

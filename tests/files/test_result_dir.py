@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpcheck.errors import TpcheckError
-from tpcheck.files import result_dir
+from tpcheck.files import json_files, result_dir
+from tpcheck.files.names import STEPS
 
 
 class Killed(BaseException):
@@ -64,7 +65,7 @@ def killed_at(turn: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("fsync", "replace", "open", "unlink"):
             patch.setattr(os, name, guarded(getattr(os, name)))
-        patch.setattr(result_dir, "open", opened, raising=False)
+        patch.setattr(json_files, "open", opened, raising=False)
         yield
 
 
@@ -144,7 +145,7 @@ def test_a_real_kill_leaves_consecutive_steps(tmp_path: Path) -> None:
     if pid == 0:
         for number in itertools.count(1):
             result_dir.append_step(tmp_path, steps(number)[0])
-    while not (tmp_path / result_dir.STEPS).exists():
+    while not (tmp_path / STEPS).exists():
         time.sleep(0.001)
     time.sleep(0.1)
     os.kill(pid, signal.SIGKILL)
@@ -159,8 +160,8 @@ def test_a_torn_last_line_is_not_there(cut: int) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = filled(Path(folder), 1, 2, 3)
-        text = (path / result_dir.STEPS).read_bytes()
-        (path / result_dir.STEPS).write_bytes(text[:cut])
+        text = (path / STEPS).read_bytes()
+        (path / STEPS).write_bytes(text[:cut])
         kept = text[:cut].count(b"\n")
         assert result_dir.read_steps(path) == steps(1, 2, 3)[:kept]
         result_dir.append_step(path, steps(kept + 1)[0])
@@ -213,6 +214,6 @@ def test_a_manifest_that_is_not_one_is_refused(
     ],
 )
 def test_steps_that_are_not_in_order_are_refused(lines: list[str], message: str, tmp_path: Path) -> None:
-    (tmp_path / result_dir.STEPS).write_text("".join(line + "\n" for line in lines))
+    (tmp_path / STEPS).write_text("".join(line + "\n" for line in lines))
     with pytest.raises(TpcheckError, match=message):
         result_dir.read_steps(tmp_path)

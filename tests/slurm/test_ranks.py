@@ -12,6 +12,7 @@ import pytest
 from tpcheck.cli import main
 from tpcheck.config import RunConfig, load_run
 from tpcheck.errors import TpcheckError
+from tpcheck.files.names import EXIT_REASONS
 from tpcheck.run import exit_reason, launch
 from tpcheck.run.rank import rank_from_environment
 
@@ -28,26 +29,26 @@ from tpcheck.run.rank import rank_from_environment
     ],
 )
 def test_a_rank_says_whether_it_would_fail_again(tmp_path: Path, monkeypatch: Any, error: Exception, kind: str) -> None:
-    monkeypatch.setenv("TPCHECK_ENDS", str(tmp_path / exit_reason.ENDS))
+    monkeypatch.setenv("TPCHECK_ENDS", str(tmp_path / EXIT_REASONS))
     monkeypatch.setenv("RANK", "3")
     exit_reason.note_error(error)
-    line = json.loads((tmp_path / exit_reason.ENDS).read_text())
+    line = json.loads((tmp_path / EXIT_REASONS).read_text())
     assert (line["kind"], line["rank"]) == (kind, 3) and str(error)[:10] in line["why"]
 
 
 def test_a_rank_that_loses_another_while_it_loads_a_checkpoint_has_not_failed(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setenv("TPCHECK_ENDS", str(tmp_path / exit_reason.ENDS))
+    monkeypatch.setenv("TPCHECK_ENDS", str(tmp_path / EXIT_REASONS))
     try:
         raise TpcheckError("x does not load into this model") from RuntimeError("[gloo/pair.cc:537] Connection closed")
     except TpcheckError as error:
         exit_reason.note_error(error)
-    assert json.loads((tmp_path / exit_reason.ENDS).read_text())["kind"] == "lost"
+    assert json.loads((tmp_path / EXIT_REASONS).read_text())["kind"] == "lost"
 
 
 def test_a_refused_run_leaves_its_reason_for_the_batch_script(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setenv("TPCHECK_ENDS", str(tmp_path / exit_reason.ENDS))
+    monkeypatch.setenv("TPCHECK_ENDS", str(tmp_path / EXIT_REASONS))
     assert main(["train", str(_run_file(tmp_path)), "tp=3"]) == 2
-    assert json.loads((tmp_path / exit_reason.ENDS).read_text())["kind"] == "failed"
+    assert json.loads((tmp_path / EXIT_REASONS).read_text())["kind"] == "failed"
 
 
 def test_a_start_waits_for_one_that_a_lost_node_still_runs(tmp_path: Path, monkeypatch: Any) -> None:
@@ -55,7 +56,7 @@ def test_a_start_waits_for_one_that_a_lost_node_still_runs(tmp_path: Path, monke
     with launch._exclusively(config):
         with pytest.raises(TpcheckError, match="is being written by another run"), launch._exclusively(config):
             pass  # nobody has started this one who could want it to wait
-        monkeypatch.setenv("TPCHECK_ENDS", str(tmp_path / exit_reason.ENDS))
+        monkeypatch.setenv("TPCHECK_ENDS", str(tmp_path / EXIT_REASONS))
         began = threading.Event()
         waiting = threading.Thread(target=_write, args=(config, began))
         waiting.start()

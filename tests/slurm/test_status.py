@@ -14,6 +14,7 @@ from slurm.status import look
 from tests.support.finished import begin, finish, sweep
 from tpcheck.cli import main
 from tpcheck.errors import TpcheckError
+from tpcheck.files.names import ATTEMPTS
 from tpcheck.sweep.spec import Sweep
 from tpcheck.sweep.stored_spec import write_sweep
 
@@ -60,7 +61,7 @@ def submitted(tmp_path: Path) -> Sweep:
 def attempt(of: Sweep, cell: str, restart: int = 0) -> None:
     line = {"job": "77", "array_index": 0, "restart": restart, "nodes": "h1", "began": "x", "job_name": NAME}
     (of.output / cell).mkdir(exist_ok=True)
-    with (of.output / cell / submissions.ATTEMPTS).open("a") as file:
+    with (of.output / cell / ATTEMPTS).open("a") as file:
         print(json.dumps(line), file=file)
 
 

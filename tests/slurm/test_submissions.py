@@ -14,14 +14,15 @@ from slurm.submissions import Attempt, Submission
 from tests.support.finished import sweep
 from tpcheck.config import parse_run
 from tpcheck.errors import TpcheckError
+from tpcheck.files.names import ATTEMPTS, SUBMISSIONS, SWEEP
 from tpcheck.run.provenance import describe
-from tpcheck.sweep.stored_spec import PLAN, read_sweep, write_sweep
+from tpcheck.sweep.stored_spec import read_sweep, write_sweep
 
 
 def test_the_ledger_passes_over_what_a_kill_cut_short(tmp_path: Path) -> None:
     one = Submission("2026-01-01T00:00:00+00:00", "c", "s.1", "7", ("a", "b"), tmp_path)
     submissions.record(tmp_path, one)
-    with (tmp_path / submissions.LEDGER).open("a") as file:
+    with (tmp_path / SUBMISSIONS).open("a") as file:
         file.write('{"format": 1, "job_na')
     other = Submission("2026-01-02T00:00:00+00:00", "c", "s.2", None, ("b",), tmp_path)
     submissions.record(tmp_path, other)
@@ -30,7 +31,7 @@ def test_the_ledger_passes_over_what_a_kill_cut_short(tmp_path: Path) -> None:
 
 
 def test_a_ledger_of_another_format_is_refused(tmp_path: Path) -> None:
-    (tmp_path / submissions.LEDGER).write_text('{"format": 2}\n')
+    (tmp_path / SUBMISSIONS).write_text('{"format": 2}\n')
     with pytest.raises(TpcheckError, match="has format 2, this tpcheck reads format 1"):
         submissions.read(tmp_path)
 
@@ -51,8 +52,8 @@ def test_a_ledger_of_another_format_is_refused(tmp_path: Path) -> None:
 )
 def test_a_ledger_that_somebody_has_changed_is_refused(tmp_path: Path, damage: dict[str, Any]) -> None:
     submissions.record(tmp_path, Submission("2026-01-01T00:00:00+00:00", "c", "s.1", "7", ("a", "b"), tmp_path))
-    line = json.loads((tmp_path / submissions.LEDGER).read_text())
-    (tmp_path / submissions.LEDGER).write_text(json.dumps(line | damage))
+    line = json.loads((tmp_path / SUBMISSIONS).read_text())
+    (tmp_path / SUBMISSIONS).write_text(json.dumps(line | damage))
     with pytest.raises(TpcheckError, match="a line is not as tpcheck writes it"):
         submissions.read(tmp_path)
 
@@ -60,7 +61,7 @@ def test_a_ledger_that_somebody_has_changed_is_refused(tmp_path: Path, damage: d
 @pytest.mark.parametrize("damage", [{"name": "../x"}, {"name": 5}, {"settings": []}, {"group": None}], ids=str)
 def test_a_plan_that_somebody_has_changed_is_refused(tmp_path: Path, damage: dict[str, Any]) -> None:
     write_sweep(sweep(tmp_path))
-    file = tmp_path / "out" / PLAN
+    file = tmp_path / "out" / SWEEP
     plan = json.loads(file.read_text())
     plan["cells"][0] |= damage
     file.write_text(json.dumps(plan))
@@ -70,7 +71,7 @@ def test_a_plan_that_somebody_has_changed_is_refused(tmp_path: Path, damage: dic
 
 def test_attempts_are_read_as_the_script_writes_them(tmp_path: Path) -> None:
     line = '{"job": "7", "array_index": 1, "restart": 2, "nodes": "h[1-2]", "began": "now", "job_name": "s.1"}\n'
-    (tmp_path / submissions.ATTEMPTS).write_text(line + line[:20])
+    (tmp_path / ATTEMPTS).write_text(line + line[:20])
     assert submissions.attempts(tmp_path) == [Attempt("7", 1, 2, "h[1-2]", "now", "s.1")]
 
 

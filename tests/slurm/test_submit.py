@@ -23,8 +23,8 @@ from tests.support.finished import begin, finish, sweep_file
 from tpcheck.cli import main
 from tpcheck.config import load_run
 from tpcheck.errors import TpcheckError
+from tpcheck.files.names import CANCELLED, EXIT_REASONS, SUBMISSIONS
 from tpcheck.run import launch
-from tpcheck.run.exit_reason import ENDS
 from tpcheck.sweep.spec import Cell, load_sweep
 
 H100 = {"constraint": "h100", "nodes": 2, "ranks_per_node": 2, "memory_gib": 8}
@@ -91,7 +91,7 @@ def test_cells_of_one_shape_are_one_array_and_the_ledger_knows_its_number(site: 
         ("101", ("stock-tp2", "tree-tp2")),
     ]
     assert site.ledger[0].element("tree-tp1") == "100_1"
-    lines = [json.loads(line) for line in (site.out / submissions.LEDGER).read_text().splitlines()]
+    lines = [json.loads(line) for line in (site.out / SUBMISSIONS).read_text().splitlines()]
     assert [line["job"] for line in lines] == [None, "100", None, "101"]
     assert [line["job_name"] for line in lines[:2]] == [site.ledger[0].job_name] * 2
 
@@ -265,10 +265,10 @@ def test_a_plan_refuses_what_was_made_with_other_settings(site: Site) -> None:
 
 def test_a_mark_of_tpcheck_cancel_goes_when_the_cell_is_submitted_again(site: Site) -> None:
     begin(site.cells["tree-tp1"])
-    for name in (submissions.CANCELLED, ENDS):  # and why the last job ended is no reason of the next one
+    for name in (CANCELLED, EXIT_REASONS):  # and why the last job ended is no reason of the next one
         (site.cells["tree-tp1"].path / name).touch()
     site.submit()
-    assert not any((site.cells["tree-tp1"].path / name).exists() for name in (submissions.CANCELLED, ENDS))
+    assert not any((site.cells["tree-tp1"].path / name).exists() for name in (CANCELLED, EXIT_REASONS))
 
 
 def test_a_plan_prepares_a_sweep_for_plain_sbatch(site: Site) -> None:

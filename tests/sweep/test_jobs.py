@@ -15,7 +15,8 @@ import pytest
 
 from tests.support import ROOT
 from tpcheck.errors import TpcheckError
-from tpcheck.sweep.jobs import Job, LocalRunner, Machine, Need, Task, is_locked, visible_gpus
+from tpcheck.files.lock import is_locked
+from tpcheck.sweep.jobs import Job, LocalRunner, Machine, Need, Task, visible_gpus
 
 SMALL = Need(cpus=1, gpus=0, memory_gib=0.1)
 ONE_CPU = Machine(cpus=1, gpus=(), memory_gib=8)

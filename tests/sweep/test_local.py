@@ -20,7 +20,8 @@ from tests.support import ROOT
 from tests.support.finished import begin, finish, sweep, sweep_file
 from tpcheck.cli import main
 from tpcheck.files import result_dir
-from tpcheck.sweep.jobs import is_locked
+from tpcheck.files.lock import is_locked
+from tpcheck.files.names import DIGESTS, MANIFEST
 from tpcheck.sweep.local import other_settings
 
 QUICK = {"model": "qwen3-tiny", "steps": 2, "seq_length": 20}
@@ -83,7 +84,7 @@ def test_a_cell_that_cannot_start_is_named_with_the_reason_and_the_others_are_tr
     assert f"cell {name} failed: data.path={tmp_path}/missing does not exist\n" in out
     assert "the end of" not in out
     assert f"missing: {name}\n" in out
-    assert (tmp_path / "out" / f"{tmp_path}/text".strip("/").replace("/", "_") / result_dir.DIGESTS).exists()
+    assert (tmp_path / "out" / f"{tmp_path}/text".strip("/").replace("/", "_") / DIGESTS).exists()
 
 
 def test_a_rank_that_is_killed_ends_its_cell_which_is_named_with_the_reason(tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def test_ctrl_c_saves_ends_every_process_and_the_next_call_goes_on_from_there(tm
     process = start(path)
     assert process.wait(timeout=120) == 0
     assert [record["step"] for record in result_dir.read_steps(cell)] == list(range(1, 101))
-    assert json.loads((cell / result_dir.MANIFEST).read_text())["history"][0]["until_step"] == step
+    assert json.loads((cell / MANIFEST).read_text())["history"][0]["until_step"] == step
 
 
 def test_a_broken_promise_gives_exit_code_1_and_names_the_first_step(

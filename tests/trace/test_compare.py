@@ -18,8 +18,9 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from patches import cpu
 from tests.support.traces import GPT2, TINY, Runs, replaced
 from tpcheck.cli import main
+from tpcheck.files.names import RECORDS
 from tpcheck.trace.compare.command import compare, to_json
-from tpcheck.trace.record.store import RECORDS, rank_folder
+from tpcheck.trace.record.store import rank_folder
 
 cpu.enable()
 NO_BUG = contextlib.nullcontext()

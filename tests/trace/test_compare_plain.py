@@ -13,9 +13,8 @@ from torch import nn
 import tpcheck
 from tpcheck.cli import main
 from tpcheck.errors import TpcheckError
-from tpcheck.files import result_dir
+from tpcheck.files.names import MANIFEST, RECORDS
 from tpcheck.trace.compare.estimate import open_noise, open_trace
-from tpcheck.trace.record.store import RECORDS
 
 
 class Model(nn.Module):
@@ -146,7 +145,7 @@ def test_nudged_runs_that_are_not_are_refused(
 
 def test_a_nudged_run_that_was_interrupted_is_to_be_removed(tmp_path: Path) -> None:
     trace = recorded(tmp_path / "run" / "trace")
-    (tmp_path / "run" / result_dir.MANIFEST).write_text("{}")
+    (tmp_path / "run" / MANIFEST).write_text("{}")
     (tmp_path / "run" / "noise-1").mkdir()
     with pytest.raises(TpcheckError, match="noise-1, a nudged run, is not whole: remove it, and it is made again"):
         open_noise(tmp_path / "run", open_trace(trace), seeds=1)

@@ -21,6 +21,7 @@ from tpcheck.checkpoint.digest import PARTS, Digests, TensorDigest, digest_check
 from tpcheck.checkpoint.reader import Checkpoint
 from tpcheck.checkpoint.ulp import Difference, compare
 from tpcheck.files import result_dir
+from tpcheck.files.names import DIGESTS
 
 __all__ = ["IDENTICAL", "Report", "StepDifference", "TensorDifference", "diff"]
 
@@ -98,7 +99,7 @@ class _Side:
         self.is_result = result_dir.is_result(path) and not (path / ".metadata").exists()
         self.manifest: Json = result_dir.read_manifest(path) if self.is_result else {}
         recorded = result_dir.read_digests(path) if self.is_result else None
-        self.recorded = recorded and (recorded["step"], Digests.from_json(recorded, str(path / result_dir.DIGESTS)))
+        self.recorded = recorded and (recorded["step"], Digests.from_json(recorded, str(path / DIGESTS)))
         self.checkpoints: dict[int | None, Path] = {None: path}
         if self.is_result:
             self.checkpoints = dict(result_dir.checkpoints(path))
@@ -157,7 +158,7 @@ def _compare_steps(report: Report, a: Mapping[int, Json], b: Mapping[int, Json])
 def _compare_states(report: Report, left: _Side, right: _Side, digest: Digest) -> None:
     for label, side in (("A", left), ("B", right)):
         if side.is_result and not side.recorded:
-            report.doubts.append(f"{label} has not come to its end: it has no {result_dir.DIGESTS}")
+            report.doubts.append(f"{label} has not come to its end: it has no {DIGESTS}")
     states = _states_to_compare(left, right)
     if states is None:
         report.doubts.append("no state in common: no step has digests or a checkpoint on both sides")

@@ -29,6 +29,7 @@ from tpcheck.checkpoint.reader import Checkpoint, LogicalTensor
 from tpcheck.checkpoint.unpickle import Stored, number
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
+from tpcheck.files.names import DIGESTS
 
 __all__ = ["PARTS", "Digests", "TensorDigest", "command", "digest_checkpoint", "digest_with_progress"]
 
@@ -191,7 +192,7 @@ def _find(path: Path) -> tuple[Digests, Path]:
     recorded = result_dir.read_digests(path)
     if recorded is None:
         raise TpcheckError(f"{path} has neither a complete checkpoint nor digests: train it first, or with --resume")
-    file = path / result_dir.DIGESTS
+    file = path / DIGESTS
     return Digests.from_json(recorded, str(file)), file
 
 

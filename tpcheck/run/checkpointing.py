@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # which is no 
 
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
+from tpcheck.files.json_files import sync
 
 __all__ = ["discard_unfinished", "load", "save"]
 
@@ -79,7 +80,7 @@ def save(output: Path, step: int, pieces: Sequence[Any], optimizer: Any) -> Path
         _sync_files(new)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(new, final)
-        result_dir.sync(final.parent)
+        sync(final.parent)
     dist.barrier()
     return final
 
@@ -164,5 +165,5 @@ def _with_step(state: Any, step: int) -> Any:
 
 def _sync_files(folder: Path) -> None:
     for file in folder.rglob("*"):
-        result_dir.sync(file)
-    result_dir.sync(folder)
+        sync(file)
+    sync(folder)

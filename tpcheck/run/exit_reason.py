@@ -16,9 +16,8 @@ import os
 import traceback
 from typing import Literal
 
-__all__ = ["ENDS", "is_wanted", "note", "note_error", "one_line"]
+__all__ = ["is_wanted", "note", "note_error", "one_line"]
 
-ENDS = "ends.jsonl"
 VARIABLE = "TPCHECK_ENDS"
 # What torch says when a peer, the network or a device has gone; DistError and its kin are asked by their names.
 LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "ECC error", "NVLink")

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
-import fcntl
 import json
 import os
 import signal
@@ -23,19 +21,20 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tpcheck.config import RunConfig, check, load_run
 from tpcheck.errors import TpcheckError
-from tpcheck.files import result_dir
+from tpcheck.files import lock, result_dir
+from tpcheck.files.json_files import write_object
+from tpcheck.files.names import LOG
 from tpcheck.run import exit_reason
 from tpcheck.run.output import to_log
 from tpcheck.run.provenance import resume_point
 from tpcheck.run.rank import rank_from_environment
 
-__all__ = ["LOG", "command", "launch"]
+__all__ = ["command", "launch"]
 
-LOG = "log.txt"  # rank 0 holds its lock as long as it trains
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 1.0  # for the other ranks to say why they fail, before they are killed
 PR_SET_PDEATHSIG = 1
@@ -67,7 +66,7 @@ def _launch(config: RunConfig, resume: bool) -> int:
     rank_settings = rank_from_environment(config)
     if rank_settings is None:
         resume_point(config, resume)
-        if resume and _is_complete(config):
+        if resume and result_dir.final_digests(Path(config.output), config.steps):
             print(f"complete already: {config.output}")
             return 0
         return _fork_ranks(config, resume)
@@ -111,24 +110,12 @@ def _exclusively(config: RunConfig) -> Iterator[None]:
     """
     log = Path(config.output) / LOG
     log.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + (LOCK_PATIENCE_SECONDS if exit_reason.is_wanted() else 0.0)
-    with open(log, "ab") as file:
-        while not _locks(file):
-            if time.monotonic() > deadline:
-                raise TpcheckError(f"{config.output} is being written by another run: wait for it, or stop it")
-            time.sleep(POLL_SECONDS)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(lock.hold(log, LOCK_PATIENCE_SECONDS if exit_reason.is_wanted() else 0.0))
+        except BlockingIOError:
+            raise TpcheckError(f"{config.output} is being written by another run: wait for it, or stop it") from None
         yield
-
-
-def _locks(file: IO[bytes]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # file systems without locks
-            raise
-    return True
 
 
 def _check_before_forking(config: RunConfig) -> Any:
@@ -237,7 +224,7 @@ def _run_rank(config: RunConfig, resume: bool, data: Any, rank: int, scratch: Pa
         except BaseException as error:
             traceback.print_exc()
             report = {"refused": False, "why": exit_reason.one_line(error)}
-    result_dir.write_json(scratch / f"rank-{rank}.json", {"time": time.time(), **report})
+    write_object(scratch / f"rank-{rank}.json", {"time": time.time(), **report})
     return 1
 
 
@@ -293,8 +280,3 @@ def _report(scratch: Path, rank: int, code: int) -> dict[str, Any]:
 def _kill_group(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
-
-
-def _is_complete(config: RunConfig) -> bool:
-    digests = result_dir.read_digests(Path(config.output))
-    return digests is not None and digests["step"] == config.steps

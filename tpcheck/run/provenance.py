@@ -18,10 +18,12 @@ from tpcheck.checkpoint.reader import Checkpoint
 from tpcheck.config import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
+from tpcheck.files.json_files import read_object
+from tpcheck.files.names import CODE
 
-__all__ = ["CODE", "continued", "cpu_name", "describe", "git", "resume_point", "versions"]
+__all__ = ["CODE_FORMAT", "continued", "cpu_name", "describe", "git", "resume_point", "versions"]
 
-CODE = "code.json"  # beside the packages, where they are a copy
+CODE_FORMAT = 1
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "numpy", "tpcheck")
 MAY_CHANGE = {
     "tp",
@@ -132,7 +134,7 @@ def versions() -> dict[str, str]:
 def _code(package: Path) -> dict[str, Any] | None:
     """The commit that runs; of a copy made at submission (see slurm/snapshot.py), what it was made from."""
     if (package.parent / CODE).exists():
-        copied = result_dir.read_formatted(package.parent, CODE, {"digest": str})
+        copied = read_object(package.parent / CODE, CODE_FORMAT, {"digest": str})
         return {key: value for key, value in copied.items() if key != "format"}
     return git(package)
 

@@ -49,5 +49,6 @@ def _first_node() -> str:
         return call.stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError) as error:
         raise TpcheckError(
-            f"cannot tell which of the nodes {nodes} is first ({exit_reason.one_line(error)}): set MASTER_ADDR to it"
+            f"cannot tell which of the nodes {nodes} is the first ({exit_reason.one_line(error)}): "
+            "set MASTER_ADDR to it"
         ) from error

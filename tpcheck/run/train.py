@@ -23,6 +23,7 @@ from megatron.core import parallel_state
 from tpcheck.config import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
+from tpcheck.files.names import DIGESTS, TRACE
 from tpcheck.run import checkpointing, exit_reason, provenance
 from tpcheck.run.data import Source, open_data, rank_batches
 from tpcheck.run.model import (
@@ -34,7 +35,7 @@ from tpcheck.run.model import (
     train_step,
 )
 from tpcheck.run.output import Steps
-from tpcheck.trace import TRACE, trace
+from tpcheck.trace import trace
 
 __all__ = ["Stop", "enable_patches", "process_group", "train"]
 
@@ -173,7 +174,7 @@ def _prepare_output(output: Path, description: dict[str, Any], step: int) -> Non
     output.mkdir(parents=True, exist_ok=True)
     result_dir.write_manifest(output, description)
     result_dir.truncate_steps(output, step)
-    (output / result_dir.DIGESTS).unlink(missing_ok=True)
+    (output / DIGESTS).unlink(missing_ok=True)
     checkpointing.discard_unfinished(output)
 
 

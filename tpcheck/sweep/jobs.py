@@ -10,7 +10,6 @@ Only files carry results: submitit pickles the call of `run_cell`, and nothing i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import subprocess
@@ -23,6 +22,7 @@ import psutil
 import submitit
 
 from tpcheck.errors import TpcheckError
+from tpcheck.files.lock import hold, is_locked
 
 A_MONTH = 30 * 24 * 60  # minutes; a local job has no time limit, submitit wants one
 POLL_SECONDS = 0.25
@@ -178,23 +178,10 @@ def run_cell(command: Sequence[str], lock: Path, files: Path) -> None:
     Ctrl-C in a terminal reaches this process too; only the sweep decides what it means for the command.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with lock.open("a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with hold(lock) as held:
         process = subprocess.Popen(command, start_new_session=True, pass_fds=[held.fileno()])
         _write_int(_beside(files, "pid"), process.pid)
         _write_int(_beside(files, "exit"), process.wait())
-
-
-def is_locked(lock: Path) -> bool:
-    """Whether a process, of this sweep or of another, runs the cell whose lock this is."""
-    if not lock.exists():
-        return False
-    with lock.open("a") as probe:
-        try:
-            fcntl.flock(probe, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def _beside(files: Path, suffix: str) -> Path:

@@ -11,7 +11,6 @@ complete is ever run again, and nothing is overwritten: a cell made with other s
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
@@ -27,17 +26,16 @@ from rich.console import Console
 from tpcheck.config import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
-from tpcheck.run.launch import LOG
+from tpcheck.files.lock import hold, is_locked
+from tpcheck.files.names import LOCAL_JOBS, LOCK, LOG, MANIFEST, RUN
 from tpcheck.sweep import conclude, verdict
-from tpcheck.sweep.jobs import Job, LocalRunner, Machine, Need, Task, is_locked
+from tpcheck.sweep.jobs import Job, LocalRunner, Machine, Need, Task
 from tpcheck.sweep.live_table import Board
 from tpcheck.sweep.spec import Cell, Sweep, load_sweep
 from tpcheck.sweep.stored_spec import write_sweep
 
 __all__ = ["command", "is_complete", "only_one", "other_settings"]
 
-LOCK = ".lock"
-JOBS = "jobs"
 TAIL = 15  # lines of a failed cell's log
 REFUSED = 2  # the exit code of `tpcheck train` for bad input
 CELL_FREE = ("output", "stop_after")  # settings that two runs of the same cell may differ in
@@ -60,7 +58,7 @@ def is_complete(cell: Cell) -> bool:
     """Whether the cell needs no run any more; refuses a directory that another configuration or process holds."""
     if is_locked(cell.path / LOCK):
         raise TpcheckError(f"cell {cell.name} is being run by another process: wait for it, or end it, then call again")
-    if not (cell.path / result_dir.MANIFEST).exists():
+    if not (cell.path / MANIFEST).exists():
         return False
     if changes := other_settings(cell, result_dir.read_manifest(cell.path)["config"]):
         raise TpcheckError(f"{cell.path} was made with other settings ({changes}): remove it, or add output=DIR")
@@ -88,7 +86,7 @@ def _run(sweep: Sweep, todo: Sequence[Cell], console: Console) -> None:
     machine = Machine.here()
     cells = {cell.name: cell for cell in todo}
     tasks = [_task(cell, machine) for cell in todo]
-    jobs = sweep.output / JOBS / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    jobs = sweep.output / LOCAL_JOBS / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     for task in tasks:
         if task.need.memory_gib > machine.memory_gib:
             console.print(
@@ -130,7 +128,7 @@ def _task(cell: Cell, machine: Machine) -> Task:
             "exclude it, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
     cell.path.mkdir(parents=True, exist_ok=True)
-    run = cell.path / "run.yaml"
+    run = cell.path / RUN
     run.write_text(yaml.safe_dump(cell.config.model_dump(mode="json"), sort_keys=False))
     command = (sys.executable, "-m", "tpcheck", "train", str(run), "--resume")
     need = Need(cell.config.world_size * cell.config.threads, gpus, memory_gib(cell.config))
@@ -173,9 +171,9 @@ def _ending(code: int | None) -> str:
 def only_one(output: Path) -> Iterator[None]:
     """Hold the sweep's own lock, so that no second sweep writes to the same directory."""
     output.mkdir(parents=True, exist_ok=True)
-    with (output / LOCK).open("a") as lock:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(hold(output / LOCK))
         except BlockingIOError:
             raise TpcheckError(f"another sweep writes to {output}: wait for it, or add output=DIR") from None
         yield

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from tpcheck.files.names import PAGE, PICTURE
 from tpcheck.sweep import plot
 from tpcheck.sweep.spec import Sweep, only_size
 from tpcheck.sweep.verdict import Verdict
 
-__all__ = ["PAGE", "PICTURE", "document", "image", "table", "write"]
-
-PICTURE, PAGE = "loss.png", "index.html"
+__all__ = ["document", "image", "table", "write"]
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }

@@ -10,13 +10,13 @@ from typing import Any
 
 from tpcheck.config import parse_run
 from tpcheck.errors import TpcheckError
-from tpcheck.files import result_dir
+from tpcheck.files.json_files import read_object, write_object
+from tpcheck.files.names import SWEEP
 from tpcheck.sweep.spec import Cell, Sweep
 
-__all__ = ["PLAN", "read_sweep", "write_sweep"]
+__all__ = ["read_sweep", "write_sweep"]
 
 FORMAT = 1
-PLAN = "sweep.json"
 
 
 def write_sweep(sweep: Sweep) -> None:
@@ -33,16 +33,16 @@ def write_sweep(sweep: Sweep) -> None:
         for cell in sweep.cells
     ]
     plan = {"format": FORMAT, "name": sweep.name, "output": str(sweep.output), "invariant": list(sweep.invariant)}
-    result_dir.write_json(sweep.output / PLAN, {**plan, "cells": cells})
+    write_object(sweep.output / SWEEP, {**plan, "cells": cells})
 
 
 def read_sweep(output: Path) -> Sweep:
     """The sweep whose results are in `output`, wherever that directory is now."""
-    plan = result_dir.read_formatted(output, PLAN, {"name": str, "invariant": list, "cells": list})
+    plan = read_object(output / SWEEP, FORMAT, {"name": str, "invariant": list, "cells": list})
     try:
         cells = tuple(_cell(given, output) for given in plan["cells"])
     except (KeyError, TypeError, ValueError) as error:
-        raise TpcheckError(f"{output / PLAN}: a cell is not as tpcheck writes it ({error!r})") from error
+        raise TpcheckError(f"{output / SWEEP}: a cell is not as tpcheck writes it ({error!r})") from error
     return Sweep(plan["name"], output, cells, tuple(plan["invariant"]))
 
 
@@ -52,5 +52,5 @@ def _cell(given: dict[str, Any], output: Path) -> Cell:
         raise ValueError(f"{name} is no name")
     if not isinstance(settings, dict) or not isinstance(group, dict):
         raise TypeError(f"settings {settings!r}, group {group!r}")
-    config = parse_run({**given["config"], "output": str(output / name)}, f"{output / PLAN}, {name}")
+    config = parse_run({**given["config"], "output": str(output / name)}, f"{output / SWEEP}, {name}")
     return Cell(name, settings, group, config, given["arch"])

@@ -21,11 +21,13 @@ from typing import Any, Literal
 from rich.table import Table
 
 from tpcheck.files import result_dir
+from tpcheck.files.json_files import write_object
+from tpcheck.files.names import VERDICT
 from tpcheck.sweep.spec import Cell, Sweep, only_size
 
-__all__ = ["VERDICT", "Group", "Verdict", "judge", "write"]
+__all__ = ["Group", "Verdict", "judge", "write"]
 
-VERDICT = "verdict.json"
+VERDICT_FORMAT = 1
 SHORT = 12  # digits of a digest in a table
 
 DIFFERING = 3  # tensors named where a promise is broken
@@ -158,7 +160,7 @@ class Verdict:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "format": result_dir.FORMAT,
+            "format": VERDICT_FORMAT,
             "sweep": self.sweep,
             "exit_code": self.exit_code,
             "verdict": self.sentence(),
@@ -187,16 +189,14 @@ def judge(sweep: Sweep, difference: Difference | None = None) -> Verdict:
 
 def write(verdict: Verdict, output: Path) -> Path:
     """Leave the verdict beside the cells."""
-    result_dir.write_json(output / VERDICT, verdict.as_json())
+    write_object(output / VERDICT, verdict.as_json())
     return output / VERDICT
 
 
 def digests_of(cell: Cell) -> Digests | None:
     """The digests of a complete cell's final state."""
-    found = result_dir.read_digests(cell.path)
-    if found is None or found["step"] != cell.config.steps:
-        return None
-    return Digests(found["model"], found.get("optimizer"), tuple(found.get("notes", ())))
+    found = result_dir.final_digests(cell.path, cell.config.steps)
+    return None if found is None else Digests(found["model"], found.get("optimizer"), tuple(found.get("notes", ())))
 
 
 def _by_products(name: str, cells: Sequence[Cell]) -> list[tuple[str, list[Cell], bool]]:

@@ -22,9 +22,8 @@ from tpcheck.errors import TpcheckError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["KINDS", "TRACE", "Options", "trace"]
+__all__ = ["KINDS", "Options", "trace"]
 
-TRACE = "trace"  # the trace's folder in a result directory
 KINDS = ("start", "input", "out", "mask", "again", "dout", "din", "grad", "clip", "weight", "state")
 
 

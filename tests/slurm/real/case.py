@@ -21,6 +21,7 @@ from slurm.queue import ENDED
 from tests.support import ROOT
 from tests.support.slurm_cluster import Cluster, wait_for
 from tpcheck.files import result_dir
+from tpcheck.files.names import DIGESTS
 
 __all__ = ["CELL", "PROFILE", "RUN", "Case", "Digests", "digests", "need_node_names", "together", "train_here"]
 
@@ -98,7 +99,7 @@ class Case:
         wait_for(lambda: self.attempts(cell) >= number, PATIENCE, f"start {number} of {cell}")
 
     def wait_until_complete(self, cell: str) -> None:
-        done = self.out / cell / result_dir.DIGESTS
+        done = self.out / cell / DIGESTS
         wait_for(lambda: done.exists() or self._given_up(cell), PATIENCE, f"{cell} to be complete")
         assert done.exists(), f"{cell} ended without digests"
         assert [record["step"] for record in result_dir.read_steps(self.out / cell)] == list(range(1, STEPS + 1))

@@ -14,6 +14,7 @@ from slurm import submissions
 from tests.slurm.real.case import CELL, STEPS, Case, need_node_names, together
 from tests.support.slurm_cluster import wait_for
 from tpcheck.files import result_dir
+from tpcheck.files.names import DIGESTS
 
 CHECKPOINTS = {6, 12, 18}  # of a cell that is not asked to save
 SOON = 120.0  # seconds for what Slurm or a cell does at once, on a machine that is busy
@@ -187,9 +188,9 @@ def test_a_full_disk_fails_the_cell_and_with_room_again_it_goes_on_from_its_last
         (case.out / "filler").unlink()
         case.submit("--wait")
         assert len(resumed_from(case)) == 1 and set(resumed_from(case)) <= CHECKPOINTS
-        found = (case.out / CELL / result_dir.DIGESTS).read_bytes()
+        found = (case.out / CELL / DIGESTS).read_bytes()
     (case.out / CELL).mkdir(parents=True)  # below the disk that was taken away
-    (case.out / CELL / result_dir.DIGESTS).write_bytes(found)
+    (case.out / CELL / DIGESTS).write_bytes(found)
     return [CELL]
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from tpcheck.config import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
-from tpcheck.trace import TRACE
+from tpcheck.files.names import CHECKPOINTS, TRACE
 from tpcheck.trace.compare.metrics import Distance, distance
 from tpcheck.trace.compare.reader import Key, Logical, Trace
 from tpcheck.trace.compare.sign_flips import turned
@@ -158,7 +158,7 @@ def _run_again(path: Path, folder: Path, last_step: int) -> None:
         code = launch(config)
     if code:
         raise TpcheckError(f"{folder}: the nudged run failed, see its log.txt")
-    shutil.rmtree(folder / result_dir.CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 @contextlib.contextmanager

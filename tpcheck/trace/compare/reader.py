@@ -22,8 +22,9 @@ from tpcheck.checkpoint.tiling import Array, Index, Part, tiles
 from tpcheck.checkpoint.ulp import FLOATS, values
 from tpcheck.checkpoint.unpickle import ITEMSIZE
 from tpcheck.errors import TpcheckError
+from tpcheck.files.names import RANK, RECORDS
 from tpcheck.trace.compare.tensorfile import tensors
-from tpcheck.trace.record.store import FORMAT, RANK, RECORDS, rank_folder
+from tpcheck.trace.record.store import FORMAT, rank_folder
 
 __all__ = ["PHASES", "Key", "Logical", "Replicas", "Trace", "encoded"]
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from patches.imports import when_imported
 from tpcheck.errors import TpcheckError
+from tpcheck.files.names import RANK
 from tpcheck.trace import Options, trace
-from tpcheck.trace.record.store import RANK
 
 __all__ = ["LOOP", "STEPS", "trace_script"]
 

@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import save_file
 
 from tpcheck.errors import TpcheckError
-from tpcheck.files import result_dir
+from tpcheck.files.json_files import write_object
+from tpcheck.files.names import RANK, RECORDS
 from tpcheck.trace.record.shards import Shards
 
-__all__ = ["FORMAT", "RANK", "RECORDS", "Writer", "rank_folder"]
+__all__ = ["FORMAT", "Writer", "rank_folder"]
 
 FORMAT = 1
-RANK, RECORDS = "rank.json", "records.jsonl"
 FILE_BYTES = 32 << 20
 
 
@@ -42,7 +42,7 @@ class Writer:
         self.records = self.files = self.bytes = 0
         self.waiting: dict[str, torch.Tensor] = {}
         self.lines: list[str] = []
-        result_dir.write_json(folder / RANK, self.description)
+        write_object(folder / RANK, self.description)
 
     def add(self, record: dict[str, Any], shards: Shards) -> None:
         """Keep a copy of `shards`, written at the latest when the trace is closed."""
@@ -69,7 +69,7 @@ class Writer:
     def close(self, summary: dict[str, Any]) -> None:
         """Write what is waiting, and that the trace is whole."""
         self._flush()
-        result_dir.write_json(self.folder / RANK, {**self.description, **summary, "records": self.records})
+        write_object(self.folder / RANK, {**self.description, **summary, "records": self.records})
 
     def _flush(self) -> None:
         if self.waiting:

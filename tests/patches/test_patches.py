@@ -21,8 +21,8 @@ import patches
 from patches import registry
 from patches.megatron import PATCHES
 from patches.registry import REGISTRY, _resolve, attribute, check_versions
-from tests.patches.megatron.test_training import differences, run
 from tests.support import STAND_IN, plain_megatron
+from tests.support.megatron_runs import differences, run
 from tests.support.ranks import on_ranks
 
 SCRIPT = Path(plain_megatron.__file__)

@@ -16,7 +16,8 @@ from patches.order.exact.products import exact_sum
 from patches.order.kernels.embedding import BLOCK, embedding_gradient
 from patches.order.kernels.softmax import CHUNK, SHORT, exponentials, joined, logits_gradient, softmax, softmax_gradient
 from patches.order.tree import tree_sum
-from tests.patches.kernels.by_pairs import DTYPES, assert_close, assert_same_bits, by_pairs
+from tests.patches.kernels.by_pairs import DTYPES, assert_close, by_pairs
+from tests.support.bits import assert_same_bits
 
 ULP = 2.0**-24
 LENGTHS = (1, 7, 640, SHORT + 1, 2 * SHORT)

@@ -18,7 +18,8 @@ from patches.order.exact.products import exact_sum
 from patches.order.kernels import norm
 from patches.order.kernels.sums import row_sums, sums_of_rows, tree_of_sums
 from patches.order.tree import tree_sum
-from tests.patches.kernels.by_pairs import DTYPES, assert_close, assert_same_bits, by_pairs, leaves_by_pairs
+from tests.patches.kernels.by_pairs import DTYPES, assert_close, by_pairs, leaves_by_pairs
+from tests.support.bits import assert_same_bits
 
 EPS = 1e-5
 

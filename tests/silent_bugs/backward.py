@@ -11,7 +11,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import layers, mappings
 from torch import Tensor
 
-from tests.silent_bugs.case import QWEN3, around, bug, during, replaced, tp_rank, tp_size
+from tests.silent_bugs.case import QWEN3, around, bug, during, tp_rank, tp_size
+from tests.support.traces import replaced
 
 TP2, SP2 = {"tp": 2}, {"tp": 2, "sequence_parallel": True}
 LINEAR = layers.LinearWithGradAccumulationAndAsyncCommunication

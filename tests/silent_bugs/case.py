@@ -11,11 +11,10 @@ from typing import Any
 
 from megatron.core import parallel_state
 
-__all__ = ["BUGS", "GPT2", "QWEN3", "Bug", "Clean", "around", "bug", "during", "replaced", "tp_rank", "tp_size"]
+from tests.support.traces import GPT2, replaced
+from tests.support.traces import TINY as QWEN3
 
-QWEN3 = {"preset": "qwen3-tiny", "hidden_size": 64, "head_dim": 8, "ffn_hidden_size": 72}
-GPT2 = {"preset": "gpt2-124m", "num_layers": 2, "hidden_size": 64, "num_attention_heads": 8, "num_query_groups": 8,
-        "head_dim": 8, "ffn_hidden_size": 136, "vocab_size": 257, "max_positions": 64}  # fmt: skip
+__all__ = ["BUGS", "GPT2", "QWEN3", "Bug", "Clean", "around", "bug", "during", "tp_rank", "tp_size"]
 
 
 @dataclass(frozen=True)
@@ -60,18 +59,6 @@ def bug(
         return inject
 
     return enter
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """`owner.name` is `value` meanwhile, and then the very object that it was."""
-    owned = name in vars(owner)
-    before = inspect.getattr_static(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before) if owned else delattr(owner, name)
 
 
 def around(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Any:

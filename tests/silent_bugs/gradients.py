@@ -16,7 +16,8 @@ from megatron.core.optimizer import optimizer
 from megatron.core.pipeline_parallel import schedules
 from torch import Tensor
 
-from tests.silent_bugs.case import GPT2, around, bug, replaced
+from tests.silent_bugs.case import GPT2, around, bug
+from tests.support.traces import replaced
 
 TP2, SP2, DP2 = {"tp": 2}, {"tp": 2, "sequence_parallel": True}, {"dp": 2}
 FINALIZE = importlib.import_module("megatron.core.distributed.finalize_model_grads")  # a function of its name hides it

@@ -13,7 +13,8 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.tensor_parallel import random as mcore_random
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
-from tests.silent_bugs.case import GPT2, QWEN3, around, bug, replaced, tp_rank
+from tests.silent_bugs.case import GPT2, QWEN3, around, bug, tp_rank
+from tests.support.traces import replaced
 from tpcheck.run import train
 
 TP2, DP2 = {"tp": 2}, {"dp": 2}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,11 @@ def assert_same_bits(x: Tensor, y: Tensor) -> None:
     assert x.dtype == y.dtype and x.shape == y.shape
     differ = bits(x) != bits(y)
     assert not differ.any(), f"{differ.sum()} of {x.numel()} elements differ"
+
+
+def unequal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
+    """The names under which `b` has not the bits of `a`."""
+    return [name for name in a if not same_bits(a[name], b[name])]
 
 
 def raw(tensor: Tensor) -> bytes:

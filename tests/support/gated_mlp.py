@@ -21,7 +21,9 @@ from patches.ops.linear import column_parallel, row_parallel
 from patches.ops.norm import norm
 from patches.ops.sharded import Shards
 from patches.order.collectives import all_gather
+from tests.support.bits import unequal
 from tests.support.ranks import on_ranks
+from tests.support.sharding import gathered, share
 
 S, B, H, FFN, V = 16, 3, 40, 88, 104
 
@@ -37,8 +39,7 @@ def assert_right_and_same_bits(
         assert ours < 1.5 * theirs + 2**-24, f"{name}: {ours:.1e}, torch's own in {dtype}: {theirs:.1e}"
     for tp, sp in layouts:
         for rank, other in enumerate(on_ranks(tp, network, strategy, 8, sp, dtype, centered)):
-            unequal = [name for name in one if not torch.equal(one[name], other[name])]
-            assert not unequal, f"tp={tp} sp={sp} rank={rank}: {unequal}"
+            assert not unequal(one, other), f"tp={tp} sp={sp} rank={rank}"
 
 
 def weights(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -55,11 +56,11 @@ SHARDED = {"fc1": (0, 2), "b1": (0, 2), "fc2": (1, 1), "out": (0, 1)}
 
 def network(strategy: Any, leaves: int, sp: bool, dtype: torch.dtype, centered: bool) -> dict[str, Tensor]:
     """Loss and every gradient, as logical tensors."""
-    group = dist.group.WORLD
+    group, how = dist.group.WORLD, SHARDED | ({"x": (0, 1)} if sp else {})
     contract = Contract(strategy, leaves)
     shards, tokens = Shards(contract, group), Shards(contract, group if sp else None)
     local = LocalInvariance("CPU", pytest.fail)
-    leaf = {name: shard(w, name, group, sp).requires_grad_() for name, w in weights(dtype).items()}
+    leaf = {name: share(w, how.get(name), group).requires_grad_() for name, w in weights(dtype).items()}
     y = norm(leaf["x"], leaf["gamma"], leaf["beta"] if centered else None, 1e-5, centered, 0, tokens)
     gate, up = column_parallel(y, leaf["fc1"], leaf["b1"], shards, sp, False, pieces=2).chunk(2, -1)
     z = row_parallel(F.silu(gate) * up, leaf["fc2"], shards, sp, False)
@@ -68,24 +69,8 @@ def network(strategy: Any, leaves: int, sp: bool, dtype: torch.dtype, centered: 
     loss = cross_entropy(logits, TARGET, shards)
     loss.sum().backward()
     local.remove()
-    whole = {name: gathered(w.grad, name, group, sp) for name, w in leaf.items() if w.grad is not None}
+    whole = {name: gathered(w.grad, how.get(name), group) for name, w in leaf.items() if w.grad is not None}
     return {"loss": loss.detach(), **whole}
-
-
-def shard(w: Tensor, name: str, group: Any, sp: bool) -> Tensor:
-    if name == "x" and sp:
-        return w.chunk(group.size())[group.rank()].clone()
-    if name not in SHARDED:
-        return w.clone()
-    dim, stride = SHARDED[name]
-    return torch.cat(w.chunk(group.size() * stride, dim)[group.rank() :: group.size()], dim).clone()
-
-
-def gathered(grad: Tensor, name: str, group: Any, sp: bool) -> Tensor:
-    dim, stride = (0, 1) if name == "x" and sp else SHARDED.get(name, (0, 0))
-    if stride == 0:
-        return grad
-    return torch.cat([all_gather(piece.contiguous(), group, dim) for piece in grad.chunk(stride, dim)], dim)
 
 
 def stock(dtype: torch.dtype, centered: bool, compute: torch.dtype) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import tpcheck
+from tests.support.traces import recorded
 
 SIDES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 32}  # fmt: skip
@@ -37,12 +38,7 @@ def tokens(rank: int = 0, size: int = 1) -> torch.Tensor:
 
 def train(path: Path, model: nn.Module, x: torch.Tensor, perturb: int = 0) -> None:
     """Two steps as everybody writes them."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    with tpcheck.trace(path, model, perturb=perturb):
-        for _ in range(2):
-            optimizer.zero_grad()
-            model(input_ids=x, labels=x).loss.backward()
-            optimizer.step()
+    recorded(path, model, lambda: model(input_ids=x, labels=x).loss, lr=1e-2, perturb=perturb)
 
 
 def reference(path: Path, name: str = "Qwen3", **settings: Any) -> Path:

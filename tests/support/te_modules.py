@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, fields, replace
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -13,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import patches
-from patches.order.collectives import all_gather
+from tests.support.sharding import ALONE, gathered, share
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ALONE: Any = SimpleNamespace(size=lambda: 1, rank=lambda: 0)  # in the place of a group of one rank
 S, B, I, O = 16, 2, 24, 48
 MICROBATCHES = 2
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.5e-2}
@@ -184,20 +182,6 @@ def only_own_features(whole: Tensor, group: Any) -> Tensor:
 
 def weight_and_bias(case: Case) -> tuple[str, str]:
     return ("fc2_weight", "fc2_bias") if case.module == "LayerNormMLP" else ("weight", "bias")
-
-
-def share(whole: Tensor, how: tuple[int, int] | None, group: Any) -> Tensor:
-    if how is None:
-        return whole.clone()
-    dim, pieces = how
-    return torch.cat(whole.chunk(group.size() * pieces, dim)[group.rank() :: group.size()], dim).clone()
-
-
-def gathered(own: Tensor, how: tuple[int, int] | None, group: Any) -> Tensor:
-    if how is None or group is ALONE:
-        return own.cpu()
-    dim, pieces = how
-    return torch.cat([all_gather(piece.contiguous(), group, dim) for piece in own.chunk(pieces, dim)], dim)
 
 
 def assert_right(found: dict[str, Tensor], case: Case) -> None:

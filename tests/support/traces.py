@@ -1,12 +1,16 @@
-"""Small traced runs for tests, each trained once a session; a reference comes with its nudged runs."""
+"""Small traced runs, each trained once a session, references with their nudged runs; traces of other models' loops."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import tpcheck
 from tpcheck.config import parse_run
 from tpcheck.run.launch import launch
 from tpcheck.trace.compare.command import compare
@@ -56,12 +60,31 @@ class Runs:
         return compare(reference, other)
 
 
+def recorded(
+    path: Path,
+    model: torch.nn.Module,
+    loss: Callable[[], torch.Tensor],
+    lr: float = 1e-3,
+    steps: int = 2,
+    **options: Any,
+) -> Path:
+    """A trace of an ordinary training loop of `model`, whose `loss` is computed anew at every step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    with tpcheck.trace(path, model, **options):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+    return path
+
+
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """`owner.name` is `value` meanwhile; ranks are forked from this process, so they have it too."""
-    before = vars(owner)[name]
+    """`owner.name` is `value` meanwhile, and then the very object that it was; ranks forked meanwhile have it, too."""
+    owned = name in vars(owner)
+    before = inspect.getattr_static(owner, name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        setattr(owner, name, before) if owned else delattr(owner, name)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import tpcheck
+from tests.support import traces
 from tpcheck.cli import main
 from tpcheck.errors import TpcheckError
 from tpcheck.files.names import MANIFEST, RECORDS
@@ -41,13 +42,8 @@ def recorded(path: Path, constant: float = 1.0, samples: int = 4, **options: Any
     """A trace of two steps of `Model`."""
     torch.manual_seed(0)
     model = Model(constant)
-    optimizer, x = torch.optim.AdamW(model.parameters(), lr=1e-3), torch.randn(samples, 8)
-    with tpcheck.trace(path, model, **options):
-        for _ in range(2):
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
-    return path
+    x = torch.randn(samples, 8)
+    return traces.recorded(path, model, lambda: model(x).square().mean(), **options)
 
 
 def test_infinities_of_opposite_signs_are_suspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

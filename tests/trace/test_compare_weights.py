@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import tpcheck
+from tests.support import traces
 from tpcheck.cli import main
 from tpcheck.trace.compare.command import compare
 
@@ -44,13 +44,7 @@ class Language(nn.Module):
 def recorded(path: Path, model: nn.Module, **options: Any) -> Path:
     """A trace of two steps on the same tokens."""
     tokens = torch.randint(0, TRUE, (2, 4, 6), generator=torch.Generator().manual_seed(1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    with tpcheck.trace(path, model, **options):
-        for _ in range(2):
-            optimizer.zero_grad()
-            model(tokens[0], tokens[1]).mean().backward()
-            optimizer.step()
-    return path
+    return traces.recorded(path, model, lambda: model(tokens[0], tokens[1]).mean(), **options)
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tpcheck
 from tests.support.ranks import on_ranks
-from tests.support.traces import TINY, traced
+from tests.support.traces import TINY, recorded, traced
 from tpcheck.config import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.run.launch import launch
 from tpcheck.trace.compare.command import compare
 from tpcheck.trace.compare.estimate import open_trace
+from tpcheck.trace.compare.judge import Comparison
 from tpcheck.trace.compare.reader import Key, Logical, Trace
 from tpcheck.trace.module_names import canonical, layer_of, role_of
 from tpcheck.trace.record import store
@@ -166,14 +167,12 @@ class Net(nn.Module):
 
 
 def _train(path: Path, model: nn.Module, x: torch.Tensor, perturb: int = 0, steps: int = 2) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    with tpcheck.trace(path, model, perturb=perturb):
-        for _ in range(steps):
-            optimizer.zero_grad()
-            with torch.no_grad():
-                model(x)  # an evaluation, not to be recorded
-            model(x)["y"].pow(2).mean().backward()
-            optimizer.step()
+    def loss() -> torch.Tensor:
+        with torch.no_grad():
+            model(x)  # an evaluation, not to be recorded
+        return model(x)["y"].pow(2).mean()
+
+    recorded(path, model, loss, lr=1e-2, steps=steps, perturb=perturb)
 
 
 def _plain_or_ddp(path: str, scaled: bool = False) -> None:
@@ -200,12 +199,18 @@ def _summed(state: Any, bucket: Any) -> Any:
 _summed.__annotations__.clear()  # as strings, DDP does not take them
 
 
+def rounding(a: Path, b: Path) -> Comparison:
+    """The judgement of `b` by `a`, which must be that nothing but rounding differs."""
+    found = compare(a, b)
+    assert found.verdict in ("identical", "rounding"), found.first
+    assert not found.unmapped
+    return found
+
+
 def test_ddp_of_any_model_is_rounding_and_a_sum_instead_of_a_mean_is_not(tmp_path: Path) -> None:
     on_ranks(1, _plain_or_ddp, str(tmp_path / "one"))
     on_ranks(2, _plain_or_ddp, str(tmp_path / "two"))
-    found = compare(tmp_path / "one", tmp_path / "two")
-    assert found.verdict in ("identical", "rounding"), found.first
-    assert not found.unmapped
+    found = rounding(tmp_path / "one", tmp_path / "two")
     keys = {(row.key.kind, row.key.name) for row in found.rows}
     assert {("out", "up"), ("out", "up#1"), ("dout", "down#1"), ("grad", "norm.bias"), ("out", "model")} <= keys
     on_ranks(2, _plain_or_ddp, str(tmp_path / "sum"), True)
@@ -230,9 +235,7 @@ def _tensor_parallel(path: str, broken: bool = False) -> None:
 def test_dtensor_tensor_parallelism_is_mapped_by_its_placements(tmp_path: Path) -> None:
     on_ranks(1, _plain_or_ddp, str(tmp_path / "one"))
     on_ranks(2, _tensor_parallel, str(tmp_path / "tp"))
-    found = compare(tmp_path / "one", tmp_path / "tp")
-    assert found.verdict in ("identical", "rounding"), found.first
-    assert not found.unmapped
+    rounding(tmp_path / "one", tmp_path / "tp")
     on_ranks(2, _tensor_parallel, str(tmp_path / "broken"), True)
     wrong = compare(tmp_path / "one", tmp_path / "broken").first
     assert wrong is not None and (wrong.key.kind, wrong.key.name) == ("start", "up.weight")
@@ -274,7 +277,5 @@ def _fully_sharded(path: str) -> None:
 def test_fsdp_is_rounding_away_from_one_rank(tmp_path: Path) -> None:
     on_ranks(1, _plain_or_ddp, str(tmp_path / "one"))
     on_ranks(2, _fully_sharded, str(tmp_path / "fsdp"))
-    found = compare(tmp_path / "one", tmp_path / "fsdp")
-    assert found.verdict in ("identical", "rounding"), found.first
-    assert not found.unmapped
+    found = rounding(tmp_path / "one", tmp_path / "fsdp")
     assert {"start", "grad", "state.exp_avg", "weight", "dout"} <= {row.key.kind for row in found.rows}

@@ -27,11 +27,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LAYOUTS = ("ab", "abᵀ", "aᵀb", "aᵀbᵀ")  # dgrad, forward, wgrad, neither operand as the tensor cores like it
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def operands(M, N, K, device, dtype=torch.bfloat16, layout="abᵀ", batch=()):
     """Random [*batch, M, K] and [*batch, K, N]; ᵀ says that K is, or is not, the dimension that lies side by side."""
     a = torch.randn(*batch, M, K) if "aᵀ" not in layout else torch.randn(*batch, K, M).mT

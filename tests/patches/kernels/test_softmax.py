@@ -23,11 +23,6 @@ ULP = 2.0**-24
 LENGTHS = (1, 7, 640, SHORT + 1, 2 * SHORT)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def errors(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Relative errors of exp(z - max) and of its sum over a row, in ULP; float64.
 

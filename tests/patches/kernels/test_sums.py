@@ -24,11 +24,6 @@ from tests.support.bits import assert_same_bits
 EPS = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", (0, 1, 2, 3, 100, 1025, 4097))
 def test_rows_and_columns_are_summed_by_pairs(n, dtype, device):

@@ -14,7 +14,8 @@ from patches.te import PATCHES
 from tests.support import plain_megatron
 from tests.support.megatron_runs import differences, run
 from tests.support.ranks import on_ranks
-from tests.support.te_modules import Case, gathered, one_in_te
+from tests.support.sharding import gathered
+from tests.support.te_modules import Case, one_in_te
 
 ON_DEVICE = {"model": {"use_cpu_initialization": False}}
 # Without their own patch, norms run in TE's op fuser, and the sums they leave to Megatron are refused at the end.

@@ -10,15 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.bits import unequal
 from tests.support.ranks import on_ranks
 from tests.support.te_modules import CASES, Case, assert_right, in_te, right_in_stock
 
 GATED = Case("LayerNormLinear", "column", stride=2)
 UNMARKED = replace(GATED, marked=False)
-
-
-def unequal(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
-    return [name for name in a if not torch.equal(a[name], b[name])]
 
 
 @functools.cache

@@ -1,29 +1,23 @@
-"""The configuration of one run: its keys (`schema`), and how a run file becomes one (`load`)."""
+"""The configuration of one run: its keys (`schema`), how a run file is read (`load`), what cannot work (`check`)."""
 
-from tpcheck.config.schema import (
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    TraceConfig,
-    check,
-    load_run,
-    load_run_or_preset,
-    parse_run,
-    read_yaml,
-    unknown_key,
-)
+from tpcheck.config.check import check
+from tpcheck.config.load import load_run, load_run_or_preset, override, parse_run, parse_trace, read_yaml, unknown_key
+from tpcheck.config.schema import KINDS, DataConfig, ModelConfig, OptimizerConfig, RunConfig, Strategy, TraceConfig
 
 __all__ = [
+    "KINDS",
     "DataConfig",
     "ModelConfig",
     "OptimizerConfig",
     "RunConfig",
+    "Strategy",
     "TraceConfig",
     "check",
     "load_run",
     "load_run_or_preset",
+    "override",
     "parse_run",
+    "parse_trace",
     "read_yaml",
     "unknown_key",
 ]

@@ -24,8 +24,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tpcheck.config import RunConfig, parse_run, read_yaml
-from tpcheck.config.schema import _override as override
+from tpcheck.config import RunConfig, override, parse_run, read_yaml
 from tpcheck.errors import TpcheckError
 
 __all__ = ["ARCH", "Cell", "Sweep", "label", "load_sweep", "only_size"]

@@ -7,6 +7,7 @@ in tpcheck, which shows its traceback.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import traceback
@@ -109,9 +110,11 @@ def diff(a: Path, b: Path, show_all: bool, as_json: bool) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def compare(a: Path, b: Path, seeds: int, report: Path | None, show_all: bool, as_json: bool) -> int:
     """Judge the traced run B by A, module by module: 0 identical or rounding, 1 suspect, 2 can't tell."""
+    from tpcheck.run.nudged import make_nudged_runs
     from tpcheck.trace.compare.command import command
 
-    return command(a, b, seeds=seeds, show_all=show_all, as_json=as_json, report=report)
+    nudge = functools.partial(make_nudged_runs, seeds=seeds)
+    return command(a, b, nudge=nudge, show_all=show_all, as_json=as_json, report=report)
 
 
 @tpcheck.command()

@@ -24,7 +24,7 @@ from tests.support.ranks import on_ranks
 from tpcheck.cli import main
 from tpcheck.config import RunConfig, parse_run
 from tpcheck.cost.terms import LEGEND, STRATEGIES, step, symbols, total
-from tpcheck.run.model import build_model, build_optimizer, train_step
+from tpcheck.run.model import build_model, build_optimizer, train_step, transformer_config
 from tpcheck.run.train import enable_patches
 
 QWEN3 = {"preset": "qwen3-tiny", "num_layers": 2, "hidden_size": 48, "head_dim": 8, "num_query_groups": 4,
@@ -84,7 +84,7 @@ def counted(config: RunConfig) -> Counts:
     """One training step of megatron-core's own model on this rank."""
     enable_patches(config)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tp)
-    _, pieces = build_model(config)
+    _, pieces = build_model(config, transformer_config(config))
     optimizer = build_optimizer(config, pieces)
     counts = Counts()
     if config.strategy != "stock":

@@ -20,6 +20,7 @@ from tpcheck.config import RunConfig, parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.run.launch import launch
+from tpcheck.run.place import place_from_environment
 
 TINY = {"preset": "qwen3-tiny", "num_layers": 1, "hidden_size": 32, "head_dim": 4, "ffn_hidden_size": 40}
 GPT2 = {"preset": "gpt2-124m", "num_layers": 1, "hidden_size": 32, "head_dim": 4, "ffn_hidden_size": 40}
@@ -259,7 +260,7 @@ def test_rank_of_another_world_size_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(TpcheckError, match=r"4 ranks were started, tp \* pp \* dp = 2 \* 1 \* 1 needs 2"):
-        launch(run(tmp_path / "run", tp=2))
+        place_from_environment(run(tmp_path / "run", tp=2))
 
 
 def _mean_over_ranks(losses: torch.Tensor, microbatches: int) -> float:

@@ -78,7 +78,7 @@ def test_attempts_are_read_as_the_script_writes_them(tmp_path: Path) -> None:
 def test_a_copy_of_the_code_says_in_the_manifest_what_it_is(tmp_path: Path, monkeypatch: Any) -> None:
     place = Snapshot.now().write(tmp_path)
     assert Snapshot.now().write(tmp_path) == place and [path.name for path in place.parent.iterdir()] == [place.name]
-    monkeypatch.setattr("tpcheck.run.provenance.__file__", str(place / "tpcheck" / "manifest.py"))
+    monkeypatch.setattr("tpcheck.run.provenance.__file__", str(place / "tpcheck" / "run" / "provenance.py"))
 
     class Data:
         digest, tokens = "d", 1

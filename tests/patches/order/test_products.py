@@ -11,7 +11,7 @@ import torch
 from patches.contract import UnsupportedError
 from patches.order import products
 from tpcheck.errors import TpcheckError
-from tpcheck.run import provenance
+from tpcheck.run import resume
 
 A = torch.arange(6.0).view(2, 3)
 
@@ -58,6 +58,6 @@ def test_run_does_not_go_on_with_products_of_another_kind(told: bool) -> None:
     data = {"digest": "d"}
     exact, tensor_cores = {"leaf": "exact"}, {"kernel": "gemm_gpu", "family": "sm_90"}
     before = {"data": data, "config": {"strategy": "tree"}, **({"products": exact} if told else {})}
-    assert provenance.continued(before, {"data": data, "products": exact}, 3)["history"][0]["until_step"] == 3
+    assert resume.continued(before, {"data": data, "products": exact}, 3)["history"][0]["until_step"] == 3
     with pytest.raises(TpcheckError, match="of another kind, .*exact.*sm_90"):
-        provenance.continued(before, {"data": data, "products": tensor_cores}, 3)
+        resume.continued(before, {"data": data, "products": tensor_cores}, 3)

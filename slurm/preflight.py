@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 from slurm.allocation import Shape, shape_of
 from slurm.profile import Arch, Profile
-from tpcheck import config as run
-from tpcheck.config import RunConfig
+from tpcheck.config.check import check as check_run
+from tpcheck.config.schema import RunConfig
 from tpcheck.cost import terms
 from tpcheck.cost.memory import bytes_per_parameter, memory
 from tpcheck.errors import TpcheckError
@@ -70,7 +70,7 @@ def _what_fits(config: RunConfig, arch: Arch, room: float) -> Iterator[tuple[str
 
 def _is_valid(config: RunConfig) -> bool:
     try:
-        run.check(config)
+        check_run(config)
     except TpcheckError:
         return False
     return True

@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from tpcheck.config import read_yaml, unknown_key
+from tpcheck.config.load import read_yaml, unknown_key
 from tpcheck.errors import TpcheckError
 
 __all__ = ["Arch", "Container", "Profile", "load_profile", "plain"]

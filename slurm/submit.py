@@ -35,7 +35,7 @@ from slurm.script import Script
 from slurm.snapshot import Snapshot
 from slurm.status import follow
 from slurm.submissions import Submission
-from tpcheck.config import load_run
+from tpcheck.config.load import load_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files.lock import is_locked
 from tpcheck.files.names import LOG, RUN, SLURM_JOBS

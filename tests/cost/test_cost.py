@@ -22,7 +22,8 @@ from patches.ops.sharded import Shards
 from patches.order import products, tree
 from tests.support.ranks import on_ranks
 from tpcheck.cli import main
-from tpcheck.config import RunConfig, parse_run
+from tpcheck.config.load import parse_run
+from tpcheck.config.schema import RunConfig
 from tpcheck.cost.terms import LEGEND, STRATEGIES, step, symbols, total
 from tpcheck.run.model import build_model, build_optimizer, train_step, transformer_config
 from tpcheck.run.train import enable_patches

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from tests.support.ranks import on_ranks
-from tpcheck.config import RunConfig, parse_run
+from tpcheck.config.load import parse_run
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.run.launch import launch

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.silent_bugs.case import QWEN3, Bug, Clean
-from tpcheck.config import parse_run
+from tpcheck.config.load import parse_run
 from tpcheck.run.launch import launch
 from tpcheck.run.nudged import make_nudged_runs
 from tpcheck.trace.compare.command import EXIT_CODES, compare

@@ -8,7 +8,8 @@ import pytest
 
 from slurm.preflight import check, flops
 from slurm.profile import Profile
-from tpcheck.config import RunConfig, parse_run
+from tpcheck.config.load import parse_run
+from tpcheck.config.schema import RunConfig
 from tpcheck.cost.memory import GIB, memory
 from tpcheck.errors import TpcheckError
 from tpcheck.sweep.spec import Cell

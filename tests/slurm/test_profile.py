@@ -10,7 +10,7 @@ import yaml
 
 from slurm.allocation import shape_of
 from slurm.profile import Profile, load_profile
-from tpcheck.config import parse_run
+from tpcheck.config.load import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.sweep.spec import Cell
 

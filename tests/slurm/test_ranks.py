@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tpcheck.cli import main
-from tpcheck.config import RunConfig, load_run
+from tpcheck.config.load import load_run
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files.names import EXIT_REASONS
 from tpcheck.run import exit_reason, launch

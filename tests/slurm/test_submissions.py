@@ -12,7 +12,7 @@ from slurm import submissions
 from slurm.snapshot import Snapshot
 from slurm.submissions import Attempt, Submission
 from tests.support.finished import sweep
-from tpcheck.config import parse_run
+from tpcheck.config.load import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files.names import ATTEMPTS, SUBMISSIONS, SWEEP
 from tpcheck.run.provenance import describe

@@ -21,7 +21,7 @@ from slurm.snapshot import Snapshot
 from slurm.submissions import Submission
 from tests.support.finished import begin, finish, sweep_file
 from tpcheck.cli import main
-from tpcheck.config import load_run
+from tpcheck.config.load import load_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files.names import CANCELLED, EXIT_REASONS, SUBMISSIONS
 from tpcheck.run import launch

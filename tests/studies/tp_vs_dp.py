@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from tests.support import ROOT
-from tpcheck.config import parse_run
+from tpcheck.config.load import parse_run
 from tpcheck.run.launch import launch
 from tpcheck.run.nudged import make_nudged_runs
 from tpcheck.trace.compare.command import compare

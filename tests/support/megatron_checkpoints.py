@@ -64,7 +64,7 @@ def _build(settings: dict[str, Any], bucket_size: int | None) -> tuple[Any, Any,
     patches.cpu.enable()
     from megatron.core import parallel_state
 
-    from tpcheck.config import parse_run
+    from tpcheck.config.load import parse_run
     from tpcheck.run import model
 
     if bucket_size:  # in this rank's process alone

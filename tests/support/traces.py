@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tpcheck.config import parse_run
+from tpcheck.config.load import parse_run
 from tpcheck.run.launch import launch
 from tpcheck.run.nudged import make_nudged_runs
 from tpcheck.trace.compare.command import compare

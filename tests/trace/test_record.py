@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import tpcheck
 from tests.support.ranks import on_ranks
 from tests.support.traces import TINY, traced
-from tpcheck.config import parse_run
+from tpcheck.config.load import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.run.launch import launch

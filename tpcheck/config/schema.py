@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from tpcheck.config.presets import PRESETS
+from tpcheck.config.strategies import Strategy
 
 __all__ = [
     "KINDS",
@@ -15,14 +16,11 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "RunConfig",
-    "Strategy",
     "TraceConfig",
 ]
 
 VOCAB_MULTIPLE = 128  # never a function of the tensor-parallel size
 KINDS = ("start", "input", "out", "mask", "again", "dout", "din", "grad", "clip", "weight", "state")  # of a record
-
-Strategy = Literal["stock", "gather", "tree"]
 
 
 class Section(BaseModel):

@@ -8,8 +8,9 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tpcheck.config import RunConfig, load_run_or_preset
+from tpcheck.config.load import load_run_or_preset
 from tpcheck.config.presets import PRESETS
+from tpcheck.config.schema import RunConfig
 from tpcheck.cost.datasheets import BOARD, GPUS, Gpu
 from tpcheck.cost.memory import GIB, memory
 from tpcheck.cost.terms import LEGEND, STRATEGIES, Quantity, Strategy, Term, step, symbols, total

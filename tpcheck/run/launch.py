@@ -11,7 +11,9 @@ import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tpcheck.config import RunConfig, check, load_run
+from tpcheck.config.check import check
+from tpcheck.config.load import load_run
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files import lock, result_dir
 from tpcheck.files.names import LOG

@@ -35,7 +35,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from patches.megatron import initial_weights
-from tpcheck.config import RunConfig
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 
 __all__ = [

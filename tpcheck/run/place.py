@@ -6,7 +6,7 @@ import os
 import subprocess
 from dataclasses import dataclass
 
-from tpcheck.config import RunConfig
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.run import exit_reason
 

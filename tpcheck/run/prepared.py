@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tpcheck.config import RunConfig
+from tpcheck.config.schema import RunConfig
 
 __all__ = ["Prepared"]
 

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from tpcheck.config import RunConfig
+from tpcheck.config.schema import RunConfig
 from tpcheck.files.json_files import read_object
 from tpcheck.files.names import CODE
 

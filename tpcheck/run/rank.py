@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from tpcheck.config import RunConfig
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files.names import LOG
 from tpcheck.run.log_redirect import to_log

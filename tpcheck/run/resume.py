@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tpcheck.checkpoint.reader import Checkpoint
-from tpcheck.config import RunConfig
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.run.provenance import versions

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from tpcheck.config import RunConfig
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.files.names import DIGESTS, TRACE

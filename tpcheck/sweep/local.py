@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from tpcheck.config import RunConfig
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.files.lock import hold, is_locked

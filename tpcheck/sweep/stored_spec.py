@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tpcheck.config import parse_run
+from tpcheck.config.load import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files.json_files import read_object, write_object
 from tpcheck.files.names import SWEEP

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpcheck.config import KINDS, parse_trace
+from tpcheck.config.load import parse_trace
+from tpcheck.config.schema import KINDS
 from tpcheck.errors import TpcheckError
 
 if TYPE_CHECKING:

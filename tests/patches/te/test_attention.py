@@ -15,7 +15,7 @@ from tests.patches.megatron.test_training import differences
 from tests.patches.order.test_head_invariance import Spoilt, attention
 from tests.support import plain_megatron
 from tests.support.ranks import on_ranks
-from tpcheck.config import parse_run
+from tpcheck.config.load import parse_run
 from tpcheck.doctor import attention as doctor_attention
 
 CALLS: list[int] = []

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from patches.imports import when_imported
-from tpcheck.config import parse_trace
+from tpcheck.config.load import parse_trace
 from tpcheck.errors import TpcheckError
 from tpcheck.files.names import RANK
 from tpcheck.trace import trace

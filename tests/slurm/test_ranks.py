@@ -31,7 +31,7 @@ from tpcheck.run.place import Place, place_from_environment
 )
 def test_a_rank_says_whether_it_would_fail_again(tmp_path: Path, monkeypatch: Any, error: Exception, kind: str) -> None:
     monkeypatch.setenv("TPCHECK_ENDS", str(tmp_path / EXIT_REASONS))
-    exit_reason.note_error(error, 3)
+    exit_reason.record_error(error, 3)
     line = json.loads((tmp_path / EXIT_REASONS).read_text())
     assert (line["kind"], line["rank"]) == (kind, 3) and str(error)[:10] in line["why"]
 
@@ -41,7 +41,7 @@ def test_a_rank_that_loses_another_while_it_loads_a_checkpoint_has_not_failed(tm
     try:
         raise TpcheckError("x does not load into this model") from RuntimeError("[gloo/pair.cc:537] Connection closed")
     except TpcheckError as error:
-        exit_reason.note_error(error, 3)
+        exit_reason.record_error(error, 3)
     assert json.loads((tmp_path / EXIT_REASONS).read_text())["kind"] == "lost"
 
 

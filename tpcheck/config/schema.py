@@ -131,7 +131,7 @@ def _is_number(value: object) -> bool:
 
 
 class RunConfig(Section):
-    """One training run. Everything that its bits may depend on stands here."""
+    """One training run. All that its bits may depend on is defined here."""
 
     model: ModelConfig = Field(default_factory=lambda: ModelConfig.model_validate("qwen3-tiny"))
     strategy: Strategy = "tree"

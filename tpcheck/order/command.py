@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tpcheck.errors import TpcheckError
-from tpcheck.order.fprev import MOST, Tree, formula, to_lists
+from tpcheck.order.fprev import MAX_SUMMANDS, Tree, formula, to_lists
 from tpcheck.order.setting import Order, Setting, title
 
 __all__ = ["command", "orders"]
@@ -33,8 +33,8 @@ def command(target: str, tp: str | None, size: int | None, *, draw: Path | None,
     if size is None:
         size = RANKS if target == "all-reduce" else LAYER_SUMMANDS
     for name, number in {"size": size, **options}.items():
-        if isinstance(number, int) and not isinstance(number, bool) and not 1 <= number <= MOST:
-            raise TpcheckError(f"--{name} {number}: use 1 to {MOST}")
+        if isinstance(number, int) and not isinstance(number, bool) and not 1 <= number <= MAX_SUMMANDS:
+            raise TpcheckError(f"--{name} {number}: use 1 to {MAX_SUMMANDS}")
     with warnings.catch_warnings():  # megatron-core's, that neither Apex nor Transformer Engine is installed
         warnings.simplefilter("ignore")
         settings = [Setting(target=target, tp=t, size=size, **options) for t in _sizes(tp)]

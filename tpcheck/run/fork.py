@@ -144,7 +144,7 @@ def _supervise(ranks: dict[int, int], scratch: Path, log: Path) -> int:
     print(f"tpcheck: {message}; see {log}", file=sys.stderr)
     if failed[rank] < 0:
         return 128 - failed[rank]  # as a shell says it
-    exit_reason.note("failed", reports[rank]["why"])
+    exit_reason.record("failed", reports[rank]["why"])
     return 1
 
 

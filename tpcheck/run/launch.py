@@ -36,7 +36,7 @@ def command(path: Path, overrides: Sequence[str] = (), resume: bool = False) -> 
         place = place_from_environment(config)
         return launch(config, resume, place)
     except Exception as error:
-        exit_reason.note_error(error, place.rank if place else 0)
+        exit_reason.record_error(error, place.rank if place else 0)
         raise
 
 

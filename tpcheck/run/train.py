@@ -92,7 +92,7 @@ def train(prepared: Prepared, place: Place, start: int | None, stop: Stop, displ
                 steps.say(f"complete: {output}")
             elif main:
                 steps.say(f"stopped and saved at step {step}: go on with --resume")
-                exit_reason.note("stopped", f"saved at step {step}")
+                exit_reason.record("stopped", f"saved at step {step}")
 
 
 def enable_patches(config: RunConfig) -> list[dict[str, Any]]:

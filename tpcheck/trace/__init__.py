@@ -39,7 +39,7 @@ def trace(path: str | Path, model: torch.nn.Module | Sequence[torch.nn.Module], 
     An exception leaves the trace unfinished, which `tpcheck compare` refuses.
     """
     from tpcheck.trace.record.capture import Capture
-    from tpcheck.trace.record.rank_layout import grid_of, megatron_config
+    from tpcheck.trace.record.rank_layout import megatron_config, rank_layout_of
     from tpcheck.trace.record.rules import Rules
     from tpcheck.trace.record.store import Writer, rank_folder
 
@@ -47,10 +47,10 @@ def trace(path: str | Path, model: torch.nn.Module | Sequence[torch.nn.Module], 
     models = list(model) if isinstance(model, Sequence) else [model]
     if len(models) != 1 and megatron_config(models) is None:
         raise TpcheckError(f"{len(models)} models cannot be traced into one folder: trace each into its own")
-    grid = grid_of(models)
-    rules = Rules(models, grid)
-    description = {**grid.to_json(), "dtype": _dtype(models), "sample": asked.sample, "perturb": asked.perturb}
-    writer = Writer(rank_folder(Path(path), grid.rank), description)
+    layout = rank_layout_of(models)
+    rules = Rules(models, layout)
+    description = {**layout.to_json(), "dtype": _dtype(models), "sample": asked.sample, "perturb": asked.perturb}
+    writer = Writer(rank_folder(Path(path), layout.rank), description)
     capture = Capture(models, rules, writer, asked)
     try:
         yield

@@ -22,7 +22,7 @@ from tpcheck.files import result_dir
 from tpcheck.files.names import TRACE
 from tpcheck.trace.compare.metrics import Distance, distance
 from tpcheck.trace.compare.reader import Key, Logical, Trace
-from tpcheck.trace.compare.sign_flips import turned
+from tpcheck.trace.compare.sign_flips import sign_flip_distance
 
 __all__ = ["GRADIENT_NORM", "ROUNDING", "Estimate", "open_noise", "open_trace"]
 
@@ -85,7 +85,10 @@ class Estimate:
         w, m = self.reference.logical_or_none(earlier), self.reference.logical_or_none(average)
         if w is None or m is None or not a.bits.shape == w.bits.shape == m.bits.shape:
             return Distance(0.0, 0.0)
-        now, past = turned(w.values(), a.values(), m.values(), self.of(average, m).overall), self.of(earlier, w)
+        now, past = (
+            sign_flip_distance(w.values(), a.values(), m.values(), self.of(average, m).overall),
+            self.of(earlier, w),
+        )
         # An update is at most in proportion to the gradients, so that another clip coefficient scales it no more.
         update = distance(w, a)
         scaled = Distance(*(self.clipped * one for one in (update.overall, update.peak)))

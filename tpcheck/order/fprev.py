@@ -62,7 +62,7 @@ Tree: TypeAlias = int | Node  # a summand's number, or a node
 
 
 def reveal(function: Callable[[list[float]], float], n: int) -> Tree:
-    """The tree by which `function` adds its `n` arguments, at most `MAX_SUMMANDS`; a call for every pair asked about."""
+    """The tree by which `function` adds its `n` arguments, at most `MAX_SUMMANDS`; one call for a pair asked about."""
     return reveal_each(lambda x: [function(x)], n)[0]
 
 

@@ -135,13 +135,13 @@ def _devices(config: RunConfig) -> Iterator[Finding]:
 
 def _sums(config: RunConfig) -> Iterator[Finding]:
     import patches
-    from patches.order import products
+    from patches.order.backend import backend, check
 
     strategy = "tree" if config.strategy == "stock" else config.strategy
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        products.check(device)
-        made_of = products.describe(device.type)
+        check(device)
+        made_of = backend(device).provenance()
     except Exception as error:  # Triton has many: no C compiler, no driver, a kernel that does not compile
         why = " ".join(f"{type(error).__name__}: {error}".split())
         yield Finding("sums", "products", "cannot be made", unless_stock(config), why[:MOST_CHARACTERS])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from itertools import product as combinations
 
 import pytest
@@ -74,6 +75,7 @@ def main():
         constants = {(names.index(name),): value for name, value in variant.constexprs.items()}
         variants[variant.name] = key(variant.kernel, variant.signature, constants, variant.attrs)
     launched = gemm.kernel = Compiled(gemm.kernel)
+    gemm.on = lambda x: nullcontext()
     gemm._programs = lambda device: 132
     gemm.family = lambda device: 90
     suits_tma = gemm._suits_tma

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 import patches
-from patches import aten, megatron
 from patches.megatron import initial_weights
 from patches.registry import REGISTRY, check_versions
 from tests.patches.megatron.test_training import differences, run
@@ -48,7 +47,7 @@ ELSEWHERE |= {patch.name for patch in initial_weights.PATCHES}  # tests/patches/
 ELSEWHERE |= {"fused-norm"}  # tests/patches/test_patches.py
 ELSEWHERE |= {"embedding"}  # tests/kernels: it changes nothing on a CPU
 
-PATCHES = [*megatron.REFUSALS, *aten.PATCHES, *megatron.PATCHES]
+PATCHES = [patch for patch in patches._all_patches() if patch.library == "megatron-core"]
 NEEDED = check_versions(PATCHES)
 
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from patches.megatron.first_step import require_agreement
 from patches.ops.sharded import Shards
-from patches.order import products, tree
+from patches.order.exact import products
 from tests.support.ranks import on_ranks
 from tpcheck.cli import main
 from tpcheck.config.load import parse_run
@@ -116,8 +116,8 @@ def count_patches(counts: Counts) -> None:
 
         return call
 
-    products.exact_product = tree.exact_product = product_of(tree.exact_product)
-    for name in ("begin_product", "total"):
+    products.exact_product = product_of(products.exact_product)
+    for name in ("begin_product", "sum_over"):
         setattr(Shards, name, with_buffers(getattr(Shards, name)))
 
 

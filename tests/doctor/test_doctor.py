@@ -76,7 +76,7 @@ def test_products_that_fail_are_a_line_of_the_table(monkeypatch: pytest.MonkeyPa
     def fails(device: torch.device) -> None:
         raise OSError("no C\ncompiler")
 
-    monkeypatch.setattr("patches.order.products.check", fails)
+    monkeypatch.setattr("tpcheck.doctor.machine.check", fails)
     (found,) = machine.sums(parse_run(TINY))
     assert (found.name, found.verdict, found.why) == ("products", "no", "OSError: no C compiler")
 

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import patches
 from patches.contract import Attention
-from patches.order.head_invariance import Kernel, first_dependence
+from patches.order.head_invariance import Kernel, find_head_dependence
 from tpcheck.config.schema import RunConfig
 from tpcheck.doctor.findings import Finding, unless_stock
 from tpcheck.errors import TpcheckError
@@ -76,7 +76,7 @@ def _judged(
     try:
         with patches.enabled(strategy, config.leaves, backend) if patched else contextlib.nullcontext():
             like, heads = _like(config), config.model.num_attention_heads
-            found = first_dependence(kernel, like, like, like, heads, HEADS, _parts(config))
+            found = find_head_dependence(kernel, like, like, like, heads, HEADS, _parts(config))
     except patches.UnsupportedError as error:
         return Finding("attention", name, "refused", unless_stock(config) if wanted else "note", str(error))
     except (RuntimeError, ValueError, AssertionError) as error:

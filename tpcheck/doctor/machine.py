@@ -12,7 +12,7 @@ import torch
 
 import patches
 from patches.contract import Attention
-from patches.order import products
+from patches.order.backend import backend, check
 from patches.registry import SUPPORTED
 from tpcheck.config.schema import RunConfig
 from tpcheck.doctor.findings import Finding, Verdict, unless_stock
@@ -92,8 +92,8 @@ def sums(config: RunConfig) -> Iterator[Finding]:
     strategy = "tree" if config.strategy == "stock" else config.strategy
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        products.check(device)
-        made_of = products.describe(device.type)
+        check(device)
+        made_of = backend(device).provenance()
     except Exception as error:  # Triton has many: no C compiler, no driver, a kernel that does not compile
         why = " ".join(f"{type(error).__name__}: {error}".split())
         yield Finding("sums", "products", "cannot be made", unless_stock(config), why[:MOST_CHARACTERS])
@@ -117,8 +117,8 @@ def settings(config: RunConfig) -> Iterator[Finding]:
         yield Finding("settings", "TRITON_INTERPRET", "1", unless_stock(config), "kernels would not run on the GPU")
     asked = config.attention or "unfused"
     te = config.layers == "te" or (config.layers is None and on_gpu and find_spec("transformer_engine") is not None)
-    for backend in get_args(Attention):
-        name, needed = f"NVTE_{backend.upper()}_ATTN", str(int(backend == asked))
+    for kind in get_args(Attention):
+        name, needed = f"NVTE_{kind.upper()}_ATTN", str(int(kind == asked))
         if name in os.environ:
             fits = os.environ[name] == needed
             why = "" if fits else f"Megatron wants {needed} for attention={asked}: unset it"

@@ -76,9 +76,9 @@ def _products() -> dict[str, Any]:
     """What the bits of this run's products depend on; runs where it differs were never promised to be equal."""
     import torch
 
-    from patches.order import products
+    from patches.order.backend import backend
 
-    return products.describe("cuda" if torch.cuda.is_available() else "cpu")
+    return dict(backend(torch.device("cuda" if torch.cuda.is_available() else "cpu")).provenance())
 
 
 def _hardware() -> dict[str, Any]:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from patches.order.exact import brackets, norm
-from patches.order.exact.products import exact_product, exact_sum, rounded, rounded_sum, sum_bounds
-from patches.order.exact.slices import sliced_product, sliced_sum
-from patches.order.tree import tree_of_products, tree_of_sums
+from patches.order.exact.products import exact_product, tree_of_products
+from patches.order.exact.slices import rounded, sliced_product, sliced_sum
+from patches.order.exact.sums import exact_sum, rounded_sum, sum_bounds, tree_of_sums
 from tests.patches.order.test_exact import DTYPES, HARD, operands, same, values
 
 hard_cases = st.fixed_dictionaries(

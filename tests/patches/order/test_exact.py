@@ -12,8 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from patches.order.exact.products import exact_product, exact_sum, rounded, sum_of_squares
-from patches.order.tree import cuts, tree_of_products, tree_of_sums, tree_sum
+from patches.order.exact.products import exact_product, tree_of_products
+from patches.order.exact.slices import rounded
+from patches.order.exact.squares import sum_of_squares
+from patches.order.exact.sums import exact_sum, tree_of_sums
+from patches.order.tree import cuts, tree_sum
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("normal", "wide", "one-hot", "subnormal", "huge-small", "zero-rows", "ones")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from patches.order.head_invariance import first_dependence
+from patches.order.head_invariance import find_head_dependence
 
 HEADS = 8
 RESULTS = list(enumerate(("the output", "dq", "dk", "dv")))
@@ -54,7 +54,7 @@ def nudged(x: Tensor, units: int) -> Tensor:
 
 def asked(kernel: Callable[[Tensor, Tensor, Tensor], Tensor], **options: bool) -> str | None:
     like = torch.empty(5, 2, HEADS // 4, 4)  # what a rank of TP=4 holds
-    return first_dependence(kernel, like, like, like, HEADS, 2, **options)
+    return find_head_dependence(kernel, like, like, like, HEADS, 2, **options)
 
 
 def test_attention_head_by_head_depends_on_nothing():

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from tpcheck.order.fprev import Tree
-from tpcheck.sweep.plot import COLOURS, FAINT, INK
+from tpcheck.pages.colours import COLOURS, FAINT, INK
 
 if TYPE_CHECKING:
     from tpcheck.order.command import Order

@@ -16,7 +16,7 @@ import yaml
 
 from tpcheck.errors import TpcheckError
 from tpcheck.files.names import CANCELLED, CELLS, DIGESTS, EXIT_REASONS, RUN
-from tpcheck.sweep.local import is_complete, only_one
+from tpcheck.sweep.completeness import is_complete, only_one
 from tpcheck.sweep.spec import Cell, load_sweep
 from tpcheck.sweep.stored_spec import write_sweep
 

@@ -31,10 +31,10 @@ from tpcheck.files.json_files import readable_lines
 from tpcheck.files.lock import is_locked
 from tpcheck.files.names import CANCELLED, EXIT_REASONS, LOCK, LOG
 from tpcheck.sweep import conclude
+from tpcheck.sweep.completeness import digests_of
 from tpcheck.sweep.live_table import progress
 from tpcheck.sweep.spec import Cell, Sweep
 from tpcheck.sweep.stored_spec import read_sweep
-from tpcheck.sweep.verdict import digests_of
 
 __all__ = ["Row", "command", "follow", "look"]
 

@@ -40,7 +40,7 @@ from tpcheck.errors import TpcheckError
 from tpcheck.files.lock import is_locked
 from tpcheck.files.names import LOG, RUN, SLURM_JOBS
 from tpcheck.sweep import conclude
-from tpcheck.sweep.local import is_complete, only_one, other_settings
+from tpcheck.sweep.completeness import is_complete, only_one, other_settings
 from tpcheck.sweep.spec import Cell, Sweep, load_sweep
 from tpcheck.sweep.stored_spec import write_sweep
 

@@ -121,15 +121,15 @@ def _config_differences(a: Json, b: Json) -> dict[str, tuple[Any, Any]]:
     """Settings, versions and data that differ, by dotted name; where a run writes to is not one of them."""
     if not a or not b:
         return {}
-    sides = [
+    one, other = (
         {
             **manifest["config"],
             "versions": manifest.get("versions") or {},
             "data.digest": (manifest.get("data") or {}).get("digest"),
         }
         for manifest in (a, b)
-    ]
-    return settings_differences(*sides, ignore={"output"})
+    )
+    return settings_differences(one, other, ignore={"output"})
 
 
 def _compare_steps(report: Report, a: Mapping[int, Json], b: Mapping[int, Json]) -> None:

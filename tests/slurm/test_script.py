@@ -26,9 +26,8 @@ HOSTILE = st.text(
 
 @pytest.mark.parametrize("site", SITES)
 def test_the_script_of_a_site_is_this_one(site: str) -> None:
-    assert script(site).text == (GOLDEN / f"{site}.sh").read_text(), (
-        "python -m tests.support.slurm_scripts, and look at it"
-    )
+    anew = "python -m tests.support.slurm_scripts, and look at it"
+    assert script(site).text == (GOLDEN / f"{site}.sh").read_text(), anew
 
 
 @pytest.mark.parametrize("path", [*sorted(GOLDEN.glob("*.sh")), *SBATCH_FILES, REQUEUE], ids=lambda path: path.name)
@@ -112,12 +111,12 @@ def test_the_folders_of_a_sweep_may_have_any_name(tmp_path: Path, name: str) -> 
 @pytest.mark.parametrize("name", ["per%cent", "line\nend", "tab\there"])
 def test_folders_that_a_script_cannot_hold_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(TpcheckError, match=r"sbatch would replace the %|line ends and control characters"):
-        in_folder(script(), tmp_path / name).text
+        assert in_folder(script(), tmp_path / name).text
 
 
 def test_backslashes_are_refused_where_sbatch_would_drop_them() -> None:
     with pytest.raises(TpcheckError, match="sbatch takes every backslash away"):
-        script(sbatch={"comment": "a\\b"}).text
+        assert script(sbatch={"comment": "a\\b"}).text
 
 
 def test_options_that_are_passed_through_override_our_own() -> None:
@@ -250,11 +249,10 @@ def test_sweep_sbatch_does_the_cell_of_its_place_in_the_array(tmp_path: Path) ->
     [path] = [path for path in SBATCH_FILES if path.name == "sweep.sbatch"]
     (tmp_path / "out" / "b").mkdir(parents=True)
     (tmp_path / "out" / "cells.txt").write_text("a\nb\n")
-    ran = run(
-        path.read_text(), tmp_path, OUTPUT="out", CODE=str(ROOT), SLURM_ARRAY_JOB_ID="44", SLURM_ARRAY_TASK_ID="1"
-    )
+    sweep = {"OUTPUT": "out", "CODE": str(ROOT)}
+    ran = run(path.read_text(), tmp_path, **sweep, SLURM_ARRAY_JOB_ID="44", SLURM_ARRAY_TASK_ID="1")
     assert ran.requeued == ["44_1"] and ran.steps[0][-2] == f"{tmp_path}/out/b/run.yaml"
-    assert run(path.read_text(), tmp_path, OUTPUT="out", CODE=str(ROOT), SLURM_ARRAY_TASK_ID="7").code != 0
+    assert run(path.read_text(), tmp_path, **sweep, SLURM_ARRAY_TASK_ID="7").code != 0
 
 
 @pytest.mark.parametrize("path", SBATCH_FILES, ids=lambda path: path.name)

@@ -144,7 +144,7 @@ def test_digests_make_a_cell_complete_whatever_slurm_says(submitted: Sweep, slur
         ("OUT_OF_MEMORY", "failed"), ("COMPLETED", "failed"), ("PENDING", "requeued"),
     ],
 )  # fmt: skip
-def test_slurms_states_in_our_words_for_a_cell_that_had_started(
+def test_states_of_jobs_in_our_words_where_a_cell_had_started(
     submitted: Sweep, slurm: Path, word: str, ours: str
 ) -> None:
     attempt(submitted, "stock-tp1")

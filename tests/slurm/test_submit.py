@@ -300,8 +300,6 @@ def test_jobs_run_the_code_of_the_moment_when_they_were_submitted(site: Site) ->
         "import importlib.util as u\n"
         "def main(): print(*(u.find_spec(name).origin for name in ('tpcheck', 'patches', 'slurm')))\n"
     )
-    call = [sys.executable, str(place), "train"]
-    done = subprocess.run(
-        call, capture_output=True, text=True, cwd=ROOT, env={}, timeout=60
-    )  # which has packages of these names, too
+    call = [sys.executable, str(place), "train"]  # from the clone, which has packages of these names, too
+    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env={}, timeout=60)
     assert done.stdout.split() == [f"{place}/{package}/__init__.py" for package in ("tpcheck", "patches", "slurm")]

@@ -1,6 +1,6 @@
 """Batch scripts for tests: several sites' profiles, their scripts, and stand-ins for Slurm's commands to run them.
 
-`python -m tests.support.slurm_scripts` writes tests/slurm/golden/*.sh anew; look at the difference before you commit it.
+`python -m tests.support.slurm_scripts` writes tests/slurm/golden/*.sh anew; look at the difference first.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from tpcheck.config.check import check
+from tpcheck.config.dotted import put
 from tpcheck.config.presets import PRESETS
 from tpcheck.config.schema import RunConfig, TraceConfig
 from tpcheck.errors import TpcheckError
@@ -90,18 +91,7 @@ def override(settings: dict[str, Any], assignment: str) -> None:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
         raise TpcheckError(f"the value in {assignment!r} is not YAML") from error
-    *parents, key = name.split(".")
-    target = settings
-    for parent in parents:
-        inner = target.get(parent)
-        if parent == "model" and isinstance(inner, str):
-            inner = {"preset": inner}
-        if inner is None:
-            inner = {}
-        if not isinstance(inner, dict):
-            raise TpcheckError(f"{assignment!r}: {parent} is a value, it has no keys")
-        target[parent] = target = inner
-    target[key] = value
+    put(settings, name, value, said=assignment)
 
 
 def _explain(error: ValidationError) -> str:

@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 
 from tpcheck.order.fprev import Tree
 from tpcheck.order.setting import Order
-from tpcheck.sweep.plot import COLOURS, FAINT, INK
+from tpcheck.pages.colours import COLOURS, FAINT, INK
 
 __all__ = ["draw_orders"]
 

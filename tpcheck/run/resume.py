@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tpcheck.checkpoint.reader import Checkpoint
+from tpcheck.config.differences import settings_differences
 from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
@@ -59,7 +60,8 @@ def resume_point(config: RunConfig, resume: bool) -> int:
         raise TpcheckError(f"{output} holds a run already: go on with --resume, or name another output")
     before = result_dir.read_manifest(output)["config"]
     now = config.model_dump(mode="json")
-    for key in [key for key in now if key not in _may_change() and before.get(key) != now[key]]:
+    differing = {name.partition(".")[0] for name in settings_differences(before, now, ignore=_may_change())}
+    for key in [key for key in now if key in differing]:
         raise TpcheckError(
             f"{output} was trained with {key}={_short(before.get(key), now[key])}, not "
             f"{_short(now[key], before.get(key))}: resume with the same {key}, or name another output"

@@ -21,7 +21,7 @@ AT_ONCE = 6  # as many as two cores can bear
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = missing_programs(accounting=True)
     for item in items:
-        if item.path.parent.name == "on_slurm":
+        if item.path.parent.name == "real":
             item.add_marker(pytest.mark.slurm)
             item.add_marker(pytest.mark.timeout(1200))  # the first one waits for others, too
             if missing:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("tests.support")
+
 if find_spec("transformer_engine") is not None:
     from tests.support import te_cpu
 

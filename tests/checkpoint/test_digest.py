@@ -14,7 +14,7 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.checkpoint.test_unpickle import raw
+from tests.support.bits import raw
 from tests.support.torch_dist import along, grid, optimizer_step, save, whole
 from tpcheck.checkpoint import digest
 from tpcheck.checkpoint.digest import Digests, digest_checkpoint

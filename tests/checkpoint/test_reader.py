@@ -17,8 +17,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tests.checkpoint.test_unpickle import Touch, raw
+from tests.support.bits import raw
 from tests.support.megatron_checkpoints import save_after_step
+from tests.support.pickles import Touch
 from tests.support.torch_dist import along, optimizer_step, save, whole
 from tpcheck.checkpoint.digest import digest_checkpoint
 from tpcheck.checkpoint.reader import Checkpoint

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.checkpoint.test_unpickle import raw
+from tests.support.bits import raw
 from tpcheck.checkpoint import ulp
 from tpcheck.checkpoint.ulp import Difference, compare
 

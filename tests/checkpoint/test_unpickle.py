@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import enum
 import io
-import os
 import pickle
 import zipfile
 from collections import OrderedDict, defaultdict
@@ -19,6 +18,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.bits import raw
+from tests.support.pickles import Exec, SetState, Shell, Touch
 from tpcheck.checkpoint.unpickle import ITEMSIZE, Inert, Stored, load_archive, load_pickle
 from tpcheck.errors import TpcheckError
 
@@ -27,33 +28,6 @@ DTYPES = [getattr(torch, name) for name in ITEMSIZE if hasattr(torch, name)]
 
 class Colour(enum.Enum):
     RED = 1
-
-
-class Touch:
-    """Creates a file when it is unpickled the ordinary way."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.marker,)
-
-
-class Shell(Touch):
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.marker}",)
-
-
-class Exec(Touch):
-    def __reduce__(self) -> tuple[Any, ...]:
-        return exec, (f"open({str(self.marker)!r}, 'w')",)
-
-
-class SetState(Touch):
-    """Gets hold of an attribute and sets the state of what it finds."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (argparse.Namespace, "__class__"), {"marker": self.marker}
 
 
 def saved(value: Any) -> memoryview:
@@ -66,10 +40,6 @@ def read(view: memoryview, stored: Stored) -> bytes:
     size = ITEMSIZE[stored.dtype]
     strides = [stride * size for stride in stored.strides]
     return np.ndarray(stored.shape, f"V{size}", view, stored.position, strides).tobytes()
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tpcheck.config import put, settings_differences
-from tpcheck.config.dotted import flat
+from tpcheck.config.differences import settings_differences
+from tpcheck.config.dotted import flat, put
 from tpcheck.errors import TpcheckError
 
 

@@ -8,100 +8,23 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from patches.aten.overrides import LocalInvariance
 from patches.contract import Contract, UnsupportedError
-from patches.ops.attention import repeat_for_heads
-from patches.ops.bias import bias_per_token
-from patches.ops.cross_entropy import cross_entropy
-from patches.ops.linear import GradSink, column_parallel, row_parallel
-from patches.ops.norm import norm
 from patches.ops.sharded import Shards
-from patches.order.collectives import all_gather, tree_all_reduce
+from patches.order.collectives import tree_all_reduce
 from patches.order.grad_norm import gradient_norm
+from tests.support.gated_mlp import assert_right_and_same_bits, attention_keys
 from tests.support.ranks import on_ranks
 
-S, B, H, FFN, V = 16, 3, 40, 88, 104
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-def weights(dtype: torch.dtype) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(0)
-    shapes = {"x": (S, B, H), "gamma": (H,), "beta": (H,), "fc1": (2 * FFN, H), "b1": (2 * FFN,), "fc2": (H, FFN),
-              "b2": (H,), "out": (V, H)}  # fmt: skip
-    scale = {"out": 0.05}  # a soft softmax: its gradient is then not one token's cancellation
-    return {name: (scale.get(name, 0.5) * torch.randn(shape, generator=g)).to(dtype) for name, shape in shapes.items()}
-
-
-TARGET = torch.randint(0, V, (S, B), generator=torch.Generator().manual_seed(1))
-SHARDED = {"fc1": (0, 2), "b1": (0, 2), "fc2": (1, 1), "out": (0, 1)}
-
-
-def network(strategy: Any, leaves: int, sp: bool, dtype: torch.dtype, centered: bool) -> dict[str, Tensor]:
-    """Loss and every gradient, as logical tensors."""
-    group = dist.group.WORLD
-    contract = Contract(strategy, leaves)
-    shards, tokens = Shards(contract, group), Shards(contract, group if sp else None)
-    local = LocalInvariance("CPU")
-    leaf = {name: shard(w, name, group, sp).requires_grad_() for name, w in weights(dtype).items()}
-    y = norm(leaf["x"], leaf["gamma"], leaf["beta"] if centered else None, 1e-5, centered, 0, tokens)
-    gate, up = column_parallel(y, leaf["fc1"], leaf["b1"], shards, sp, GradSink(), pieces=2).chunk(2, -1)
-    z = row_parallel(F.silu(gate) * up, leaf["fc2"], shards, sp, GradSink())
-    z = z + bias_per_token(leaf["b2"], z.shape, tokens)
-    logits = column_parallel(z, leaf["out"], None, shards, sp, GradSink())
-    loss = cross_entropy(logits, TARGET, shards)
-    loss.sum().backward()
-    local.remove()
-    whole = {name: gathered(w.grad, name, group, sp) for name, w in leaf.items() if w.grad is not None}
-    return {"loss": loss.detach(), **whole}
-
-
-def shard(w: Tensor, name: str, group: Any, sp: bool) -> Tensor:
-    if name == "x" and sp:
-        return w.chunk(group.size())[group.rank()].clone()
-    if name not in SHARDED:
-        return w.clone()
-    dim, stride = SHARDED[name]
-    return torch.cat(w.chunk(group.size() * stride, dim)[group.rank() :: group.size()], dim).clone()
-
-
-def gathered(grad: Tensor, name: str, group: Any, sp: bool) -> Tensor:
-    dim, stride = (0, 1) if name == "x" and sp else SHARDED.get(name, (0, 0))
-    if stride == 0:
-        return grad
-    return torch.cat([all_gather(piece.contiguous(), group, dim) for piece in grad.chunk(stride, dim)], dim)
-
-
-def stock(dtype: torch.dtype, centered: bool, compute: torch.dtype) -> dict[str, Tensor]:
-    leaf = {name: w.to(compute).requires_grad_() for name, w in weights(dtype).items()}
-    x = leaf["x"]
-    y = F.layer_norm(x, (H,), leaf["gamma"], leaf["beta"]) if centered else F.rms_norm(x, (H,), leaf["gamma"], 1e-5)
-    gate, up = F.linear(y, leaf["fc1"], leaf["b1"]).chunk(2, -1)
-    z = F.linear(F.silu(gate) * up, leaf["fc2"], leaf["b2"])
-    loss = F.cross_entropy(
-        F.linear(z, leaf["out"]).flatten(0, 1).to(max(compute, torch.float32, key=lambda d: d.itemsize)),
-        TARGET.flatten(),
-        reduction="none",
-    ).view(S, B)
-    loss.sum().backward()
-    return {"loss": loss.detach(), **{name: w.grad for name, w in leaf.items() if w.grad is not None}}
 
 
 @pytest.mark.parametrize("centered", (False, True), ids=("rmsnorm", "layernorm"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("strategy", ("tree", "gather"))
 def test_layers_are_right_and_have_same_bits_at_every_tp(strategy, dtype, centered):
-    one = on_ranks(1, network, strategy, 8, False, dtype, centered)[0]
-    usual = stock(dtype, centered, dtype)
-    for name, want in stock(dtype, centered, torch.float64).items():
-        ours, theirs = ((x[name].double() - want).norm() / want.norm() for x in (one, usual))
-        assert ours < 1.5 * theirs + 2**-24, f"{name}: {ours:.1e}, torch's own in {dtype}: {theirs:.1e}"
-    for tp, sp in ((2, True), (4, False), (8, True)):
-        for rank, other in enumerate(on_ranks(tp, network, strategy, 8, sp, dtype, centered)):
-            unequal = [name for name in one if not torch.equal(one[name], other[name])]
-            assert not unequal, f"tp={tp} sp={sp} rank={rank}: {unequal}"
+    assert_right_and_same_bits(strategy, dtype, centered, ((2, True), (4, False), (8, True)))
 
 
 def test_gather_takes_tp_sizes_that_the_tree_cannot():
@@ -118,19 +41,6 @@ def small_product(strategy: Any) -> Tensor:
     a, b = torch.randn(7, 36, generator=g), torch.randn(36, 5, generator=g)
     share = [part.chunk(group.size(), dim)[group.rank()] for part, dim in ((a, 1), (b, 0))]
     return Shards(Contract(strategy), group).product(*share, torch.float32)
-
-
-def attention_keys(strategy: Any, groups: int, heads: int) -> Tensor:
-    """Gradient of shared keys: this rank's groups, or the sharers' one, gathered as Megatron's QKV gather sums it."""
-    group = dist.group.WORLD
-    size, rank = group.size(), group.rank()
-    g = torch.Generator().manual_seed(0)
-    kv, grad = torch.randn(5, 2, groups, 4, generator=g), torch.randn(5, 2, heads, 4, generator=g)
-    mine = kv.repeat_interleave(max(1, size // groups), 2).chunk(size, 2)[rank].clone().requires_grad_()
-    repeat = heads // size // mine.shape[2]
-    repeat_for_heads(mine, repeat, groups, Shards(Contract(strategy), group)).backward(grad.chunk(size, 2)[rank])
-    parts = all_gather(mine.grad, group, 2)
-    return parts.unflatten(2, (groups, -1)).sum(3)
 
 
 @pytest.mark.parametrize("strategy", ("tree", "gather"))

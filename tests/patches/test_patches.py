@@ -20,8 +20,8 @@ import torch
 import patches
 from patches import registry
 from patches.registry import REGISTRY, _resolve, attribute, check_versions
-from tests.patches.megatron.test_training import differences, run
 from tests.support import STAND_IN, plain_megatron
+from tests.support.megatron_runs import differences, run
 from tests.support.ranks import on_ranks
 
 SCRIPT = Path(plain_megatron.__file__)

@@ -21,13 +21,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from tests.support import slurm_conf, slurm_keeper
+from tests.support.waiting import wait_for
 
-__all__ = ["Cluster", "missing_programs", "wait_for"]
+__all__ = ["Cluster", "missing_programs"]
 
 NODES = list(slurm_conf.NODES)
 START = 120  # seconds for a daemon to answer, on a machine that starts several clusters at once
@@ -40,15 +39,6 @@ def missing_programs(accounting: bool = False) -> list[str]:
     needed = ["munged", "munge", "slurmctld", "slurmd", "sbatch", "srun"]
     needed += ["slurmdbd", "sacct", "mariadbd", "mariadb", "mariadb-install-db"] if accounting else []
     return [program for program in needed if not shutil.which(program, path=_path())]
-
-
-def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Poll until `condition()` is true; after `seconds`, fail naming `what` was waited for."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds:.0f} s in vain for {what}")
-        time.sleep(0.1)
 
 
 class Cluster:

@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support import ROOT
+from tests.support.waiting import wait_for
 from tpcheck.errors import TpcheckError
 from tpcheck.files.lock import is_locked
 from tpcheck.sweep.jobs import Job, LocalRunner, Machine, Resources, Task, visible_gpus
@@ -30,13 +29,6 @@ def task(folder: Path, name: str, script: str, resources: Resources = SMALL) -> 
 
 def run_all(runner: LocalRunner, tasks: list[Task]) -> dict[str, Job]:
     return {job.task.name: job for job in runner.run(tasks, lambda job: None) if job}
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def test_every_task_ends_with_its_own_exit_code_and_output(tmp_path: Path) -> None:
@@ -116,9 +108,10 @@ def test_stop_kills_what_does_not_answer_with_all_its_children(tmp_path: Path) -
 def test_a_cell_counts_as_running_after_its_sweep_was_killed(tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path
-from tests.sweep.test_jobs import *
-runner = LocalRunner(Path({str(tmp_path)!r}) / "jobs", ONE_CPU)
-run_all(runner, [task(Path({str(tmp_path)!r}), "t", "touch {tmp_path}/ready; sleep 4")])
+from tpcheck.sweep.jobs import LocalRunner, Machine, Need, Task
+folder = Path({str(tmp_path)!r})
+task = Task("t", ("sh", "-c", f"touch {{folder}}/ready; sleep 4"), folder / "t.lock", Need(1, 0, 0.1))
+list(LocalRunner(folder / "jobs", Machine(1, (), 8)).run([task], lambda job: None))
 """
     sweep = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     wait_for((tmp_path / "ready").exists)

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -18,6 +17,7 @@ import pytest
 
 from tests.support import ROOT
 from tests.support.finished import begin, finish, sweep, sweep_file
+from tests.support.waiting import wait_for
 from tpcheck.cli import main
 from tpcheck.files import result_dir
 from tpcheck.files.lock import is_locked
@@ -40,13 +40,6 @@ def start(path: Path, *overrides: str) -> subprocess.Popen[str]:
         )  # fmt: skip
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def ranks(sweep_process: subprocess.Popen[str]) -> list[psutil.Process]:

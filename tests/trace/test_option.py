@@ -10,19 +10,14 @@ from pathlib import Path
 import pytest
 
 from patches.__main__ import main
-from tests.trace.test_script import LOOP, SCRIPT
+from tests.support.training_script import checkout
 from tpcheck.trace.compare.command import compare
 from tpcheck.trace.compare.estimate import open_trace
 
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    package = tmp_path / "checkout/megatron/training"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "training.py").write_text(LOOP)
-    (tmp_path / "checkout/pretrain.py").write_text(SCRIPT)
-    return tmp_path / "checkout/pretrain.py"
+    return checkout(tmp_path / "checkout")
 
 
 def patched(folder: Path, script: Path, *options: str) -> None:

@@ -9,50 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.training_script import checkout
 from tpcheck.errors import TpcheckError
 from tpcheck.trace.compare.command import compare
 from tpcheck.trace.compare.estimate import open_trace
 from tpcheck.trace.compare.reader import Key
 from tpcheck.trace.record.script import trace_script
 
-# A training loop that is `megatron.training.training` as far as tracing it goes, and a script beside it.
-LOOP = """
-import torch
-
-def train_step(forward_step_func, data_iterator, model, optimizer):
-    optimizer.zero_grad()
-    forward_step_func(data_iterator, model[0]).backward()
-    torch.nn.utils.clip_grad_norm_(model[0].parameters(), 0.01)
-    optimizer.step()
-
-def train(iterations):
-    torch.manual_seed(0)
-    model = [torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))]
-    optimizer = torch.optim.AdamW(model[0].parameters(), lr=1e-2)
-    model[0](torch.randn(3, 4)).sum().backward()
-    for _ in range(iterations):
-        train_step(lambda data, model: model(data).square().mean(), torch.randn(3, 4), model=model, optimizer=optimizer)
-    with torch.no_grad():
-        model[0](torch.randn(3, 4))
-"""
-SCRIPT = """
-import sys
-from megatron.training import training
-
-if __name__ == "__main__":
-    training.train(int(sys.argv[1]))
-    sys.exit(int(sys.argv[2])) if len(sys.argv) > 2 else None
-"""
-
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    package = tmp_path / "checkout/megatron/training"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "training.py").write_text(LOOP)
-    path = tmp_path / "checkout/pretrain.py"
-    path.write_text(SCRIPT)
+    path = checkout(tmp_path / "checkout")
     monkeypatch.syspath_prepend(str(path.parent))
     yield path
     for name in [name for name in sys.modules if name.startswith("megatron.training")]:

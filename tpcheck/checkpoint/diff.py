@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 from tpcheck.checkpoint.digest import PARTS, Digests, TensorDigest, digest_checkpoint
 from tpcheck.checkpoint.reader import Checkpoint
 from tpcheck.checkpoint.ulp import Difference, compare
-from tpcheck.config import settings_differences
+from tpcheck.config.differences import settings_differences
 from tpcheck.files import result_dir
 from tpcheck.files.names import DIGESTS
 

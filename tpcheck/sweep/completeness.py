@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tpcheck.config import RunConfig, settings_differences
+from tpcheck.config.differences import settings_differences
 from tpcheck.config.dotted import flat
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.files.lock import hold, is_locked

@@ -23,7 +23,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tpcheck.config import RunConfig, override, parse_run, put, read_yaml
+from tpcheck.config.dotted import put
+from tpcheck.config.load import override, parse_run, read_yaml
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 
 __all__ = ["ARCH", "Cell", "Sweep", "label", "load_sweep", "only_size"]

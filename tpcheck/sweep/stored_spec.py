@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from tpcheck.config import parse_run
+from tpcheck.config.load import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files.json_files import read_object, write_object
 from tpcheck.files.names import RUN, SWEEP

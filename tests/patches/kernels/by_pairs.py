@@ -28,12 +28,6 @@ def leaves_by_pairs(x_SB: Tensor, leaves: int) -> Tensor:
     return tree_sum(by_pairs(part, 0) for part in parts)
 
 
-def assert_same_bits(x: Tensor, y: Tensor) -> None:
-    assert x.dtype == y.dtype and x.shape == y.shape
-    a, b = (t.cpu().contiguous().view(torch.int16 if t.element_size() == 2 else torch.int32) for t in (x, y))
-    assert torch.equal(a, b), f"{(a != b).sum()} of {a.numel()} elements differ"
-
-
 def assert_close(x: Tensor, exact: Tensor, bound: Tensor | float) -> None:
     """|x - exact| ≤ bound, beside the rounding to the dtype of `x`; equal where `exact` is not finite."""
     x = x.cpu()

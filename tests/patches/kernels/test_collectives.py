@@ -17,6 +17,7 @@ from patches.order.kernels import ranks as kernels
 from patches.order.kernels.ranks import BLOCK, MAX_PARTS, rounded_tree_sum, sum_of_peers
 from patches.order.tree import tree_sum
 from tests.patches.kernels.variants import of_ranks
+from tests.support.bits import bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EDGES = (0.0, -0.0, -1e-45, 1e-40, -1e-41, 3e38, -3e38, math.inf, -math.inf, math.nan, 65504.0, 1.0)
@@ -34,10 +35,6 @@ def parts(ranks: int, size: int) -> Tensor:
         x[0, 30], x[-1, 30] = math.inf, -math.inf
         x[:, 31] = x[:, 31].abs() * -1e-42
     return x
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
 
 
 def expected(x: Tensor, dtype: torch.dtype, divide_by: int) -> Tensor:

@@ -21,6 +21,7 @@ from patches.order.exact.products import exact_product, tree_of_products
 from patches.order.kernels import gemm, provenance
 from patches.order.kernels.gemm import product
 from patches.order.tree import cuts, tree_sum
+from tests.support.bits import assert_same_bits
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LAYOUTS = ("ab", "abᵀ", "aᵀb", "aᵀbᵀ")  # dgrad, forward, wgrad, neither operand as the tensor cores like it
@@ -36,15 +37,6 @@ def operands(M, N, K, device, dtype=torch.bfloat16, layout="abᵀ", batch=()):
     a = torch.randn(*batch, M, K) if "aᵀ" not in layout else torch.randn(*batch, K, M).mT
     b = torch.randn(*batch, N, K).mT if "bᵀ" in layout else torch.randn(*batch, K, N)
     return a.to(device, dtype), b.to(device, dtype)
-
-
-def bits(x):
-    return x.contiguous().view(torch.int16 if x.element_size() == 2 else torch.int32)
-
-
-def assert_same_bits(x, y):
-    assert x.dtype == y.dtype and x.shape == y.shape
-    assert torch.equal(bits(x), bits(y)), f"{(bits(x) != bits(y)).sum()} of {x.numel()} elements differ"
 
 
 def assert_right(y, a, b, leaves=1, pieces=1):

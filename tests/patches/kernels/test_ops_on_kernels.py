@@ -19,9 +19,9 @@ from patches.ops.embedding import embedding
 from patches.ops.sharded import Shards
 from patches.order import backend, exact, kernels
 from patches.order.collectives import all_gather
-from tests.patches.kernels.by_pairs import assert_same_bits
-from tests.patches.megatron.test_training import differences, run
-from tests.patches.test_ops import attention_keys, network, stock
+from tests.support.bits import assert_same_bits
+from tests.support.gated_mlp import assert_right_and_same_bits, attention_keys
+from tests.support.megatron_runs import differences, run
 from tests.support.ranks import on_ranks
 
 
@@ -36,16 +36,9 @@ def _kernels(monkeypatch):
 @pytest.mark.parametrize("centered", (False, True), ids=("rmsnorm", "layernorm"))
 @pytest.mark.parametrize("strategy", ("tree", "gather"))
 def test_layers_are_right_and_have_same_bits_at_every_tp(strategy, centered):
-    dtype = torch.bfloat16 if centered else torch.float32
-    one = on_ranks(1, network, strategy, 8, False, dtype, centered)[0]
-    usual = stock(dtype, centered, dtype)
-    for name, want in stock(dtype, centered, torch.float64).items():
-        ours, theirs = ((x[name].double() - want).norm() / want.norm() for x in (one, usual))
-        assert ours < 1.5 * theirs + 2**-24, f"{name}: {ours:.1e}, torch's own in {dtype}: {theirs:.1e}"
-    for tp, sp in ((2, True), (4, False)):
-        for rank, other in enumerate(on_ranks(tp, network, strategy, 8, sp, dtype, centered)):
-            unequal = [name for name in one if not torch.equal(one[name], other[name])]
-            assert not unequal, f"tp={tp} sp={sp} rank={rank}: {unequal}"
+    assert_right_and_same_bits(
+        strategy, torch.bfloat16 if centered else torch.float32, centered, ((2, True), (4, False))
+    )
 
 
 @pytest.mark.parametrize("strategy", ("tree", "gather"))

@@ -17,7 +17,8 @@ from patches.order.kernels.cross_entropy import CHUNK, exponentials, joined, log
 from patches.order.kernels.embedding import BLOCK, embedding_gradient
 from patches.order.kernels.softmaxes import SHORT, softmax, softmax_gradient
 from patches.order.tree import tree_sum
-from tests.patches.kernels.by_pairs import DTYPES, assert_close, assert_same_bits, by_pairs
+from tests.patches.kernels.by_pairs import DTYPES, assert_close, by_pairs
+from tests.support.bits import assert_same_bits
 
 ULP = 2.0**-24
 LENGTHS = (1, 7, 640, SHORT + 1, 2 * SHORT)

@@ -19,7 +19,8 @@ from patches.order.kernels import norm
 from patches.order.kernels.sums import row_sums, sums_of_rows, tree_of_gamma_gradients, tree_of_sums
 from patches.order.tree import tree_sum
 from patches.order.x_hat import x_hat
-from tests.patches.kernels.by_pairs import DTYPES, assert_close, assert_same_bits, by_pairs, leaves_by_pairs
+from tests.patches.kernels.by_pairs import DTYPES, assert_close, by_pairs, leaves_by_pairs
+from tests.support.bits import assert_same_bits
 
 EPS = 1e-5
 

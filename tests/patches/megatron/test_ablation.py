@@ -9,8 +9,8 @@ import pytest
 import patches
 from patches.megatron import initial_weights
 from patches.registry import REGISTRY, check_versions
-from tests.patches.megatron.test_training import differences, run
 from tests.support import plain_megatron
+from tests.support.megatron_runs import differences, run
 from tests.support.ranks import on_ranks
 
 # name: (TP sizes to compare, data-parallel size, options)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from tests.checkpoint.test_unpickle import raw
+from tests.support.bits import raw
 from tests.support.megatron_checkpoints import load_and_save, save_after_step
 from tests.support.torch_dist import along, save, whole
 from tpcheck.checkpoint.diff import CANNOT_TELL, DIFFERENT, IDENTICAL, diff

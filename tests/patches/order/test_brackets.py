@@ -17,19 +17,10 @@ from patches.order.exact import brackets, norm
 from patches.order.exact.products import exact_product, tree_of_products
 from patches.order.exact.slices import rounded, sliced_product, sliced_sum
 from patches.order.exact.sums import exact_sum, rounded_sum, sum_bounds, tree_of_sums
-from tests.patches.order.test_exact import DTYPES, HARD, operands, same, values
+from tests.support.bits import same_bits
+from tests.support.operands import DTYPES, HARD, cases, operands, values
 
-hard_cases = st.fixed_dictionaries(
-    {
-        "m": st.integers(1, 40),
-        "n": st.integers(1, 40),
-        "k": st.one_of(st.integers(1, 3), st.integers(1, 300)),
-        "dtype": st.sampled_from(DTYPES),
-        "a_kind": st.sampled_from(HARD),
-        "b_kind": st.sampled_from(HARD),
-        "seed": st.integers(0, 1000),
-    }
-)
+hard_cases = cases(HARD, st.one_of(st.integers(1, 3), st.integers(1, 300)))
 
 
 def defined(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,7 +45,7 @@ def test_product_is_what_its_slices_add_up_to(case, narrow, batch, layout):
     a = a.mT.contiguous().mT if layout & 1 else a
     b = b.contiguous() if layout & 2 else b
     dtype = case["dtype"] if narrow else torch.float32
-    assert same(exact_product(a, b, dtype), defined(a, b, dtype))
+    assert same_bits(exact_product(a, b, dtype), defined(a, b, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,7 +54,7 @@ def test_bounds_alone_do_not_tell_a_product(dtype, monkeypatch):
     a, b = (values(kind, (40, 200), dtype, i) for i, kind in enumerate(("ties", "ties")))
     monkeypatch.setattr(brackets._Product, "_settle", lambda *args: None)
     monkeypatch.setattr(brackets, "SHORT", {})
-    assert not same(exact_product(a, b.t()), defined(a, b.t(), torch.float32))
+    assert not same_bits(exact_product(a, b.t()), defined(a, b.t(), torch.float32))
 
 
 def near_ties(dtype: torch.dtype, k: int, range_: int, seed: int) -> Tensor:
@@ -99,10 +90,10 @@ def test_sum_beside_a_tie_falls_to_the_side_that_its_slices_say(dtype, k, range_
     x = near_ties(dtype, k, range_, seed)
     factors = torch.exp2(torch.arange(x.shape[1]) % 3.0).neg()
     a, b = (x / factors).to(dtype), torch.stack([factors, torch.ones_like(factors)], 1).to(dtype)
-    assert same(exact_product(a, b), defined(a, b, torch.float32))
+    assert same_bits(exact_product(a, b), defined(a, b, torch.float32))
     ones = torch.ones(x.shape[1], 1, dtype=dtype)
-    assert same(exact_product(x, ones), defined(x, ones, torch.float32))
-    assert same(rounded_sum(x, 1), exact_sum(x, 1).float())
+    assert same_bits(exact_product(x, ones), defined(x, ones, torch.float32))
+    assert same_bits(rounded_sum(x, 1), exact_sum(x, 1).float())
 
 
 @pytest.mark.parametrize("low", (2.0**-70, -(2.0**-70)))
@@ -111,7 +102,7 @@ def test_product_next_to_a_tie_is_rounded_as_its_slices_are_added(low):
     a = torch.tensor([[1.0, 2.0**-24, low], [1.0, 3 * 2.0**-24, low]])
     out = exact_product(a, torch.ones(3, 1))
     assert out.flatten().tolist() == [1.0, 1 + 2.0**-22]
-    assert same(out, defined(a, torch.ones(3, 1), torch.float32))
+    assert same_bits(out, defined(a, torch.ones(3, 1), torch.float32))
 
 
 def spread(shape: tuple[int, ...], dtype: torch.dtype, seed: int, low: int, high: int) -> Tensor:
@@ -146,7 +137,7 @@ def test_products_and_sums_keep_the_bits_that_runs_were_made_with(dtype):
 def test_rounded_sum_is_the_exact_sum_rounded(shape, kind, dtype, dims, keepdim, seed):
     x = values(kind, shape, dtype, seed)
     want = exact_sum(x, dims, keepdim)
-    assert same(rounded(rounded_sum(x, dims, keepdim), torch.float32), rounded(want, torch.float32))
+    assert same_bits(rounded(rounded_sum(x, dims, keepdim), torch.float32), rounded(want, torch.float32))
     low, high = sum_bounds(x.double(), [d % 3 for d in dims], keepdim)
     assert bool(((low <= want) & (want <= high) | ~want.isfinite()).all())
 
@@ -168,8 +159,8 @@ def test_norm_and_its_gradient_are_made_of_exact_sums(shape, kind, centered, dty
     wide = x.double() - mean_of(x) if centered else x.double()
     scale = 1.0 / torch.sqrt(mean_of(wide.square()) + 1e-5)
     assert torch.equal(rstd.nan_to_num(7), scale.nan_to_num(7))
-    assert same(y, rounded((wide * scale).float() * gamma.float(), dtype))
+    assert same_bits(y, rounded((wide * scale).float() * gamma.float(), dtype))
     hat, g = (wide * scale).float(), (dy.float() * gamma.float()).double()
     dx = g - hat * mean_of(g * hat)
     want = rounded((dx - mean_of(g) if centered else dx) * scale, dtype)
-    assert same(norm.input_gradient(dy, x, gamma, mean, rstd), want)
+    assert same_bits(norm.input_gradient(dy, x, gamma, mean, rstd), want)

@@ -4,115 +4,50 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from patches.order.exact.products import exact_product, tree_of_products
 from patches.order.exact.slices import rounded
 from patches.order.exact.squares import sum_of_squares
 from patches.order.exact.sums import exact_sum, tree_of_sums
 from patches.order.tree import cuts, tree_sum
+from tests.support.bits import same_bits
+from tests.support.operands import DTYPES, KINDS, cases, operands, values
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KINDS = ("normal", "wide", "one-hot", "subnormal", "huge-small", "zero-rows", "ones")
-# And those that bounds are of little use for: float32 ties, sums of nothing but what cancels, numbers that are none.
-HARD = (*KINDS, "ties", "cancelling", "sparse", "special", "negative zeros", "largest")
-
-
-def values(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    """Operands that have broken summation schemes before."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=g)
-    if kind == "wide":
-        x = x * torch.exp2(torch.randint(-30, 30, shape, generator=g).float())
-    elif kind == "one-hot":  # a row of dlogits: one value of 1 among tiny ones
-        x = x * 2.0**-20
-        x[..., 0] = 1.0
-    elif kind == "subnormal":
-        x = x * torch.finfo(dtype).tiny * 0.1
-    elif kind == "huge-small":
-        x = torch.where(torch.rand(shape, generator=g) < 0.5, x * 1e4, x * 1e-4)
-    elif kind == "zero-rows":
-        x[torch.rand(shape[:-1], generator=g) < 0.5] = 0.0
-    elif kind == "ones":
-        x = torch.ones(shape)
-    elif kind == "ties":
-        x = torch.exp2(torch.randint(-13, 1, shape, generator=g).float()) * x.sign()
-    elif kind == "cancelling":
-        x = torch.cat([x, -x], -1)[..., : shape[-1]]
-    elif kind == "sparse":
-        x = x * (torch.rand(shape, generator=g) < 0.1)
-    elif kind == "special":
-        odd = torch.tensor([math.inf, -math.inf, math.nan])[torch.randint(0, 3, shape, generator=g)]
-        x = torch.where(torch.rand(shape, generator=g) < 0.01, odd, x)
-    elif kind == "negative zeros":
-        x = torch.where(torch.rand(shape, generator=g) < 0.5, x, -0.0)
-    elif kind == "largest":
-        x = x.sign() * torch.finfo(dtype).max
-    limit = torch.finfo(dtype).max
-    return torch.where(x.isinf(), x, x.clamp(-limit, limit)).to(dtype)
+any_case = cases(KINDS, st.integers(0, 300))
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    """Equal bits: NaN equals NaN, -0 differs from +0."""
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()])
-
-
-cases = st.fixed_dictionaries(
-    {
-        "m": st.integers(1, 40),
-        "n": st.integers(1, 40),
-        "k": st.integers(0, 300),
-        "dtype": st.sampled_from(DTYPES),
-        "a_kind": st.sampled_from(KINDS),
-        "b_kind": st.sampled_from(KINDS),
-        "seed": st.integers(0, 1000),
-    }
-)
-
-
-def operands(case: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    a = values(case["a_kind"], (case["m"], case["k"] + 1), case["dtype"], case["seed"])[:, : case["k"]]
-    b = values(case["b_kind"], (case["n"], case["k"] + 1), case["dtype"], case["seed"] + 1)[:, : case["k"]]
-    return a, b.t()
-
-
-@given(case=cases, i=st.integers(0, 40), j=st.integers(0, 40))
+@given(case=any_case, i=st.integers(0, 40), j=st.integers(0, 40))
 @settings(max_examples=150, deadline=None)
 def test_product_has_same_bits_whatever_rows_and_columns_are_computed_with_it(case, i, j):
     a, b = operands(case)
     whole = exact_product(a, b)
     rows = torch.cat([exact_product(part, b) for part in (a[:i], a[i:]) if len(part)])
     columns = torch.cat([exact_product(a, part) for part in (b[:, :j], b[:, j:]) if part.shape[1]], 1)
-    assert same(whole, rows) and same(whole, columns)
+    assert same_bits(whole, rows) and same_bits(whole, columns)
 
 
-@given(case=cases)
+@given(case=any_case)
 @settings(max_examples=60, deadline=None)
 def test_product_has_same_bits_whatever_the_layout_batching_and_threads(case):
     a, b = operands(case)
     whole = exact_product(a, b)
-    assert same(whole, exact_product(a.contiguous(), b.contiguous()))
-    assert same(whole, exact_product(a.t().contiguous().t(), b))
-    assert same(whole, exact_product(torch.stack([a, a * 3]), torch.stack([b, b]))[0])
+    assert same_bits(whole, exact_product(a.contiguous(), b.contiguous()))
+    assert same_bits(whole, exact_product(a.t().contiguous().t(), b))
+    assert same_bits(whole, exact_product(torch.stack([a, a * 3]), torch.stack([b, b]))[0])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1 if threads > 1 else 2)
-        assert same(whole, exact_product(a, b))
+        assert same_bits(whole, exact_product(a, b))
     finally:
         torch.set_num_threads(threads)
 
 
-@given(case=cases)
+@given(case=any_case)
 @settings(max_examples=60, deadline=None)
 def test_product_is_within_its_stated_bound_of_the_exact_value(case):
     a, b = operands({**case, "m": min(case["m"], 4), "n": min(case["n"], 4)})
@@ -126,7 +61,10 @@ def test_product_is_within_its_stated_bound_of_the_exact_value(case):
 
 
 @given(
-    case=cases, leaves=st.sampled_from((1, 2, 4, 8)), pieces=st.sampled_from((1, 2)), tp=st.sampled_from((1, 2, 4, 8))
+    case=any_case,
+    leaves=st.sampled_from((1, 2, 4, 8)),
+    pieces=st.sampled_from((1, 2)),
+    tp=st.sampled_from((1, 2, 4, 8)),
 )
 @settings(max_examples=150, deadline=None)
 def test_tree_has_same_bits_at_every_tp(case, leaves, pieces, tp):
@@ -137,10 +75,10 @@ def test_tree_has_same_bits_at_every_tp(case, leaves, pieces, tp):
     shares_a = [torch.cat(a.chunk(tp * pieces, 1)[r::tp], 1) if case["k"] else a for r in range(tp)]
     shares_b = [torch.cat(b.chunk(tp * pieces, 0)[r::tp], 0) if case["k"] else b for r in range(tp)]
     roots = [tree_of_products(x, y, leaves // tp, pieces) for x, y in zip(shares_a, shares_b, strict=True)]
-    assert same(rounded(whole, torch.float32), rounded(tree_sum(roots), torch.float32))
+    assert same_bits(rounded(whole, torch.float32), rounded(tree_sum(roots), torch.float32))
 
 
-@given(case=cases, leaves=st.sampled_from((2, 8)), pieces=st.sampled_from((1, 2)), even=st.booleans())
+@given(case=any_case, leaves=st.sampled_from((2, 8)), pieces=st.sampled_from((1, 2)), even=st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_leaves_taken_at_once_are_those_taken_one_by_one(case, leaves, pieces, even):
     step = leaves * pieces if even else pieces
@@ -150,9 +88,9 @@ def test_leaves_taken_at_once_are_those_taken_one_by_one(case, leaves, pieces, e
         exact_product(torch.cat([x[:, lo:hi] for x in a_pieces], 1), torch.cat([x[lo:hi] for x in b_pieces], 0))
         for lo, hi in cuts(a.shape[1] // pieces, leaves)
     ]
-    assert same(tree_of_products(a, b, leaves, pieces), tree_sum(parts))
+    assert same_bits(tree_of_products(a, b, leaves, pieces), tree_sum(parts))
     sums = [exact_sum(a[:, lo:hi], 1).float() for lo, hi in cuts(a.shape[1], leaves)]
-    assert same(tree_of_sums(a, -1, leaves), tree_sum(sums))
+    assert same_bits(tree_of_sums(a, -1, leaves), tree_sum(sums))
 
 
 @given(size=st.integers(0, 500), leaves=st.sampled_from((1, 2, 4, 8, 16)), tp=st.sampled_from((1, 2, 4, 8, 16)))
@@ -171,7 +109,7 @@ def test_infinities_and_nans_are_what_ieee_says(dtype):
     b = special[torch.randint(0, 8, (5, 64), generator=torch.Generator().manual_seed(1))]
     out = exact_product(a, b)
     want = torch.stack([sum((a[i, k].double() * b[k].double() for k in range(5)), torch.zeros(64)) for i in range(64)])
-    assert same(out, torch.where(want.isnan(), torch.full((), math.nan), want.float() + 0.0))
+    assert same_bits(out, torch.where(want.isnan(), torch.full((), math.nan), want.float() + 0.0))
 
 
 def test_product_keeps_a_row_of_tiny_values_beside_a_large_one():
@@ -192,14 +130,16 @@ def test_longest_leaf_is_exact(dtype):
 
 def test_no_zero_is_negative():
     zero = torch.zeros(3, 4)
-    assert same(exact_product(-zero, zero.t()), torch.zeros(3, 3))
-    assert same(rounded(torch.tensor([-0.0, -1e-60], dtype=torch.float64), torch.bfloat16), torch.zeros(2).bfloat16())
+    assert same_bits(exact_product(-zero, zero.t()), torch.zeros(3, 3))
+    assert same_bits(
+        rounded(torch.tensor([-0.0, -1e-60], dtype=torch.float64), torch.bfloat16), torch.zeros(2).bfloat16()
+    )
 
 
 @pytest.mark.parametrize("shapes", (((0, 3), (3, 2)), ((2, 3), (3, 0)), ((2, 0), (0, 2)), ((0, 2, 3), (0, 3, 2))))
 def test_empty_product_is_empty_or_zero(shapes):
     a, b = (torch.ones(shape).bfloat16() for shape in shapes)
-    assert same(exact_product(a, b, torch.bfloat16), torch.zeros(*a.shape[:-1], b.shape[-1], dtype=torch.bfloat16))
+    assert same_bits(exact_product(a, b, torch.bfloat16), torch.zeros(*a.shape[:-1], b.shape[-1], dtype=torch.bfloat16))
 
 
 def test_float64_operands_are_refused():

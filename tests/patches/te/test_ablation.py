@@ -11,8 +11,8 @@ from torch import Tensor
 import patches
 from patches.registry import REGISTRY, check_versions
 from patches.te import PATCHES
-from tests.patches.megatron.test_training import differences, run
 from tests.support import plain_megatron
+from tests.support.megatron_runs import differences, run
 from tests.support.ranks import on_ranks
 from tests.support.te_modules import Case, gathered, one_in_te
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import patches
-from tests.patches.megatron.test_training import differences
-from tests.patches.order.test_head_invariance import Spoilt, attention
 from tests.support import plain_megatron
+from tests.support.head_by_head import Spoilt, attention
+from tests.support.megatron_runs import differences
 from tests.support.ranks import on_ranks
 from tpcheck.config.load import parse_run
 from tpcheck.doctor import attention as doctor_attention

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 import patches
-from tests.patches.te.test_modules import assert_right, right_in_stock
-from tests.support.te_modules import CASES, one_in_te
+from tests.support.te_modules import CASES, assert_right, one_in_te, right_in_stock
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.patches.megatron.test_training import FULL_RECOMPUTE, PIPELINES, differences, run
+from tests.support.megatron_runs import FULL_RECOMPUTE, PIPELINES, differences, run
 
 CASES: dict[str, dict[str, Any]] = {
     "qwen3": {"steps": 5},

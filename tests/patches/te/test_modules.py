@@ -11,29 +11,14 @@ import torch
 from torch import Tensor
 
 from tests.support.ranks import on_ranks
-from tests.support.te_modules import CASES, Case, in_te, in_torch
+from tests.support.te_modules import CASES, Case, assert_right, in_te, right_in_stock
 
 GATED = Case("LayerNormLinear", "column", stride=2)
 UNMARKED = replace(GATED, marked=False)
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.5e-2}
 
 
 def unequal(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     return [name for name in a if not torch.equal(a[name], b[name])]
-
-
-def assert_right(found: dict[str, Tensor], case: Case) -> None:
-    want = in_torch(case, torch.float64)
-    assert found.keys() == want.keys()
-    for name, value in want.items():
-        error = ((found[name].double() - value).norm() / value.norm()).item()
-        assert error < TOLERANCE[case.dtype], f"{name}: {error:.1e}"
-
-
-def right_in_stock(case: Case) -> bool:
-    """All but two: TE's own LayerNormLinear loses the gradient of its norm's output where that is to be gathered, and
-    `checkpoint` asks for the state of CUDA's generator."""
-    return not case.checkpoint and (case.module, case.return_norm) != ("LayerNormLinear", "gathered")
 
 
 @functools.cache

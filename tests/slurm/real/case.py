@@ -19,7 +19,8 @@ import yaml
 from slurm import submissions
 from slurm.queue import ENDED
 from tests.support import ROOT
-from tests.support.slurm_cluster import Cluster, wait_for
+from tests.support.slurm_cluster import Cluster
+from tests.support.waiting import wait_for
 from tpcheck.files import result_dir
 from tpcheck.files.names import DIGESTS
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tests.slurm.real.case import Case, together
-from tests.support.slurm_cluster import Cluster, wait_for
+from tests.support.slurm_cluster import Cluster
+from tests.support.waiting import wait_for
 
 
 @together

@@ -12,7 +12,7 @@ import pytest
 
 from slurm import submissions
 from tests.slurm.real.case import CELL, STEPS, Case, need_node_names, together
-from tests.support.slurm_cluster import wait_for
+from tests.support.waiting import wait_for
 from tpcheck.files import result_dir
 from tpcheck.files.names import DIGESTS
 

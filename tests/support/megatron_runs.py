@@ -1,0 +1,57 @@
+"""`plain_megatron` on ranks, stock or under the patches, and where two records of it differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import patches
+from tests.support import plain_megatron
+from tests.support.ranks import on_ranks
+
+FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+FOUR_LAYERS: dict[str, Any] = {"model": {"num_layers": 4}, "seq": 16, "micro_batch": 1, "microbatches": 4}
+# name: (the layouts to compare with a single rank, options)
+PIPELINES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "qwen3": (
+        [{"tp": 1, "pp": 2}, {"tp": 1, "pp": 4}, {"tp": 1, "pp": 2, "vpp": 2}, {"tp": 2, "sp": True, "pp": 2}],
+        FOUR_LAYERS,
+    ),
+    "gpt-2 shape fp32": (
+        [{"tp": 2, "pp": 2, "vpp": 2}],
+        {**FOUR_LAYERS, "shape": "gpt2", "dtype": "fp32"},
+    ),
+    "distributed optimizer": (
+        [{"tp": 1, "pp": 2}],
+        {**FOUR_LAYERS, "dp": 2, "microbatches": 2, "ddp": {"use_distributed_optimizer": True}},
+    ),
+}
+
+
+def run(
+    strategy: str, tp: int, sp: bool = False, dp: int = 1, threads: int = 1, pp: int = 1, **options: Any
+) -> dict[str, Any]:
+    """Rank 0's record, after checking that every rank of its model saw the same losses, norms and tensors."""
+    options = {"tp": tp, "sp": sp, "pp": pp, **options}
+    records = on_ranks(tp * dp * pp, patched_training, strategy, options, threads=threads)
+    for stage in range(pp):
+        for record in records[stage * tp * dp :][:tp]:
+            assert record == records[0]
+    return records[0]
+
+
+def patched_training(strategy: Any, options: dict[str, Any]) -> dict[str, Any]:
+    if strategy == "stock":
+        patches.cpu.enable()
+    else:
+        patches.enable(strategy)
+    return plain_megatron.train(**options)
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    found = [] if a.keys() == b.keys() else [f"{prefix}: other tensors"]
+    for key in a.keys() & b.keys():
+        if isinstance(a[key], dict):
+            found += differences(a[key], b[key], f"{prefix}{key}/")
+        elif a[key] != b[key]:
+            found.append(f"{prefix}{key}")
+    return sorted(found)

@@ -21,7 +21,7 @@ from patches.imports import when_imported
 from tpcheck.config.load import parse_trace
 from tpcheck.errors import TpcheckError
 from tpcheck.files.names import RANK
-from tpcheck.trace import trace
+from tpcheck.trace.record.recording import record
 
 __all__ = ["LOOP", "STEPS", "trace_script"]
 
@@ -78,7 +78,7 @@ class _Loop:
         def train_step(*args: Any, **kwargs: Any) -> Any:
             if not self.made:
                 model = signature.bind(*args, **kwargs).arguments["model"]
-                self.trace.enter_context(trace(self.folder, model, steps=self.steps, perturb=self.perturb))
+                self.trace.enter_context(record(self.folder, model, steps=self.steps, perturb=self.perturb))
             answer = original(*args, **kwargs)
             self.made += 1
             if self.made > max(self.steps):

@@ -23,7 +23,7 @@ from patches.registry import Patch
 
 __all__ = ["PATCHES", "REFUSALS"]
 
-REFUSALS: list[Patch] = refusals.PATCHES
+REFUSALS: list[Patch] = refusals.PATCHES  # applied before all else of megatron-core, ATen's overrides included
 PATCHES: list[Patch] = [
     *tokenizer.PATCHES,
     *mlp.PATCHES,

@@ -22,18 +22,15 @@ __all__ = ["Backend", "CrossEntropy", "backend", "check", "pin_device", "product
 
 
 class CrossEntropy(Protocol):
-    """Cross-entropy over logits of which a rank has some columns: R rows, V columns, L leaves, C chunks of a leaf."""
+    """The functions of `kernels.cross_entropy`: R rows, V columns, L leaves, C chunks of a leaf."""
 
-    def exponentials(self, z_RV: Tensor, leaves: int) -> tuple[Tensor, Tensor]:
-        """Maximum m of every chunk, and its sum of exp(z - m): float32 [R, L, C] each."""
+    def exponentials(self, z_RV: Tensor, leaves: int) -> tuple[Tensor, Tensor]: ...
 
-    def joined(self, tops_RLC: Tensor, sums_RLC: Tensor, top_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The rows' maximum M, or `top_R`, and the root of Σ s·exp(m - M): float32 [R] each."""
+    def joined(self, tops_RLC: Tensor, sums_RLC: Tensor, top_R: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 
     def logits_gradient(
         self, z_RV: Tensor, target_R: Tensor, top_R: Tensor, total_R: Tensor, dloss_R: Tensor
-    ) -> Tensor:
-        """(softmax - one-hot)·dloss in the dtype of the logits; a target that is no column of theirs hits none."""
+    ) -> Tensor: ...
 
 
 class Backend(Protocol):

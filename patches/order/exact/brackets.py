@@ -205,7 +205,7 @@ def _units(norm: Tensor, x: Tensor) -> Tensor:
 
 
 def _bracket(out: Tensor, y: Tensor, margin: Tensor) -> Tensor | None:
-    """Put y - margin into `out`, and say where y + margin is another number: [n, dims] or None. Consumes `margin`."""
+    """Put y - margin into `out`, and find where y + margin is another number: [n, dims] or None. Consumes `margin`."""
     low, high = _narrowed(y - margin, out.dtype), _narrowed(margin.add_(y), out.dtype)
     out.copy_(low)
     bits = BITS[out.dtype]

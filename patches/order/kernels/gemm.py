@@ -204,7 +204,7 @@ def _by_leaf(x_BRK: Tensor, along_k: bool, parts: int) -> tuple[list[int], list[
     (B, R, K), (by_B, by_R, by_K) = x_BRK.shape, x_BRK.stride()
     inside = [(R, by_R), (K // parts, by_K)]
     dims = [(B, by_B), (parts, K // parts * by_K), *(inside if along_k else reversed(inside))]
-    line = 16 // x_BRK.element_size()  # stands for the stride of a dimension of size 1, which says nothing
+    line = 16 // x_BRK.element_size()  # in place of the stride of a dimension of size 1, which is arbitrary
     return [size for size, _ in dims], [*(by if size > 1 else line for size, by in dims[:3]), 1]
 
 

@@ -1,6 +1,6 @@
 """Σx² over any number of tensors, exactly, in one pass: no order, cut or rank can change it.
 
-A float32 is m·2^(e-150) with a whole m < 2^24, so m² < 2^48 stands at bit 2(e-1) of one long whole number whose
+A float32 is m·2^(e-150) with a whole m < 2^24, so m² < 2^48 begins at bit 2(e-1) of one long whole number whose
 last bit is worth 2^-298. That number is kept as BINS 64-bit integers, one for every 16 of its bits:
 
     bins        …  | b+3 | b+2 | b+1 |  b  |  …        b = ⌊2(e-1) / 16⌋

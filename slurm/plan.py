@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from slurm.snapshot import Snapshot
 from tpcheck.errors import TpcheckError
 from tpcheck.files.names import CANCELLED, CELLS, DIGESTS, EXIT_REASONS
 from tpcheck.sweep.completeness import is_complete, only_one
@@ -34,14 +33,21 @@ def plan(path: Path, overrides: Sequence[str] = ()) -> list[str]:
             prepare(cell)
             arrays.setdefault((cell.arch, cell.config.world_size), []).append(str(place))
         (sweep.output / CELLS).write_text("".join(f"{cell.name}\n" for cell in sweep.cells))
-    script = Path(__file__).with_name("sweep.sbatch")
-    in_clone = Path.cwd().samefile(Path(__file__).parents[1])
-    code = "" if in_clone else f"CODE={shlex.quote(str(Snapshot.now().write(sweep.output)))} "
+    script, code = Path(__file__).with_name("sweep.sbatch"), _code(sweep.output)
     return [
         f"OUTPUT={shlex.quote(str(sweep.output))} {code}sbatch --array={','.join(places)} --ntasks={ranks} "
         f"{f'--constraint={shlex.quote(arch)} ' if arch else ''}{shlex.quote(str(script))}"
         for (arch, ranks), places in arrays.items()
     ]
+
+
+def _code(output: Path) -> str:
+    """Where jobs find the code, for sweep.sbatch: in the clone that they are submitted from, or else in a copy."""
+    if Path.cwd().samefile(Path(__file__).parents[1]):
+        return ""
+    from slurm.snapshot import Snapshot  # imports torch, which a login shell in a clone can do without
+
+    return f"CODE={shlex.quote(str(Snapshot.now().write(output)))} "
 
 
 def prepare(cell: Cell) -> None:

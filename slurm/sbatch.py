@@ -18,7 +18,7 @@ from submitit.slurm import slurm as submitit_slurm
 
 from tpcheck.errors import TpcheckError
 
-__all__ = ["hand_over", "lay_out"]
+__all__ = ["render", "submit"]
 
 # What these say in the environment overrides the script, and would spoil it; so does what names one of its options.
 SBATCH_VARIABLES = "JOB_NAME ARRAY_INX OPEN_MODE REQUEUE NO_REQUEUE SIGNAL TIMELIMIT EXPORT WAIT CLUSTERS".split()
@@ -26,7 +26,7 @@ SBATCH_VARIABLES = "JOB_NAME ARRAY_INX OPEN_MODE REQUEUE NO_REQUEUE SIGNAL TIMEL
 SLURM_VARIABLES = ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
 
 
-def lay_out(command: str, folder: str, elements: int, options: dict[str, Any], **parameters: Any) -> str:
+def render(command: str, folder: str, elements: int, options: dict[str, Any], **parameters: Any) -> str:
     """The text of a batch script.
 
     Args:
@@ -44,7 +44,7 @@ def lay_out(command: str, folder: str, elements: int, options: dict[str, Any], *
     )  # fmt: skip
 
 
-def hand_over(text: str, folder: Path, cells: Collection[str], options: Collection[str]) -> str:
+def submit(text: str, folder: Path, cells: Collection[str], options: Collection[str]) -> str:
     """Submit the script `text` of these cells, which is kept in `folder`.
 
     Args:

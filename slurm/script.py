@@ -20,7 +20,7 @@ from typing import Any
 
 from slurm.allocation import Allocation
 from slurm.profile import Profile, plain
-from slurm.sbatch import lay_out
+from slurm.sbatch import render
 from tpcheck.errors import TpcheckError
 
 __all__ = ["Script"]
@@ -62,7 +62,7 @@ class Script:
     @cached_property
     def text(self) -> str:
         """The script, exactly as sbatch gets it."""
-        return lay_out(
+        return render(
             self._command(),
             self._path(self.folder),
             len(self.cells),

@@ -22,12 +22,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from slurm import preflight, submissions
+from slurm import preflight, sbatch, submissions
 from slurm.allocation import Allocation, allocation_of
 from slurm.plan import prepare
 from slurm.profile import Profile, load_profile
 from slurm.queue import job_states
-from slurm.sbatch import hand_over
 from slurm.script import Script
 from slurm.snapshot import Snapshot
 from slurm.status import follow
@@ -140,7 +139,7 @@ def _submit(script: Script, sweep: Sweep, cluster: str) -> Submission:
     submission = Submission(now, cluster, script.name, None, script.cells, script.folder)
     submissions.record(sweep.output, submission)
     with _uninterrupted():
-        job = hand_over(script.text, script.folder, script.cells, script.options)
+        job = sbatch.submit(script.text, script.folder, script.cells, script.options)
         submission = dataclasses.replace(submission, job=job)
         submissions.record(sweep.output, submission)
     return submission

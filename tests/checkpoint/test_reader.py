@@ -212,7 +212,7 @@ def _no_tensors(metadata: Any) -> None:
         (_garble_shard, "not what torch.save writes"),
         (_garble_metadata, r"\.metadata can't be read"),
         (_foreign_metadata, "not a torch_dist index"),
-        (_garble_common, "common.pt is not what torch.save writes"),
+        (_garble_common, "common.pt is not"),
         (_garble_json, "does not name a checkpoint format"),
         (_other_backend, "zarr checkpoint: only torch_dist"),
         (_no_metadata, "never came to an end"),

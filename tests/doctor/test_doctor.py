@@ -50,7 +50,7 @@ def test_what_is_asked_for_and_not_here_is_a_no(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = parse_run({**TINY, "symmetric_memory": True})
     *_, refused, last = command._lines(config, list(machine.sums(config)))
-    assert "NO  patches" in refused and "symmetric_memory=True needs GPUs" in refused
+    assert "NO  patches" in refused and "symmetric_memory=True" in refused
     assert last.startswith("cannot be kept here: tree, 8 leaves, layers=local") and last.endswith("see patches")
 
 
@@ -83,7 +83,7 @@ def test_products_that_fail_are_a_line_of_the_table(monkeypatch: pytest.MonkeyPa
 
 def test_bad_input_is_answered_in_one_line(capsys: pytest.CaptureFixture[str]):
     assert main(["doctor", "qwen4-tiny"]) == 2
-    assert "qwen4-tiny: neither a preset (qwen3-tiny," in capsys.readouterr().err
+    assert "qwen4-tiny: neither a preset" in capsys.readouterr().err
 
 
 def spoilt(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

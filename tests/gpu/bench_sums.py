@@ -1,4 +1,4 @@
-"""The sums that are no products, as the layers call them, for `bench_gpu.py`: with the bytes that have to move."""
+"""The sums that are no products, as the layers call them, for `bench.py`: with the bytes that have to move."""
 
 from __future__ import annotations
 

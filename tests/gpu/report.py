@@ -1,4 +1,4 @@
-"""What `bench_gpu.py` measured, as JSON and as tables; written again after every row, so that a kill loses nothing."""
+"""What `bench.py` measured, as JSON and as tables; written again after every row, so that a kill loses nothing."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ one that fails or hangs does not cost the others' results:
     doctor    tpcheck doctor: what is here, and which attention kernels compute each head by itself
     kernels   tests/patches/kernels, compiled instead of interpreted
     tests     what is marked `gpu`
-    bench     bench_gpu.py
+    bench     tests.gpu.bench
 
 Logs, bench.json, bench.md and summary.json go to a folder named after the device. Imports nothing but Python's own.
 """

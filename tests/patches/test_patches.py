@@ -105,7 +105,7 @@ def test_python_m_patches_runs_an_unmodified_script_with_same_bits_at_every_tp()
 @pytest.mark.parametrize(
     ("arguments", "message"),
     (
-        (("--leaves", "6", str(SCRIPT)), "leaves=6 is not a power of two"),
+        (("--leaves", "6", str(SCRIPT)), "leaves=6"),
         (("--strategy", "trees", str(SCRIPT)), "invalid choice: 'trees'"),
         (("missing.py",), "missing.py: no such script"),
     ),
@@ -263,7 +263,7 @@ def test_a_late_module_with_another_signature_is_refused_when_it_is_imported(tmp
     def _() -> None:
         REGISTRY.apply(patches.Contract(), [patch])
         sys.path.insert(0, str(tmp_path))
-        with pytest.raises(patches.UnsupportedError, match="parameters that the patches do not know: y"):
+        with pytest.raises(patches.UnsupportedError, match="do not know: y"):
             importlib.import_module("late")
 
 

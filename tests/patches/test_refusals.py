@@ -13,7 +13,7 @@ from tests.support import plain_megatron
 from tests.support.ranks import on_ranks
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "dropout": ({"model": {"hidden_dropout": 0.1}}, "hidden_dropout=0.1 is not covered by the patches: set it to 0"),
+    "dropout": ({"model": {"hidden_dropout": 0.1}}, "hidden_dropout=0.1"),
     "attention dropout": ({"model": {"attention_dropout": 0.1}}, "attention_dropout=0.1"),
     "fp8": ({"model": {"fp8": "hybrid"}}, "fp8='hybrid'"),
     "experts": ({"model": {"num_moe_experts": 2, "add_bias_linear": False}}, "num_moe_experts=2"),

@@ -39,7 +39,7 @@ def test_a_rank_says_whether_it_would_fail_again(tmp_path: Path, monkeypatch: An
 def test_a_rank_that_loses_another_while_it_loads_a_checkpoint_has_not_failed(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("TPCHECK_ENDS", str(tmp_path / EXIT_REASONS))
     try:
-        raise TpcheckError("x does not load into this model") from RuntimeError("[gloo/pair.cc:537] Connection closed")
+        raise TpcheckError("damaged") from RuntimeError("[gloo/pair.cc:537] Connection closed")
     except TpcheckError as error:
         exit_reason.record_error(error, 3)
     assert json.loads((tmp_path / EXIT_REASONS).read_text())["kind"] == "lost"
@@ -54,7 +54,7 @@ def test_a_refused_run_leaves_its_reason_for_the_batch_script(tmp_path: Path, mo
 def test_a_start_waits_for_one_that_a_lost_node_still_runs(tmp_path: Path, monkeypatch: Any) -> None:
     config = load_run(_run_file(tmp_path), [f"output={tmp_path}/out"])
     with launch._exclusively(config):
-        with pytest.raises(TpcheckError, match="is being written by another run"), launch._exclusively(config):
+        with pytest.raises(TpcheckError, match="another run"), launch._exclusively(config):
             pass  # nobody has started this one who could want it to wait
         monkeypatch.setenv("TPCHECK_ENDS", str(tmp_path / EXIT_REASONS))
         began = threading.Event()

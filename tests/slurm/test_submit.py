@@ -187,7 +187,7 @@ def test_a_slurm_that_does_not_answer_submits_nothing(site: Site, capsys: Any) -
     site.submit()
     (site.folder / "down").touch()
     assert site.submit() == 2
-    assert "squeue does not answer, so nothing is known of the jobs: Unable to contact" in capsys.readouterr().err
+    assert "squeue does not answer" in capsys.readouterr().err
     assert len(site.submitted) == 2
 
 
@@ -227,7 +227,7 @@ def test_what_the_shell_says_to_sbatch_does_not_spoil_the_script(site: Site, mon
 def test_a_cell_made_with_other_settings_is_refused_before_anything_is_submitted(site: Site, capsys: Any) -> None:
     begin(site.cells["stock-tp1"])
     assert main(["sweep", str(site.sweep), "--cluster", str(site.folder / "cluster.yaml"), "seed=7"]) == 2
-    assert "was made with other settings (seed: 1234 there, 7 now)" in capsys.readouterr().err
+    assert "seed: 1234 there, 7 now" in capsys.readouterr().err
     assert site.submitted == []
 
 
@@ -237,7 +237,7 @@ def test_a_cell_that_is_queued_with_other_settings_is_refused(site: Site, capsys
     site.queue(site.recorded[0], "PENDING")
     assert site.submit("seed=7") == 2
     error = capsys.readouterr().err
-    assert "cell stock-tp1 is pending or running with other settings (seed: 1234 there, 7 now)" in error
+    assert "cell stock-tp1 is pending or running with other settings (seed: " in error
     assert len(site.submitted) == 2 and (site.out / "sweep.json").read_bytes() == planned
 
 
@@ -259,7 +259,7 @@ def test_a_cell_that_ends_while_slurm_is_asked_is_not_submitted_again(site: Site
 
 def test_a_plan_refuses_what_was_made_with_other_settings(site: Site) -> None:
     finish(site.cells["stock-tp1"])
-    with pytest.raises(TpcheckError, match="was made with other settings"):
+    with pytest.raises(TpcheckError, match="seed: 1234 there"):
         plan(site.sweep, ["seed=7"])
     assert not (site.out / "sweep.json").exists()
 

@@ -246,7 +246,7 @@ class TestBadInput:
         (rank / RECORDS).write_text("\n".join(lines.splitlines()[:-3]))
         self.refused(a, b, "records where", capsys)
         (rank / RECORDS).write_text(lines.replace('"kind"', '"king"', 1))
-        self.refused(a, b, "is not a record", capsys)
+        self.refused(a, b, "records.jsonl:", capsys)
         description = json.loads((rank / "rank.json").read_text())
         (rank / "rank.json").write_text(json.dumps({k: v for k, v in description.items() if k != "records"}))
         self.refused(a, b, "rank 1 was cut short", capsys)

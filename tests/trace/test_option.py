@@ -42,7 +42,7 @@ def test_a_script_is_traced_and_a_nudged_run_of_it_lies_beside(script: Path, tmp
     [
         (["--trace", "old"], "old holds a trace already: name another folder, or remove it"),
         (["--trace", "out", "--steps", "first"], "--steps first: name them by numbers from 0, as in --steps 0,1"),
-        (["--trace", "out", "--steps", "-1"], "name them by numbers from 0"),
+        (["--trace", "out", "--steps", "-1"], "steps=[-1]"),
         (["--steps", "0"], "--steps and --perturb say how to trace: add --trace OUT"),
     ],
 )

@@ -75,12 +75,12 @@ def test_a_script_that_exits_leaves_a_whole_trace_only_if_nothing_is_wrong(
 def test_what_cannot_be_traced_is_said_in_a_line(script: Path, tmp_path: Path) -> None:
     with trace_script(tmp_path / "a"):
         run(script, 2)
-    with pytest.raises(TpcheckError, match="a holds a trace already: name another"), trace_script(tmp_path / "a"):
+    with pytest.raises(TpcheckError, match="a trace already"), trace_script(tmp_path / "a"):
         raise AssertionError
     with pytest.raises(TpcheckError, match="made 2 steps, none of steps=\\[7\\]"), trace_script(tmp_path / "b", [7]):
         run(script, 2)
     with pytest.raises(TpcheckError, match="never called megatron.training.training.train_step"):  # noqa: SIM117
         with trace_script(tmp_path / "c"):
             run(script, 0)
-    with pytest.raises(TpcheckError, match="name them by numbers"), trace_script(tmp_path / "d", [-1]):
+    with pytest.raises(TpcheckError, match="steps=.*-1"), trace_script(tmp_path / "d", [-1]):
         raise AssertionError

@@ -70,7 +70,7 @@ class Shards:
         if self.contract.strategy == "gather":
             a_TK, b_KN = (self._gather_pieces(x, dim, pieces) for x, dim in ((a_TtK, 1), (b_tKN, 0)))
             out = product(a_TK, b_KN, dtype=dtype)
-            return AsyncResult.of(out.chunk(self.size)[self.rank].contiguous() if scatter and self.size > 1 else out)
+            return AsyncResult.of(out.chunk(self.size)[self.rank].contiguous() if scatter else out)
         if self.size == 1:
             return AsyncResult.of(product(a_TtK, b_tKN, self.leaves, pieces, dtype))
         return self._begin_reducing(product(a_TtK, b_tKN, self.leaves, pieces), dtype, scatter)

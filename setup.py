@@ -12,7 +12,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["patches", "patches.*", "tpcheck", "tpcheck.*", "slurm", "slurm.*"]),
-    package_data={"slurm": ["clusters/*.yaml", "sweeps/*.yaml", "*.sbatch", "README.md"]},
+    package_data={"slurm": ["clusters/*.yaml", "sweeps/*.yaml", "*.sbatch", "*.sh", "README.md"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
         "blake3>=1.0",

@@ -16,7 +16,7 @@ import torch
 
 from patches import cpu
 from patches.contract import Attention, Contract, Strategy, UnsupportedError
-from patches.order.collectives import check_symmetric_memory
+from patches.order.backend import backend
 from patches.registry import REGISTRY, Patch, Row, check_versions
 
 __all__ = ["Contract", "Status", "UnsupportedError", "cpu", "disable", "enable", "enabled", "status"]
@@ -43,7 +43,8 @@ def enable(
     if REGISTRY.contract == contract:
         return
     if symmetric_memory:
-        check_symmetric_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        backend(device).check_symmetric_memory(device)
     needed = check_versions(_all_patches())
     cpu.enable()
     REGISTRY.apply(contract, needed)
@@ -85,6 +86,6 @@ def status() -> Status:
 
 
 def _all_patches() -> list[Patch]:
-    from patches import megatron, te
+    from patches import aten, megatron, te
 
-    return [*te.PATCHES, *megatron.PATCHES]
+    return [*te.PATCHES, *megatron.REFUSALS, *aten.PATCHES, *megatron.PATCHES]

@@ -7,15 +7,25 @@ from typing import Any
 import torch
 
 from patches.contract import Contract
+from patches.ops.norm import HEADS
 from patches.ops.sharded import Shards
 from patches.registry import REGISTRY
 
-__all__ = ["contract", "is_complete", "mark_complete", "over_tp", "tp_group", "whole"]
+__all__ = [
+    "contract",
+    "is_grad_reduced",
+    "mark_grad_reduced",
+    "norm_shards",
+    "replicated",
+    "tp_group",
+    "tp_sharded",
+]
 
-COMPLETE = "_patches_gradient_is_complete"
+REDUCED = "_patches_grad_reduced"
 
 
 def contract() -> Contract:
+    """The one that `patches.enable()` was given."""
     if REGISTRY.contract is None:
         raise RuntimeError("a patched call ran after patches.disable()")
     return REGISTRY.contract
@@ -29,20 +39,28 @@ def tp_group(module: Any = None) -> Any:
     return group if group is not None else parallel_state.get_tensor_model_parallel_group()
 
 
-def over_tp(group: Any = None) -> Shards:
-    """A dimension spread over the tensor-parallel ranks."""
+def tp_sharded(group: Any = None) -> Shards:
+    """A dimension spread over the tensor-parallel ranks: of `group`, or of Megatron's."""
     return Shards(contract(), group if group is not None else tp_group())
 
 
-def whole() -> Shards:
+def replicated() -> Shards:
     """A dimension that every rank holds whole; its sum walks the same tree without communication."""
     return Shards(contract())
 
 
-def mark_complete(parameter: torch.nn.Parameter) -> None:
-    """Say that backward gives this parameter its gradient over all tensor-parallel ranks."""
-    setattr(parameter, COMPLETE, True)
+def norm_shards(leaf_dim: int, sequence_parallel: bool) -> Shards:
+    """How the dimension is spread that a norm's parameter gradients sum over: heads always are, tokens under SP."""
+    return tp_sharded() if leaf_dim == HEADS or sequence_parallel else replicated()
 
 
-def is_complete(parameter: torch.nn.Parameter) -> bool:
-    return getattr(parameter, COMPLETE, False)
+def mark_grad_reduced(*parameters: torch.nn.Parameter | None) -> None:
+    """Say that backward gives these parameters their gradients over all tensor-parallel ranks."""
+    for parameter in parameters:
+        if parameter is not None:
+            setattr(parameter, REDUCED, True)
+
+
+def is_grad_reduced(parameter: torch.nn.Parameter) -> bool:
+    """Whether `mark_grad_reduced` was told of it."""
+    return getattr(parameter, REDUCED, False)

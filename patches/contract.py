@@ -9,10 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-__all__ = ["Attention", "Contract", "Strategy", "UnsupportedError"]
+import torch
+
+__all__ = ["DTYPES", "WITHOUT_SYMMETRIC_MEMORY", "Attention", "Contract", "Strategy", "UnsupportedError"]
 
 Strategy = Literal["tree", "gather"]
 Attention = Literal["unfused", "flash", "fused"]
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))  # whose sums are ordered; others are ATen's own
+WITHOUT_SYMMETRIC_MEMORY = "leave symmetric_memory=False, which gives the same bits"
 
 
 class UnsupportedError(RuntimeError):

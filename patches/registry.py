@@ -103,9 +103,14 @@ def attribute(
     """A patch that replaces the attribute `target` by `replacement(original)`.
 
     Args:
+        name, target, why, library, lazy: as of `Patch`.
+        replacement: of the attribute found; what it answers takes its place.
         parameters: names of the parameters that the original may have, separated by spaces; None if not a function.
-    """
+        versions: versions of `library` that need the patch, as in ">=0.15,<0.17"; empty for all.
 
+    Returns:
+        A patch whose `install` raises `UnsupportedError` where the target is missing or has other parameters.
+    """
     known = None if parameters is None else tuple(parameters.split())
 
     def install(contract: Contract) -> Undo:
@@ -121,7 +126,11 @@ def attribute(
 
 
 class Registry:
-    """The patches that are applied, and what they have to remember."""
+    """The patches that are applied, and what they have to remember.
+
+    Not here: on which device products are made (`order.backend.pin_device`) and, while a model is built, that it is
+    (`initial_weights`).
+    """
 
     def __init__(self) -> None:
         self.contract: Contract | None = None

@@ -1,4 +1,4 @@
-"""What a cell takes of a cluster: how many nodes, how many ranks on each; cells of one shape share an array.
+"""What a cell is allocated of a cluster: how many nodes, how many ranks on each.
 
 tp=4, dp=4 on nodes of 8 GPUs ── 2 nodes of 8 ranks ── a TP group never leaves its node
 tp=4, dp=3                    ── 3 nodes of 4 ranks ── for the same reason
@@ -8,27 +8,31 @@ tp=16                         ── 2 nodes of 8 ranks ── it must, and is w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from slurm.profile import Arch, Profile
 from tpcheck.errors import TpcheckError
 from tpcheck.sweep.spec import Cell
 
-__all__ = ["Shape", "by_shape", "shape_of"]
+__all__ = ["Allocation", "allocation_of"]
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The resources of a cell; `arch` is the profile's name for the machines."""
+class Allocation:
+    """The machines of a cell, the same for all cells of an array; `arch` is the profile's name for their kind."""
 
     arch: str
     nodes: int
     ranks_per_node: int
+    machine: Arch = field(compare=False, repr=False)
 
 
-def shape_of(cell: Cell, profile: Profile) -> Shape:
-    """The fewest nodes that take the cell with every TP group inside a node, or else the fewest that take it."""
+def allocation_of(cell: Cell, profile: Profile) -> Allocation:
+    """The fewest nodes that take the cell with every TP group inside a node, or else the fewest that take it.
+
+    Raises:
+        TpcheckError: the profile has no such machines, or too few of them.
+    """
     name, arch = profile.arch(cell.arch, cell.name)
     world, tp = cell.config.world_size, cell.config.tp
     even = [nodes for nodes in range(1, world + 1) if world % nodes == 0 and world // nodes <= arch.per_node]
@@ -36,15 +40,7 @@ def shape_of(cell: Cell, profile: Profile) -> Shape:
     nodes = min(inside or even)
     if nodes > arch.nodes:
         raise TpcheckError(_too_many(cell, nodes, name, arch))
-    return Shape(name, nodes, world // nodes)
-
-
-def by_shape(cells: Sequence[Cell], profile: Profile) -> list[tuple[list[Cell], Shape]]:
-    """The cells that one array can hold together: those with the same machines, nodes and ranks per node."""
-    groups: dict[Shape, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(shape_of(cell, profile), []).append(cell)
-    return [(group, shape) for shape, group in groups.items()]
+    return Allocation(name, nodes, world // nodes, arch)
 
 
 def _too_many(cell: Cell, nodes: int, name: str, arch: Arch) -> str:

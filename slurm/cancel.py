@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slurm import submissions
-from slurm.queue import states
+from slurm.queue import job_states
 from tpcheck.errors import TpcheckError
 from tpcheck.files.names import CANCELLED
 from tpcheck.sweep.stored_spec import read_sweep
@@ -25,7 +25,7 @@ def command(output: Path, cells: Sequence[str] = ()) -> int:
     strangers = [cell for cell in cells if cell not in submitted and cell not in names]
     if strangers:
         raise TpcheckError(f"{strangers[0]} is no cell of {output}: it has {', '.join(names)}")
-    known = states(every, waiting=lambda why: print(f"{why}; asking again", file=sys.stderr))
+    known = job_states(every, waiting=lambda why: print(f"{why}; asking again", file=sys.stderr))
     elements = {
         f"{state.job}_{place}" if len(each.cells) > 1 else state.job: each.cells[place]
         for each in every

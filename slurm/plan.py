@@ -1,6 +1,7 @@
 """`python -m slurm.plan SWEEP.yaml [key=value …]`: prepare a sweep's directory for `sweep.sbatch`, submit nothing.
 
     DIR/sweep.json, DIR/CELL/run.yaml, DIR/cells.txt     a line for every cell, in the order of the array
+    DIR/code/DIGEST                                      where it is not called in a clone, whose code would do
 
 Prints one line to submit for every kind of machine and number of ranks; the site's own options are the user's.
 """
@@ -12,13 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from tpcheck.errors import TpcheckError
-from tpcheck.files.names import CANCELLED, CELLS, DIGESTS, EXIT_REASONS, RUN
-from tpcheck.sweep.local import is_complete, only_one
+from tpcheck.files.names import CANCELLED, CELLS, DIGESTS, EXIT_REASONS
+from tpcheck.sweep.completeness import is_complete, only_one
 from tpcheck.sweep.spec import Cell, load_sweep
-from tpcheck.sweep.stored_spec import write_sweep
+from tpcheck.sweep.stored_spec import write_run, write_sweep
 
 __all__ = ["plan", "prepare"]
 
@@ -34,19 +33,26 @@ def plan(path: Path, overrides: Sequence[str] = ()) -> list[str]:
             prepare(cell)
             arrays.setdefault((cell.arch, cell.config.world_size), []).append(str(place))
         (sweep.output / CELLS).write_text("".join(f"{cell.name}\n" for cell in sweep.cells))
-    script = Path(__file__).with_name("sweep.sbatch")
+    script, code = Path(__file__).with_name("sweep.sbatch"), _code(sweep.output)
     return [
-        f"OUTPUT={shlex.quote(str(sweep.output))} sbatch --array={','.join(places)} --ntasks={ranks} "
+        f"OUTPUT={shlex.quote(str(sweep.output))} {code}sbatch --array={','.join(places)} --ntasks={ranks} "
         f"{f'--constraint={shlex.quote(arch)} ' if arch else ''}{shlex.quote(str(script))}"
         for (arch, ranks), places in arrays.items()
     ]
 
 
+def _code(output: Path) -> str:
+    """Where jobs find the code, for sweep.sbatch: in the clone that they are submitted from, or else in a copy."""
+    if Path.cwd().samefile(Path(__file__).parents[1]):
+        return ""
+    from slurm.snapshot import Snapshot  # imports torch, which a login shell in a clone can do without
+
+    return f"CODE={shlex.quote(str(Snapshot.now().write(output)))} "
+
+
 def prepare(cell: Cell) -> None:
     """Make the cell's directory what its job wants to find."""
-    cell.path.mkdir(parents=True, exist_ok=True)
-    config = cell.config.model_dump(mode="json") | {"output": str(cell.path.absolute())}
-    (cell.path / RUN).write_text(yaml.safe_dump(config, sort_keys=False))
+    write_run(cell, cell.path.absolute())  # wherever the job starts
     (cell.path / CANCELLED).unlink(missing_ok=True)
     (cell.path / EXIT_REASONS).unlink(missing_ok=True)  # why an earlier job ended is no reason of this one
     (cell.path / DIGESTS).unlink(missing_ok=True)  # of fewer steps, or the cell would be complete

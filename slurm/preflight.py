@@ -5,12 +5,12 @@ What is certain and does not fit is refused, with what would fit; what is likely
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from slurm.allocation import Shape, shape_of
+from slurm.allocation import Allocation
 from slurm.profile import Arch, Profile
-from tpcheck import config as run
-from tpcheck.config import RunConfig
+from tpcheck.config.check import check as check_run
+from tpcheck.config.schema import RunConfig
 from tpcheck.cost import terms
 from tpcheck.cost.memory import bytes_per_parameter, memory
 from tpcheck.errors import TpcheckError
@@ -19,15 +19,21 @@ from tpcheck.sweep.spec import Cell
 __all__ = ["check", "flops"]
 
 
-def check(cells: Sequence[Cell], profile: Profile) -> list[str]:
-    """Refuse cells that cannot run; the rest's warnings, one line each, for as many cells as they concern."""
+def check(cells: Sequence[Cell], allocations: Mapping[str, Allocation], profile: Profile) -> list[str]:
+    """Refuse cells that cannot run with their `allocations`, which are by cell.
+
+    Returns:
+        Warnings of the others, one line each, for as many cells as it concerns.
+
+    Raises:
+        TpcheckError: a cell certainly needs more memory than a rank has there, or data that a container hides.
+    """
     warnings: dict[str, list[str]] = {}
     for cell in cells:
-        shape = shape_of(cell, profile)
-        arch = profile.architectures[shape.arch]
+        allocation = allocations[cell.name]
         _refuse_container_paths(cell, profile)
-        _refuse_too_much(cell, arch, shape)
-        for warning in _warnings(cell.config, profile, arch, shape):
+        _refuse_too_much(cell, allocation)
+        for warning in _warnings(cell.config, profile, allocation):
             warnings.setdefault(warning, []).append(cell.name)
     return [f"{', '.join(names)}: {warning}" for warning, names in warnings.items()]
 
@@ -37,11 +43,12 @@ def flops(config: RunConfig) -> float:
     return config.steps * terms.total(terms.step(config), "flops", config.strategy) / config.pp
 
 
-def _refuse_too_much(cell: Cell, arch: Arch, shape: Shape) -> None:
-    needed, room = memory(cell.config, arch.gpus_per_node > 0), _room(arch, shape)
+def _refuse_too_much(cell: Cell, allocation: Allocation) -> None:
+    arch = allocation.machine
+    needed, room = memory(cell.config, arch.gpus_per_node > 0), _room(allocation)
     if needed.certain <= room:
         return
-    what = f"one {shape.arch} GPU has" if arch.gpus_per_node else f"{shape.arch} nodes have for each rank"
+    what = f"one {allocation.arch} GPU has" if arch.gpus_per_node else f"{allocation.arch} nodes have for each rank"
     fits = " or ".join(f"{name} ({size:.0f} GiB)" for name, size in _what_fits(cell.config, arch, room))
     raise TpcheckError(
         f"cell {cell.name} needs at least {needed.certain:.0f} GiB a rank ({needed.model:.0f} for weights, gradients "
@@ -50,9 +57,10 @@ def _refuse_too_much(cell: Cell, arch: Arch, shape: Shape) -> None:
     )
 
 
-def _room(arch: Arch, shape: Shape) -> float:
+def _room(allocation: Allocation) -> float:
     """GiB for one rank: a GPU's, or a share of the node's."""
-    return arch.memory_gib if arch.gpus_per_node else arch.memory_gib / shape.ranks_per_node
+    arch = allocation.machine
+    return arch.memory_gib if arch.gpus_per_node else arch.memory_gib / allocation.ranks_per_node
 
 
 def _what_fits(config: RunConfig, arch: Arch, room: float) -> Iterator[tuple[str, float]]:
@@ -70,22 +78,23 @@ def _what_fits(config: RunConfig, arch: Arch, room: float) -> Iterator[tuple[str
 
 def _is_valid(config: RunConfig) -> bool:
     try:
-        run.check(config)
+        check_run(config)
     except TpcheckError:
         return False
     return True
 
 
-def _warnings(config: RunConfig, profile: Profile, arch: Arch, shape: Shape) -> Iterator[str]:
-    if shape.ranks_per_node % config.tp:
+def _warnings(config: RunConfig, profile: Profile, allocation: Allocation) -> Iterator[str]:
+    arch, ranks = allocation.machine, allocation.ranks_per_node
+    if ranks % config.tp:
         yield (
-            f"tp={config.tp} spans nodes ({shape.ranks_per_node} ranks on each), so every layer's sums go over the "
+            f"tp={config.tp} spans nodes ({ranks} ranks on each), so every layer's sums go over the "
             "network: slow; a smaller tp stays inside a node"
         )
-    needed, room = memory(config, arch.gpus_per_node > 0), _room(arch, shape)
+    needed, room = memory(config, arch.gpus_per_node > 0), _room(allocation)
     if needed.likely > room:
         yield (
-            f"may run out of memory: about {needed.likely:.0f} GiB a rank with activations, {shape.arch} has "
+            f"may run out of memory: about {needed.likely:.0f} GiB a rank with activations, {allocation.arch} has "
             f"{room:.0f}; recompute=true or a smaller micro_batch_size takes less"
         )
     if arch.tflops:

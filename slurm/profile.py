@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from tpcheck.config import read_yaml, unknown_key
+from tpcheck.config.load import read_yaml, unknown_key
 from tpcheck.errors import TpcheckError
 
 __all__ = ["Arch", "Container", "Profile", "load_profile", "plain"]
@@ -128,7 +128,7 @@ class Container(Section):
 
 
 class Arch(Section):
-    """One kind of machine. Whatever stands here goes before the same key of the profile.
+    """One kind of machine. Whatever is defined here overrides the same key of the profile.
 
     `memory_gib` is that of one GPU (of a whole node where there are none); `tflops` what one GPU sustains in
     training, for the estimate of a cell's time.
@@ -173,7 +173,7 @@ class Profile(Section):
     launcher: Literal["srun", "torchrun"] = "srun"
     python: Words | None = None  # the command; default: this Python, or the container's `python`
     cpus_per_rank: int | None = Field(None, gt=0)
-    logs: Text | None = None  # where scripts and output go; default: jobs/ in the sweep's output
+    logs: Text | None = None  # where scripts and output go; default: slurm/ in the sweep's output
     setup: list[Text] = []
     env: Env = {}
     sbatch: Sbatch = {}

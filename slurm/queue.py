@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from slurm.submissions import Submission
 from tpcheck.errors import TpcheckError
 
-__all__ = ["State", "states"]
+__all__ = ["ENDED", "JobState", "job_states"]
 
-# Words of `man squeue` for jobs that have ended; every other one may still write to its cell.
+# States in `man squeue` of jobs that have ended; every other one may still write to its cell.
 ENDED = frozenset(
     "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
 )
@@ -32,28 +32,33 @@ CALL_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class State:
-    """One job, or one element of an array."""
+class JobState:
+    """What Slurm says of one job, or of one element of an array."""
 
     job: str  # Slurm's number of the job, or of the array
-    word: str  # Slurm's, in capitals: PENDING, RUNNING, TIMEOUT, …
+    name: str  # Slurm's of the state, in capitals: PENDING, RUNNING, TIMEOUT, …
     nodes: str = ""
     reason: str = ""
 
     @property
     def active(self) -> bool:
         """Whether it runs, or will by itself."""
-        return self.word not in ENDED
+        return self.name not in ENDED
 
 
-def states(
+def job_states(
     submissions: Sequence[Submission],
     patience: float = PATIENCE_SECONDS,
     waiting: Callable[[str], None] = lambda why: None,
-) -> dict[tuple[str, int], State]:
+) -> dict[tuple[str, int], JobState]:
     """The state of every element of `submissions` that Slurm knows of, by job name and place in the array.
 
-    `waiting(why)` is told, before each new try, why squeue gave no answer.
+    Args:
+        patience: seconds for which a silent controller is asked again.
+        waiting: is told, before each new try, why squeue gave no answer.
+
+    Raises:
+        TpcheckError: squeue does not answer, or is not on this machine.
     """
     if not submissions:
         return {}
@@ -101,25 +106,25 @@ def _try(command: Sequence[str]) -> subprocess.CompletedProcess[str] | None:
         raise
 
 
-def _queued(text: str) -> Iterator[tuple[tuple[str, int], State]]:
+def _queued(text: str) -> Iterator[tuple[tuple[str, int], JobState]]:
     for line in text.splitlines():
-        name, job, index, word, nodes, reason = line.split("|", 5)
+        job_name, job, index, state, nodes, reason = line.split("|", 5)
         place = int(index) if index.isdigit() else 0  # N/A for a plain job
-        yield (name, place), State(job, word, nodes, "" if reason == "None" else reason)
+        yield (job_name, place), JobState(job, state, nodes, "" if reason == "None" else reason)
 
 
-def _accounted(text: str) -> Iterator[tuple[tuple[str, int], State]]:
+def _accounted(text: str) -> Iterator[tuple[tuple[str, int], JobState]]:
     """How jobs ended, oldest record first, so that of a requeued job the last one counts.
 
     Records of running and pending jobs lag behind: squeue would have shown them.
     """
     rows = [line.split("|") for line in text.splitlines()]
-    for name, job, _, _, words, nodes in sorted(rows, key=lambda row: (row[2], row[3])):
-        word = words.partition(" ")[0]  # "CANCELLED by 1000"
-        if word in ENDED:
+    for job_name, job, _, _, said, nodes in sorted(rows, key=lambda row: (row[2], row[3])):
+        state = said.partition(" ")[0]  # "CANCELLED by 1000"
+        if state in ENDED:
             number, _, places = job.partition("_")
             for place in _places(places):
-                yield (name, place), State(number, word, "" if nodes == "None assigned" else nodes)
+                yield (job_name, place), JobState(number, state, "" if nodes == "None assigned" else nodes)
 
 
 def _places(text: str) -> list[int]:

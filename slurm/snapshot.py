@@ -2,7 +2,7 @@
 
 DIR/code/1f0c22ab93de/            named after its digest; the same code is copied once
     code.json                     {commit, dirty, digest}: goes into every manifest
-    patches/ tpcheck/ slurm/      *.py, *.yaml, *.sbatch
+    patches/ tpcheck/ slurm/      *.py, *.yaml, *.sbatch, *.sh
     __main__.py                   `python DIR/code/1f0c22ab93de` runs this code, whatever is in the working directory
 """
 
@@ -26,7 +26,7 @@ from tpcheck.run import provenance
 __all__ = ["Snapshot"]
 
 PACKAGES = (patches, tpcheck, slurm)
-SUFFIXES = {".py", ".yaml", ".sbatch"}
+SUFFIXES = {".py", ".yaml", ".sbatch", ".sh"}
 DIGITS = 12
 
 

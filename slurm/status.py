@@ -1,7 +1,7 @@
 """`tpcheck status DIR`: every cell of a sweep, from the files in DIR and from what Slurm says, at any time.
 
     digests.json is there        complete, whatever Slurm says
-    Slurm knows the job          its word in ours: pending, running, requeued, timed-out, …
+    Slurm knows the job          its state in our words: pending, running, requeued, timed-out, …
     Slurm has forgotten it       cancelled by `tpcheck cancel`, else failed when it had started, missing when not
     never submitted              missing
 
@@ -11,7 +11,6 @@ A Slurm that does not answer leaves the states unknown, and the table says so.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,26 +23,26 @@ from rich.markup import escape
 from rich.table import Table
 
 from slurm import submissions
-from slurm.queue import State, states
+from slurm.queue import JobState, job_states
 from slurm.submissions import Submission
 from tpcheck.errors import TpcheckError
 from tpcheck.files.json_files import readable_lines
 from tpcheck.files.lock import is_locked
 from tpcheck.files.names import CANCELLED, EXIT_REASONS, LOCK, LOG
 from tpcheck.sweep import conclude
+from tpcheck.sweep.completeness import digests_of
 from tpcheck.sweep.live_table import progress
 from tpcheck.sweep.spec import Cell, Sweep
 from tpcheck.sweep.stored_spec import read_sweep
-from tpcheck.sweep.verdict import digests_of
 
 __all__ = ["Row", "command", "follow", "look"]
 
-Word = Literal[
+CellState = Literal[
     "pending", "running", "requeued", "preempted", "timed-out", "node-failed", "failed", "cancelled",
     "complete", "missing", "unknown",
 ]  # fmt: skip
-# What Slurm says, in our words; a job in any other state is running, or about to.
-WORDS: dict[str, Word] = {
+# By what Slurm says; a job in any other state is running, or about to.
+CELL_STATES: dict[str, CellState] = {
     "PENDING": "pending",
     "PREEMPTED": "preempted",
     "TIMEOUT": "timed-out",
@@ -56,8 +55,8 @@ WORDS: dict[str, Word] = {
     "OUT_OF_MEMORY": "failed",
     "COMPLETED": "failed",  # or there were digests
 }
-ACTIVE: set[Word] = {"pending", "running", "requeued", "unknown"}
-STYLE: dict[Word, str] = {"complete": "green", "running": "yellow", "failed": "bold red", "unknown": "magenta"}
+ACTIVE: set[CellState] = {"pending", "running", "requeued", "unknown"}
+STYLE: dict[CellState, str] = {"complete": "green", "running": "yellow", "failed": "bold red", "unknown": "magenta"}
 HEADINGS = ("cell", "job", "state", "nodes", "step", "tokens/s", "retries", "log")
 REFRESH_SECONDS = 5.0
 REASON = 300  # letters of it
@@ -69,7 +68,7 @@ class Row:
 
     cell: str
     job: str
-    state: Word
+    state: CellState
     nodes: str
     step: str
     speed: str
@@ -120,47 +119,43 @@ def look(sweep: Sweep) -> tuple[list[Row], str]:
     latest = submissions.latest(submissions.read(sweep.output))
     unfinished = [cell.name for cell in sweep.cells if not digests_of(cell)]
     asked = {latest[name].job_name: latest[name] for name in unfinished if name in latest}
-    known: Mapping[tuple[str, int], State] | None = None
+    known: Mapping[tuple[str, int], JobState] | None = None
     unknown = ""
     try:
-        known = states(list(asked.values()), patience=0)
+        known = job_states(list(asked.values()), patience=0)
     except TpcheckError as error:
         unknown = str(error)
     return [_row(cell, latest.get(cell.name), known) for cell in sweep.cells], unknown
 
 
-def _row(cell: Cell, submission: Submission | None, known: Mapping[tuple[str, int], State] | None) -> Row:
-    job, tried, state = "", [], None
+def _row(cell: Cell, submission: Submission | None, known: Mapping[tuple[str, int], JobState] | None) -> Row:
+    job, tried, job_state = "", [], None
     if submission:
         tried = [each for each in submissions.attempts(cell.path) if each.job_name == submission.job_name]
-        state = known.get((submission.job_name, submission.cells.index(cell.name))) if known is not None else None
-        job = submission.element(cell.name) or (state.job if state else "")
-    word = _word(cell, submission, state, bool(tried), asked=known is not None)
+        job_state = known.get((submission.job_name, submission.cells.index(cell.name))) if known is not None else None
+        job = submission.element(cell.name) or (job_state.job if job_state else "")
+    state = _state(cell, submission, job_state, bool(tried), asked=known is not None)
     step, _, speed = progress(cell)
-    nodes = (state.nodes if state else "") or (tried[-1].nodes if tried else "")
+    nodes = (job_state.nodes if job_state else "") or (tried[-1].nodes if tried else "")
     log = _log(cell, submission, job, bool(tried))
-    why = _why(word, job, state, _said(cell, log))
-    return Row(cell.name, job, word, nodes, step, speed, tried[-1].restart if tried else 0, log, why)
+    why = _why(state, job, job_state, _said(cell, log))
+    return Row(cell.name, job, state, nodes, step, speed, tried[-1].restart if tried else 0, log, why)
 
 
-def _word(cell: Cell, submission: Submission | None, state: State | None, started: bool, asked: bool) -> Word:
-    if _is_complete(cell):
+def _state(
+    cell: Cell, submission: Submission | None, job_state: JobState | None, started: bool, asked: bool
+) -> CellState:
+    if digests_of(cell):
         return "complete"
     if submission is None:
         return "running" if is_locked(cell.path / LOCK) or is_locked(cell.path / LOG) else "missing"
     if not asked:
         return "unknown"
-    if state is None:
+    if job_state is None:
         cancelled = (cell.path / CANCELLED).exists()
         return "cancelled" if cancelled else "failed" if started else "missing"
-    word = WORDS.get(state.word, "running")
-    return "requeued" if word == "pending" and started else word
-
-
-def _is_complete(cell: Cell) -> bool:
-    with contextlib.suppress(OSError):
-        os.listdir(cell.path)  # a network file system may answer from memory until it is asked for the whole folder
-    return digests_of(cell) is not None
+    state = CELL_STATES.get(job_state.name, "running")
+    return "requeued" if state == "pending" and started else state
 
 
 def _log(cell: Cell, submission: Submission | None, job: str, started: bool) -> Path | None:
@@ -175,15 +170,15 @@ def _job_logs(submission: Submission, job: str) -> list[Path]:
     return sorted(submission.folder.glob(f"{job}_*log.*"), key=lambda log: log.stat().st_mtime, reverse=True)
 
 
-def _why(word: Word, job: str, state: State | None, said: str) -> str:
-    if word in ("pending", "requeued"):
-        return state.reason if state else ""
-    if word == "missing" and job:
+def _why(state: CellState, job: str, job_state: JobState | None, said: str) -> str:
+    if state in ("pending", "requeued"):
+        return job_state.reason if job_state else ""
+    if state == "missing" and job:
         return f"Slurm knows nothing of job {job}, which never started: cancelled while it was pending, or long ago"
-    if word != "failed":
+    if state != "failed":
         return ""
-    slurm = state.word.lower() if state else "Slurm has forgotten the job"
-    return ", ".join(part for part in (slurm, said) if part)
+    ended = job_state.name.lower() if job_state else "Slurm has forgotten the job"
+    return ", ".join(part for part in (ended, said) if part)
 
 
 def _said(cell: Cell, log: Path | None) -> str:

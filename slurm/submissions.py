@@ -1,4 +1,4 @@
-"""`DIR/submissions.jsonl`: what was handed to Slurm, one line per event, so that no cell is ever handed in twice.
+"""`DIR/submissions.jsonl`: what was submitted to Slurm, one line per event, so that no cell is ever submitted twice.
 
     before sbatch   {"job": null,  "job_name": "qwen3-8b.1f0c22ab", "cells": [...], ...}
     after it        {"job": "123", "job_name": "qwen3-8b.1f0c22ab", "cells": [...], ...}
@@ -29,14 +29,13 @@ FORMAT = 1
 class Submission:
     """One call of sbatch: an array of cells, or a plain job for a single one.
 
-    Parameters
-    ----------
-    time: when it was written, UTC, ISO 8601
-    profile: the cluster's name, or the path of its file
-    job_name: unique, `<sweep>.<8 hex digits>`
-    job: Slurm's number of the array (of the job, for a single cell); None until sbatch has answered
-    cells: names, in array order
-    folder: where the submitted script and the jobs' output are
+    Attributes:
+        time: when it was written, UTC, ISO 8601.
+        profile: the cluster's name, or the path of its file.
+        job_name: unique, `<sweep>.<8 hex digits>`.
+        job: Slurm's number of the array (of the job, for a single cell); None until sbatch has answered.
+        cells: names, in array order.
+        folder: where the submitted script and the jobs' output are.
     """
 
     time: str
@@ -74,7 +73,11 @@ def record(output: Path, submission: Submission) -> None:
 
 
 def read(output: Path) -> list[Submission]:
-    """All submissions of the sweep in `output`, the oldest first."""
+    """All submissions of the sweep in `output`, the oldest first.
+
+    Raises:
+        TpcheckError: another version of tpcheck has written them, or somebody has changed them.
+    """
     found: dict[str, Submission] = {}
     for line in readable_lines(output / SUBMISSIONS):
         if line.get("format") != FORMAT:

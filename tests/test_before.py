@@ -19,7 +19,7 @@ import torch
 
 from tests.support import ROOT
 from tpcheck.cli import main
-from tpcheck.config import parse_run
+from tpcheck.config.load import parse_run
 from tpcheck.files import result_dir
 
 DATA = ROOT / "tests" / "data" / "before"

@@ -71,7 +71,6 @@ def _circles(arrows: Collection[tuple[str, str]]) -> Iterator[str]:
             yield ", ".join(" imports ".join(known[a][b]) for a, b in pairwise(error.args[1][::-1]))
 
 
-@pytest.mark.xfail(strict=False, reason="some arrows are still to be turned")
 def test_imports_go_one_way() -> None:
     assert not problems(ROOT, ORDER)
 

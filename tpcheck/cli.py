@@ -7,6 +7,7 @@ in tpcheck, which shows its traceback.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import traceback
@@ -17,13 +18,14 @@ from typing import Any
 import click
 
 from tpcheck import __version__
+from tpcheck.config.strategies import STRATEGIES
 from tpcheck.cost.datasheets import GPUS
 from tpcheck.errors import TpcheckError
+from tpcheck.order.setting import TARGETS
 
 __all__ = ["main"]
 
 BAD_INPUT, BUG, INTERRUPTED, PIPE_CLOSED = 2, 70, 130, 141
-ORDER_TARGETS = ["row-parallel", "column-parallel", "gated", "norm", "gemm", "all-reduce"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,14 +111,16 @@ def diff(a: Path, b: Path, show_all: bool, as_json: bool) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def compare(a: Path, b: Path, seeds: int, report: Path | None, show_all: bool, as_json: bool) -> int:
     """Judge the traced run B by A, module by module: 0 identical or rounding, 1 suspect, 2 can't tell."""
+    from tpcheck.run.nudged import make_nudged_runs
     from tpcheck.trace.compare.command import command
 
-    return command(a, b, seeds=seeds, show_all=show_all, as_json=as_json, report=report)
+    nudge = functools.partial(make_nudged_runs, seeds=seeds)
+    return command(a, b, nudge=nudge, show_all=show_all, as_json=as_json, report=report)
 
 
 @tpcheck.command()
-@click.argument("target", type=click.Choice(ORDER_TARGETS))
-@click.option("--strategy", type=click.Choice(["stock", "tree", "gather"]), default="stock", show_default=True)
+@click.argument("target", type=click.Choice(list(TARGETS)))
+@click.option("--strategy", type=click.Choice(STRATEGIES), default="stock", show_default=True)
 @click.option("--tp", help="Tensor-parallel sizes to compare.  [default: 1,2,4,8]")
 @click.option("--size", type=int, help="Summands, 32 if not given; of all-reduce, ranks, 4 if not given.")
 @click.option("--rows", default=8, show_default=True, help="Tokens of the result.")
@@ -146,7 +150,7 @@ def doctor(target: str | None, overrides: tuple[str, ...], as_json: bool) -> int
 
     Attention kernels are really run, with all heads and with those that other TP sizes see.
     """
-    from tpcheck.doctor.machine import command
+    from tpcheck.doctor.command import command
 
     return command(target, overrides, as_json)
 

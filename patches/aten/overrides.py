@@ -2,7 +2,7 @@
 
 Tensor parallelism changes the shapes that a rank's kernels see, and libraries choose their order of summation
 by shape. While `LocalInvariance` is on, every call below (Python, autograd's backward or C++) goes through
-`products`, `sums` or `elementwise` for float32, bfloat16 and float16; every other dtype runs ATen's own kernel.
+`order.backend` or `elementwise` for float32, bfloat16 and float16; every other dtype runs ATen's own kernel.
 
 Covered, each with its in-place and `out=` forms where ATen has them:
     products      mm, bmm, addmm, baddbmm, mv, addmv, dot, vdot (linear, matmul and einsum are made of these)
@@ -28,10 +28,9 @@ import torch
 from torch import Tensor
 
 from patches.aten.elementwise import without_tail
-from patches.order.exact.products import OPERANDS, rounded, rounded_sum
-from patches.order.kernels import provenance
+from patches.contract import DTYPES, UnsupportedError
+from patches.order.backend import backend
 from patches.order.products import product
-from patches.order.sums import row_sums
 
 __all__ = ["LocalInvariance"]
 
@@ -72,26 +71,30 @@ class LocalInvariance:
     """The overrides, on from construction until `remove()`.
 
     Args:
-        device: dispatch key to override, "CPU" or "CUDA".
-        refuse: called with a message for an operator that cannot be covered; it raises.
+        key: dispatch key to override, "CPU" or "CUDA".
+
+    Raises:
+        UnsupportedError: torch is too old.
     """
 
-    def __init__(self, device: str, refuse: Callable[[str], None]) -> None:
+    def __init__(self, key: str) -> None:
         if not hasattr(torch.library, "get_kernel"):
-            refuse(f"torch {torch.__version__} has no torch.library.get_kernel: the patches need torch 2.9 or newer")
-        self._key = device
-        self._keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
+            raise UnsupportedError(
+                f"torch {torch.__version__} has no torch.library.get_kernel: the patches need torch 2.9 or newer"
+            )
+        self._key = key
+        self._keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
         self._library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Warning only once for all operators")
             for name, function in {**PRODUCTS, **REDUCTIONS}.items():
                 self._override_forms(name, function)
-            if device == "CPU":  # CUDA has one function for every element
+            if key == "CPU":  # CUDA has one function for every element
                 for name in ELEMENTWISE:
                     self._override_forms(name, self._elementwise(name))
             for name in REFUSED:
-                if _has_kernel(name, device):
-                    self._library.impl(name, _refusal(name, refuse), device, **ON_TOP)
+                if _has_kernel(name, key):
+                    self._library.impl(name, _refusal(name), key, **ON_TOP)
 
     def remove(self) -> None:
         """Give ATen its own kernels back."""
@@ -133,9 +136,9 @@ def _signature(packet: Any, overload: str) -> list[tuple[str, str]]:
     return [(a.name, str(a.type)) for a in arguments if not (a.kwarg_only and a.alias_info)]
 
 
-def _has_kernel(name: str, device: str) -> bool:
+def _has_kernel(name: str, key: str) -> bool:
     try:
-        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", device))
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key))
     except RuntimeError:
         return False
 
@@ -145,7 +148,7 @@ def _dispatching(own: Kernel, value: Kernel, is_out: bool, is_inplace: bool, one
 
     def override(*args: Any, **kwargs: Any) -> Any:
         dtypes = {arg.dtype for arg in args if isinstance(arg, Tensor)}
-        if not dtypes or not dtypes <= OPERANDS or (one_dtype and len(dtypes) > 1) or not _floating(kwargs):
+        if not dtypes or not dtypes <= DTYPES or (one_dtype and len(dtypes) > 1) or not _floating(kwargs):
             return own(*args, **kwargs)
         if is_out:
             target = kwargs.pop("out", None)
@@ -170,17 +173,17 @@ def _floating(kwargs: dict[str, Any]) -> bool:
     return dtype is None or bool(dtype.is_floating_point)
 
 
-def _refusal(name: str, refuse: Callable[[str], None]) -> Kernel:
+def _refusal(name: str) -> Kernel:
     what, way_out = REFUSED[name]
 
     def override(*args: Any, **kwargs: Any) -> Any:
-        refuse(f"aten::{name} ({what}) picks its sums by shape: {way_out}")
+        raise UnsupportedError(f"aten::{name} ({what}) picks its sums by shape: {way_out}")
 
     return override
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    return product(a, b, a.dtype)
+    return product(a, b, dtype=a.dtype)
 
 
 def _addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -197,56 +200,36 @@ def _addmv(c: Tensor, a: Tensor, x: Tensor, *, beta: float = 1, alpha: float = 1
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return product(x.unsqueeze(0), y.unsqueeze(1), x.dtype).reshape(())
+    return product(x.unsqueeze(0), y.unsqueeze(1), dtype=x.dtype).reshape(())
 
 
 def _sum_dim(
     x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    return rounded(row_sums(x, list(dim) if dim else list(range(x.dim())), keepdim), dtype or x.dtype)
+    compute = backend(x.device)
+    return compute.rounded(compute.row_sums(x, list(dim) if dim else list(range(x.dim())), keepdim), dtype or x.dtype)
 
 
 def _mean_dim(
     x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    total = row_sums(x, list(dim) if dim else list(range(x.dim())), keepdim)
-    return rounded(total / (x.numel() / max(total.numel(), 1)), dtype or x.dtype)
+    compute = backend(x.device)
+    total = compute.row_sums(x, list(dim) if dim else list(range(x.dim())), keepdim)
+    return compute.rounded(total / (x.numel() / max(total.numel(), 1)), dtype or x.dtype)
 
 
-def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
-    dtype = torch.float32 if half_to_float else x.dtype
-    if provenance.serve(x.device):
-        return _softmax_kernels().softmax(x, dim, dtype)
-    weights = torch.exp(x.float() - x.float().amax(dim, keepdim=True))
-    return (weights / rounded_sum(weights, dim, keepdim=True)).to(dtype)
-
-
-def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
-    dtype = torch.float32 if half_to_float else x.dtype
-    if provenance.serve(x.device):
-        return _softmax_kernels().softmax(x, dim, dtype, log=True)
-    shifted = x.float() - x.float().amax(dim, keepdim=True)
-    return (shifted - torch.log(rounded_sum(torch.exp(shifted), dim, keepdim=True))).to(dtype)
-
-
-def _softmax_backward(grad: Tensor, y: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
-    if provenance.serve(y.device):
-        return _softmax_kernels().softmax_gradient(grad, y, dim, input_dtype)
-    weighted = grad.float() * y.float()
-    return (weighted - y.float() * rounded_sum(weighted, dim, keepdim=True)).to(input_dtype)
-
-
-def _log_softmax_backward(grad: Tensor, y: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
-    if provenance.serve(y.device):
-        return _softmax_kernels().softmax_gradient(grad, y, dim, input_dtype, log=True)
-    total = rounded_sum(grad, dim, keepdim=True)
-    return (grad.float() - torch.exp(y.float()) * total).to(input_dtype)
-
-
-def _softmax_kernels() -> Any:
-    from patches.order.kernels import softmax
+def _softmax(log: bool) -> Kernel:
+    def softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+        return backend(x.device).softmax(x, dim, torch.float32 if half_to_float else x.dtype, log)
 
     return softmax
+
+
+def _softmax_backward(log: bool) -> Kernel:
+    def softmax_backward(grad: Tensor, y: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+        return backend(y.device).softmax_gradient(grad, y, dim, input_dtype, log)
+
+    return softmax_backward
 
 
 PRODUCTS: dict[str, Kernel] = {
@@ -254,6 +237,6 @@ PRODUCTS: dict[str, Kernel] = {
 }  # fmt: skip
 REDUCTIONS: dict[str, Kernel] = {
     "sum.dim_IntList": _sum_dim, "mean.dim": _mean_dim,
-    "_softmax": _softmax, "_log_softmax": _log_softmax,
-    "_softmax_backward_data": _softmax_backward, "_log_softmax_backward_data": _log_softmax_backward,
+    "_softmax": _softmax(log=False), "_log_softmax": _softmax(log=True),
+    "_softmax_backward_data": _softmax_backward(log=False), "_log_softmax_backward_data": _softmax_backward(log=True),
 }  # fmt: skip

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 
 from patches.aten.overrides import LocalInvariance
-from patches.contract import Contract, UnsupportedError
-from patches.order import products
+from patches.contract import Contract
+from patches.order.backend import pin_device
 from patches.registry import Patch, Undo
 
 __all__ = ["PATCHES"]
 
 
-def _refuse(message: str) -> None:
-    raise UnsupportedError(message)
-
-
 def _install(contract: Contract) -> Undo:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    local = LocalInvariance(device.upper(), _refuse)
-
-    def undo() -> None:
-        products.keep_to(None)
-        local.remove()
-
-    try:
-        products.keep_to(device)
-    except UnsupportedError:
-        undo()
-        raise
-
-    return undo
+    with ExitStack() as undo:
+        undo.callback(LocalInvariance(device.upper()).remove)
+        pin_device(device)
+        undo.callback(pin_device, None)
+        return undo.pop_all().close
 
 
 PATCHES = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from patches.aten import patch
 from patches.megatron import (
     attention,
     clip_grads,
@@ -22,11 +21,10 @@ from patches.megatron import (
 )
 from patches.registry import Patch
 
-__all__ = ["PATCHES"]
+__all__ = ["PATCHES", "REFUSALS"]
 
+REFUSALS: list[Patch] = refusals.PATCHES  # applied before all else of megatron-core, ATen's overrides included
 PATCHES: list[Patch] = [
-    *refusals.PATCHES,
-    *patch.PATCHES,
     *tokenizer.PATCHES,
     *mlp.PATCHES,
     *language_module.PATCHES,

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from patches.call_site import contract, over_tp
+from patches.call_site import contract, tp_sharded
 from patches.contract import UnsupportedError
-from patches.megatron.torch_norm import HEADS
 from patches.ops.attention import repeat_for_heads
+from patches.ops.norm import HEADS
 from patches.registry import attribute
 
 __all__ = ["PATCHES"]
@@ -40,7 +40,8 @@ def _forward(original: Any) -> Any:
         repeat = query.shape[2] // key.shape[2]
         if groups == self.config.num_attention_heads:
             return original(self, query, key, value, *args, **kwargs)
-        key, value = (repeat_for_heads(kv, repeat, groups, over_tp()) for kv in (key, value))
+        heads = tp_sharded()
+        key, value = (repeat_for_heads(kv, repeat, groups, heads) for kv in (key, value))
         stock_groups = self.num_query_groups_per_partition
         self.num_query_groups_per_partition = self.num_attention_heads_per_partition  # nothing left to repeat
         try:

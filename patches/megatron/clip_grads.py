@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from patches.contract import UnsupportedError
-from patches.order.collectives import gradient_norm
+from patches.order.grad_norm import gradient_norm
 from patches.registry import attribute
 
 __all__ = ["PATCHES"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from patches.call_site import over_tp
+from patches.call_site import tp_sharded
 from patches.contract import UnsupportedError
 from patches.ops.cross_entropy import cross_entropy
 from patches.registry import attribute
@@ -21,13 +21,13 @@ class _CrossEntropy:
     def apply(logits: Tensor, target: Tensor, label_smoothing: float = 0.0, tp_group: Any = None) -> Tensor:
         if label_smoothing:
             raise UnsupportedError(f"label_smoothing={label_smoothing} is not covered: set it to 0")
-        return cross_entropy(logits, target, over_tp(tp_group))
+        return cross_entropy(logits, target, tp_sharded(tp_group))
 
 
 class _FusedCrossEntropy:
     @staticmethod
     def apply(logits: Tensor, target: Tensor, tp_group: Any) -> Tensor:
-        return cross_entropy(logits, target, over_tp(tp_group))
+        return cross_entropy(logits, target, tp_sharded(tp_group))
 
 
 PATCHES = [

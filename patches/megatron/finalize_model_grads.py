@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from patches.call_site import is_complete, tp_group
+from patches.call_site import is_grad_reduced, tp_group
 from patches.contract import UnsupportedError
 from patches.megatron.first_step import require_agreement
 from patches.registry import attribute
@@ -23,7 +23,7 @@ def _allreduce(original: Any) -> Any:
                 if getattr(chunk.ddp_config, setting, False):
                     raise UnsupportedError(f"{setting}=True is not covered: use Megatron's DistributedDataParallel")
             for name, parameter in chunk.named_parameters():
-                if parameter.requires_grad and _is_partial(name, parameter, config) and not is_complete(parameter):
+                if parameter.requires_grad and _is_partial(name, parameter, config) and not is_grad_reduced(parameter):
                     raise UnsupportedError(
                         f"the gradient of {name} is a partial sum of a module that is not covered: "
                         "build the model after patches.enable(), from Megatron's local or Transformer Engine layer spec"

@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from patches.call_site import mark_complete, over_tp, whole
-from patches.megatron.torch_norm import HEADS, TOKENS
-from patches.ops.norm import norm
+from patches.call_site import mark_grad_reduced, norm_shards
+from patches.ops.norm import TOKENS, norm
 from patches.registry import attribute
 
 __all__ = ["PATCHES"]
@@ -16,11 +15,10 @@ __all__ = ["PATCHES"]
 
 def _forward(original: Any) -> Any:
     def forward(self: Any, input: Tensor) -> Tensor:
-        mark_complete(self.weight)
-        mark_complete(self.bias)
+        mark_grad_reduced(self.weight, self.bias)
         gamma = self.weight + 1 if self.zero_centered_gamma else self.weight
         leaf_dim = getattr(self, "leaf_dim", TOKENS)
-        shards = over_tp() if self.sequence_parallel or leaf_dim == HEADS else whole()
+        shards = norm_shards(leaf_dim, self.sequence_parallel)
         return norm(input, gamma, self.bias, self.eps, True, leaf_dim, shards)
 
     return forward

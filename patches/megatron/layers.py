@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from patches.call_site import mark_complete, over_tp, tp_group, whole
+from patches.call_site import mark_grad_reduced, replicated, tp_group, tp_sharded
 from patches.contract import UnsupportedError
 from patches.ops.bias import bias_per_token
 from patches.ops.embedding import embedding
-from patches.ops.linear import column_parallel, row_parallel
-from patches.order.kernels import provenance
+from patches.ops.linear import GradSink, column_parallel, row_parallel
+from patches.order.backend import backend
 from patches.registry import attribute
 
 __all__ = ["PATCHES"]
@@ -27,14 +27,12 @@ def _row_forward(original: Any) -> Any:
             from megatron.core.tensor_parallel.mappings import scatter_to_tensor_model_parallel_region
 
             input_ = scatter_to_tensor_model_parallel_region(input_, group=group)
-        sp = self.sequence_parallel and group.size() > 1
-        y = row_parallel(
-            input_, self.weight, over_tp(group), sp, _fused(self.gradient_accumulation_fusion, self.weight)
-        )
+        shards, sp = tp_sharded(group), self.sequence_parallel
+        y = row_parallel(input_, self.weight, shards, sp, _sink(self.gradient_accumulation_fusion, self.weight))
         if self.bias is None:
             return y, None
-        mark_complete(self.bias)
-        bias = bias_per_token(self.bias, y.shape, over_tp(group) if sp else whole())
+        mark_grad_reduced(self.bias)
+        bias = bias_per_token(self.bias, y.shape, shards if sp else replicated())
         return (y, bias) if self.skip_bias_add else (y + bias, None)
 
     return forward
@@ -53,9 +51,9 @@ def _column_forward_impl(original: Any) -> Any:
             input,
             weight,
             kwargs["bias"],
-            over_tp(group),
+            tp_sharded(group),
             sp,
-            _fused(kwargs["gradient_accumulation_fusion"], weight),
+            _sink(kwargs["gradient_accumulation_fusion"], weight),
             getattr(weight, "partition_stride", 1),
         )
 
@@ -64,14 +62,14 @@ def _column_forward_impl(original: Any) -> Any:
 
 def _embedding_forward(original: Any) -> Any:
     def forward(self: Any, input_: Tensor) -> Tensor:
-        if not provenance.serve(self.weight.device):
+        if backend(self.weight.device).embedding_gradient is None:
             return original(self, input_)
         from megatron.core.tensor_parallel import mappings
 
         if getattr(self, "gtp_remat_size", 1) > 1:
             raise UnsupportedError("an embedding spread over more than tensor-parallel ranks (GTP) is not covered")
         group = tp_group(self)
-        partial = embedding(self.weight, input_, over_tp(group))
+        partial = embedding(self.weight, input_, tp_sharded(group))
         if self.reduce_scatter_embeddings:
             partial = partial.transpose(0, 1).contiguous()
             return mappings.reduce_scatter_to_sequence_parallel_region(partial, group=group)
@@ -80,8 +78,8 @@ def _embedding_forward(original: Any) -> Any:
     return forward
 
 
-def _fused(gradient_accumulation_fusion: bool, weight: Tensor) -> bool:
-    return gradient_accumulation_fusion and hasattr(weight, "main_grad")
+def _sink(gradient_accumulation_fusion: bool, weight: Tensor) -> GradSink:
+    return GradSink(main_grad=gradient_accumulation_fusion and hasattr(weight, "main_grad"))
 
 
 def _refuse_experts(layer: Any) -> None:

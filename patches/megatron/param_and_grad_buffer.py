@@ -15,7 +15,7 @@ __all__ = ["PATCHES"]
 
 
 class _Done:
-    """The handle that Megatron waits for; the sum is done before it is handed out."""
+    """The handle that Megatron waits for; the sum is done by then."""
 
     def wait(self) -> None:
         pass

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patches.call_site import mark_complete, over_tp, whole
+from patches.call_site import mark_grad_reduced, norm_shards
 from patches.contract import UnsupportedError
-from patches.ops.norm import norm
+from patches.ops.norm import TOKENS, norm
 from patches.registry import REGISTRY, attribute
 
 __all__ = ["PATCHES", "InvariantNorm"]
 
-TOKENS, HEADS = 0, 2
 NOT_LOCAL = {
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
     "memory_efficient_layer_norm": "--memory-efficient-layer-norm",
@@ -40,10 +39,8 @@ class InvariantNorm:
     def forward(self, x: Tensor) -> Tensor:
         if REGISTRY.contract is None:
             return super().forward(x)  # type: ignore[misc]
-        for parameter in (self.weight, self.bias):
-            if parameter is not None:
-                mark_complete(parameter)
-        shards = over_tp() if self.spread or self.leaf_dim == HEADS else whole()
+        mark_grad_reduced(self.weight, self.bias)
+        shards = norm_shards(self.leaf_dim, self.spread)
         return norm(x, self.weight, self.bias, self.eps, self.centered, self.leaf_dim, shards)
 
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from patches.ops.sharded import Shards
+from patches.order.backend import backend
 from patches.order.collectives import all_gather
-from patches.order.exact.products import rounded
-from patches.order.sums import row_sums, tree_of_sums
 from patches.order.tree import tree_sum
 
 __all__ = ["repeat_for_heads"]
@@ -45,15 +44,16 @@ class _RepeatForHeads(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         heads = grad.unflatten(2, (-1, ctx.repeat))
         shards: Shards = ctx.shards
+        compute = backend(grad.device)
         sharers = max(1, shards.size // ctx.groups)
         if shards.contract.strategy == "gather":
-            total = row_sums(torch.cat(_from_sharers(heads, shards, sharers, 3), 3), (3,)).float()
+            total = compute.row_sums(torch.cat(_from_sharers(heads, shards, sharers, 3), 3), (3,)).float()
         else:
             leaves = max(1, shards.contract.leaves // ctx.groups) // sharers
-            total = tree_sum(_from_sharers(tree_of_sums(heads, 3, leaves), shards, sharers, 2))
+            total = tree_sum(_from_sharers(compute.tree_of_sums(heads, 3, leaves), shards, sharers, 2))
         if shards.rank % sharers != sharers - 1:
             total = torch.zeros_like(total)
-        return rounded(total, grad.dtype), None, None, None
+        return compute.rounded(total, grad.dtype), None, None, None
 
 
 def _from_sharers(x: Tensor, shards: Shards, sharers: int, dim: int) -> list[Tensor]:

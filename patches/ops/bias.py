@@ -30,4 +30,4 @@ class _BiasPerToken(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return ctx.shards.total(dy, 0, ctx.dtype, tuple(range(1, dy.dim() - 1))), None, None
+        return ctx.shards.sum_over(dy, 0, ctx.dtype, tuple(range(1, dy.dim() - 1))), None, None

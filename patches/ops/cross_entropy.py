@@ -2,8 +2,8 @@
 
     loss = log Σ_v exp(z_v - max z) - (z_target - max z)      z: logits, v spread over ranks
 
-The maximum is exact; the target's logit is one term among zeros, exact as well. On a GPU one kernel reads the logits
-and leaves a few numbers per token and leaf; backward computes the softmax again, from the logits.
+The maximum is exact; the target's logit is one term among zeros, exact as well. Backward needs the softmax: a CPU keeps
+it, a GPU computes it again from the logits and a few numbers per token and leaf.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from patches.ops.sharded import Shards
+from patches.order.backend import CrossEntropy, backend
 from patches.order.collectives import all_gather
-from patches.order.exact.products import rounded
-from patches.order.kernels import provenance
 
 __all__ = ["cross_entropy"]
 
@@ -29,12 +28,15 @@ def cross_entropy(logits_sbV: Tensor, target_sb: Tensor, shards: Shards) -> Tens
         logits_sbV: [s, b, V/t], this rank's share of the vocabulary.
         target_sb: [s, b], ids in the whole vocabulary.
     """
-    function = _FusedCrossEntropy if provenance.serve(logits_sbV.device) else _CrossEntropy
-    loss: Tensor = function.apply(logits_sbV, target_sb, shards)
+    again = backend(logits_sbV.device).cross_entropy
+    if again is None:
+        loss: Tensor = _KeptSoftmax.apply(logits_sbV, target_sb, shards)
+    else:
+        loss = _RecomputedSoftmax.apply(logits_sbV, target_sb, shards, again)
     return loss
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _KeptSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, shards: Shards) -> Tensor:
         z = logits.float()
@@ -42,15 +44,13 @@ class _CrossEntropy(torch.autograd.Function):
         if shards.size > 1:
             dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shards.group)
         z = z - top.unsqueeze(-1)
-        share = z.shape[-1]
-        local = target - shards.rank * share
-        elsewhere = (local < 0) | (local >= share)
+        local, elsewhere = shards.local(target, z.shape[-1])
         local = local.masked_fill(elsewhere, 0).unsqueeze(-1)
         picked = z.gather(-1, local).squeeze(-1).masked_fill(elsewhere, 0.0)
         if shards.size > 1:
             dist.all_reduce(picked, group=shards.group)
         weights = torch.exp(z)
-        total = shards.total(weights, -1, torch.float32)
+        total = shards.sum_over(weights, -1, torch.float32)
         ctx.save_for_backward(weights.div_(total.unsqueeze(-1)), local, elsewhere)
         ctx.dtype = logits.dtype
         return torch.log(total) - picked
@@ -63,33 +63,27 @@ class _CrossEntropy(torch.autograd.Function):
         return dz.to(ctx.dtype), None, None
 
 
-class _FusedCrossEntropy(torch.autograd.Function):
+class _RecomputedSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, shards: Shards) -> Tensor:
-        from patches.order.kernels import softmax
-
+    def forward(ctx: Any, logits: Tensor, target: Tensor, shards: Shards, compute: CrossEntropy) -> Tensor:
         z_TV = logits.flatten(0, -2)
-        share = z_TV.shape[1]
-        local_T = target.flatten() - shards.rank * share
-        elsewhere = (local_T < 0) | (local_T >= share)
+        local_T, elsewhere = shards.local(target.flatten(), z_TV.shape[1])
         picked = z_TV.gather(1, local_T.masked_fill(elsewhere, 0).unsqueeze(1)).squeeze(1)
         picked = picked.float().masked_fill_(elsewhere, 0.0)
         gather = shards.contract.strategy == "gather"
-        whole = all_gather(z_TV, shards.group, 1) if gather else z_TV
-        tops, sums = softmax.exponentials(whole, shards.contract.leaves_of_rank(shards.size))
+        tops, sums = compute.exponentials(all_gather(z_TV, shards.group, 1) if gather else z_TV, shards.leaves)
         top = tops.amax((1, 2))
         if shards.size > 1:
             dist.all_reduce(picked, group=shards.group)
             dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shards.group)
-        root = softmax.joined(tops, sums, top)[1]
-        total = rounded(root, torch.float32) if gather else shards.meet(root, torch.float32)
+        root = compute.joined(tops, sums, top)[1]
+        total = backend(root.device).rounded(root, torch.float32) if gather else shards.reduce_root(root, torch.float32)
         ctx.save_for_backward(z_TV, local_T, top, total)
-        ctx.shape = logits.shape
+        ctx.shape, ctx.compute = logits.shape, compute
         return (torch.log(total) - (picked - top)).view(target.shape)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
-        from patches.order.kernels import softmax
-
         z, local, top, total = ctx.saved_tensors
-        return softmax.logits_gradient(z, local, top, total, dloss.flatten()).view(ctx.shape), None, None
+        dz = ctx.compute.logits_gradient(z, local, top, total, dloss.flatten())
+        return dz.view(ctx.shape), None, None, None

@@ -1,6 +1,6 @@
-"""Vocab-parallel embedding on a GPU: a row's gradient is the sum over its own tokens, in token order, on its own rank.
+"""Vocab-parallel embedding: a row's gradient is the sum over its own tokens, in token order, on its own rank.
 
-ATen's kernel would order a rank's tokens by their ids, where those of other ranks stand as id 0 with zero gradients.
+For a GPU, where ATen's kernel orders a rank's tokens by ids, and those of other ranks are id 0 with zero gradients.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from patches.ops.sharded import Shards
+from patches.order.backend import backend
 
 __all__ = ["embedding"]
 
@@ -25,8 +26,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, ids: Tensor, shards: Shards) -> Tensor:
         rows = weight.shape[0]
-        local = ids - shards.rank * rows
-        elsewhere = (local < 0) | (local >= rows)
+        local, elsewhere = shards.local(ids, rows)
         ctx.save_for_backward(local)
         ctx.rows, ctx.dtype = rows, weight.dtype
         found = weight[local.masked_fill(elsewhere, 0)].masked_fill_(elsewhere.unsqueeze(-1), 0.0)
@@ -34,7 +34,7 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        from patches.order.kernels.embedding import embedding_gradient
-
         (local,) = ctx.saved_tensors
-        return embedding_gradient(dy.flatten(0, -2), local.flatten(), ctx.rows, ctx.dtype), None, None
+        gradient = backend(dy.device).embedding_gradient
+        assert gradient is not None, "ATen's own embedding is right here"
+        return gradient(dy.flatten(0, -2), local.flatten(), ctx.rows, ctx.dtype), None, None

@@ -3,12 +3,14 @@
     row     y_TN  = Σ_r x_TtK · w_NtKᵀ      K spread over ranks: sharded sum; dgrad, wgrad local
     column  y_TtN = x_TK · w_tNKᵀ           dgrad dy_TtN · w_tNK: sharded sum over N; forward, wgrad local
 
-Local products are single leaves. Under sequence parallelism (SP) x or y is spread over tokens, dimension 0.
+Local products are single leaves. Under sequence parallelism (SP) x or y is spread over tokens, dimension 0; where one
+rank holds all, nothing is gathered or scattered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,54 +20,53 @@ from patches.ops.sharded import Shards
 from patches.order.collectives import all_gather, begin_all_gather
 from patches.order.products import add_product, product
 
-__all__ = ["column_parallel", "row_parallel"]
+__all__ = ["GradSink", "column_parallel", "row_parallel"]
 
 
-def row_parallel(
-    x: Tensor, weight: Tensor, shards: Shards, sequence_parallel: bool, main_grad: bool, overwrite: bool = False
-) -> Tensor:
+@dataclass(frozen=True)
+class GradSink:
+    """Where a weight's gradient goes.
+
+    Args:
+        main_grad: into `weight.main_grad` in float32 (gradient accumulation fusion), instead of to autograd.
+        overwrite: replace what is in `main_grad` instead of adding to it.
+    """
+
+    main_grad: bool = False
+    overwrite: bool = False
+
+
+def row_parallel(x: Tensor, weight: Tensor, shards: Shards, sp: bool, sink: GradSink) -> Tensor:
     """y = x·weightᵀ, K spread over ranks.
 
     Args:
         x: [s, b, tK].
         weight: [N, tK].
-        sequence_parallel: y is [s/t, b, N] instead of [s, b, N].
-        main_grad: add the weight gradient into `weight.main_grad` in float32 (gradient accumulation fusion).
-        overwrite: replace what stands in `main_grad` instead of adding to it.
+        sp: y is [s/t, b, N] instead of [s, b, N].
     """
-    result: Tensor = _RowParallel.apply(x, weight, shards, sequence_parallel and shards.size > 1, main_grad, overwrite)
+    result: Tensor = _RowParallel.apply(x, weight, shards, sp, sink)
     return result
 
 
 def column_parallel(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shards: Shards,
-    sequence_parallel: bool,
-    main_grad: bool,
-    pieces: int = 1,
-    overwrite: bool = False,
+    x: Tensor, weight: Tensor, bias: Tensor | None, shards: Shards, sp: bool, sink: GradSink, pieces: int = 1
 ) -> Tensor:
     """y = x·weightᵀ + bias, N spread over ranks: [s, b, tN].
 
     Args:
-        x: [s, b, K], or [s/t, b, K] under `sequence_parallel`.
+        x: [s, b, K], or [s/t, b, K] under `sp`.
         weight: [tN, K].
         pieces: 2 where weight holds [gate_r | up_r] of a gated layer.
     """
-    sp = sequence_parallel and shards.size > 1
-    y: Tensor = _ColumnParallel.apply(x, weight, shards, sp, main_grad, pieces, overwrite)
+    y: Tensor = _ColumnParallel.apply(x, weight, shards, sp, sink, pieces)
     return y if bias is None else y + bias
 
 
 class _RowParallel(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, shards: Shards, sp: bool, main_grad: bool, overwrite: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, shards: Shards, sp: bool, sink: GradSink) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.weight, ctx.shards, ctx.sp, ctx.main_grad, ctx.overwrite = weight, shards, sp, main_grad, overwrite
+        ctx.weight, ctx.shards, ctx.sp, ctx.sink = weight, shards, sp, sink
         y_TN = shards.product(x.flatten(0, -2), weight.t(), x.dtype, scatter=sp)
         return _unflattened(y_TN, (-1, *x.shape[1:-1], y_TN.shape[1]))
 
@@ -77,23 +78,20 @@ class _RowParallel(torch.autograd.Function):
         dy_TN = dy.flatten(0, -2)
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = product(dy_TN, weight, x.dtype).view(x.shape)
+            dx = product(dy_TN, weight, dtype=x.dtype).view(x.shape)
         if ctx.needs_input_grad[1]:
-            dw = _weight_gradient(ctx.weight, dy_TN, x.flatten(0, -2), ctx.main_grad, ctx.overwrite)
-        return dx, dw, None, None, None, None
+            dw = _weight_gradient(ctx.weight, dy_TN, x.flatten(0, -2), ctx.sink)
+        return dx, dw, None, None, None
 
 
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, shards: Shards, sp: bool, main_grad: bool, pieces: int, overwrite: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, shards: Shards, sp: bool, sink: GradSink, pieces: int) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.weight, ctx.shards, ctx.sp, ctx.pieces = weight, shards, sp, pieces
-        ctx.main_grad, ctx.overwrite = main_grad, overwrite
+        ctx.weight, ctx.shards, ctx.sp, ctx.sink, ctx.pieces = weight, shards, sp, sink, pieces
         if sp:
             x = all_gather(x, shards.group)
-        y_TN = product(x.flatten(0, -2), weight.t(), x.dtype)
+        y_TN = product(x.flatten(0, -2), weight.t(), dtype=x.dtype)
         return _unflattened(y_TN, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
@@ -102,15 +100,15 @@ class _ColumnParallel(torch.autograd.Function):
         dy_TN = dy.flatten(0, -2)
         # x travels while dgrad's own leaves are multiplied, dgrad's roots while wgrad is.
         if ctx.needs_input_grad[1]:
-            whole = begin_all_gather(x, ctx.shards.group if ctx.sp else None)
+            gathered = begin_all_gather(x, ctx.shards.group if ctx.sp else None)
         if ctx.needs_input_grad[0]:
             dgrad = ctx.shards.begin_product(dy_TN, weight, x.dtype, ctx.pieces, scatter=ctx.sp)
         dx = dw = None
         if ctx.needs_input_grad[1]:
-            dw = _weight_gradient(ctx.weight, dy_TN, whole().flatten(0, -2), ctx.main_grad, ctx.overwrite)
+            dw = _weight_gradient(ctx.weight, dy_TN, gathered.wait().flatten(0, -2), ctx.sink)
         if ctx.needs_input_grad[0]:
-            dx = dgrad().view(x.shape)
-        return dx, dw, None, None, None, None, None
+            dx = dgrad.wait().view(x.shape)
+        return dx, dw, None, None, None, None
 
 
 def _unflattened(y_TN: Tensor, shape: Sequence[int]) -> Tensor:
@@ -118,11 +116,11 @@ def _unflattened(y_TN: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.aten._unsafe_view(y_TN, shape)
 
 
-def _weight_gradient(weight: Any, dy_TN: Tensor, x_TK: Tensor, main_grad: bool, overwrite: bool) -> Tensor | None:
+def _weight_gradient(weight: Any, dy_TN: Tensor, x_TK: Tensor, sink: GradSink) -> Tensor | None:
     """dyᵀ·x in the weight's dtype, or put into `weight.main_grad`, with the placeholder Megatron's hooks expect."""
-    if not main_grad:
-        return product(dy_TN.t(), x_TK, weight.dtype)
-    if overwrite:
+    if not sink.main_grad:
+        return product(dy_TN.t(), x_TK, dtype=weight.dtype)
+    if sink.overwrite:
         weight.main_grad.zero_()
     add_product(weight.main_grad, dy_TN.t(), x_TK)
     if not hasattr(weight, "grad_added_to_main_grad"):

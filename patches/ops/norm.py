@@ -2,7 +2,7 @@
 
     y = x̂ · gamma (+ beta)      dgamma = Σ dy·x̂      dbeta = Σ dy
 
-The sum's leaves lie along tokens (dimension 0 of [s, b, h]) or heads (dimension 2 of [s, b, heads, d]).
+The sum's leaves lie along tokens or heads.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from patches.ops.sharded import Shards
-from patches.order.exact import norm as norm_on_cpu
-from patches.order.kernels import provenance
+from patches.order.backend import backend
+from patches.order.x_hat import x_hat
 
-__all__ = ["norm"]
+__all__ = ["HEADS", "TOKENS", "norm"]
+
+TOKENS, HEADS = 0, 2  # dimensions of [s, b, h] and of [s, b, heads, d]
 
 
 def norm(
@@ -28,7 +30,7 @@ def norm(
         x: [s, b, h] or [s, b, heads, d].
         gamma, beta: [h] or [d]; beta None without bias.
         centered: subtract the mean (LayerNorm) or not (RMSNorm).
-        leaf_dim: dimension of `x` whose leaves order the parameter gradients.
+        leaf_dim: TOKENS or HEADS, the dimension of `x` whose leaves order the parameter gradients.
         shards: how that dimension is spread over ranks.
     """
     y: Tensor = _Norm.apply(x, gamma, beta, eps, centered, leaf_dim, shards)
@@ -41,7 +43,7 @@ class _Norm(torch.autograd.Function):
         ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, centered: bool, leaf_dim: int,
         shards: Shards,
     ) -> Tensor:  # fmt: skip
-        y, mean, rstd = _rows(x).normalised(x, gamma, beta, eps, centered)
+        y, mean, rstd = backend(x.device).normalised(x, gamma, beta, eps, centered)
         ctx.save_for_backward(x, gamma, mean, rstd)
         ctx.has_beta, ctx.leaf_dim, ctx.shards = beta is not None, leaf_dim, shards
         return y
@@ -51,12 +53,12 @@ class _Norm(torch.autograd.Function):
         x, gamma, mean, rstd = ctx.saved_tensors
         dx = dgamma = dbeta = None
         if ctx.needs_input_grad[0]:
-            dx = _rows(x).input_gradient(dy, x, gamma, mean, rstd)
+            dx = backend(x.device).input_gradient(dy, x, gamma, mean, rstd)
         whole = tuple(d for d in range(x.dim() - 1) if d != ctx.leaf_dim)
         if ctx.needs_input_grad[1]:
             dgamma = _gamma_gradient(dy, x, mean, rstd, gamma.dtype, ctx.leaf_dim, whole, ctx.shards)
         if ctx.has_beta and ctx.needs_input_grad[2]:
-            dbeta = ctx.shards.total(dy, ctx.leaf_dim, gamma.dtype, whole)
+            dbeta = ctx.shards.sum_over(dy, ctx.leaf_dim, gamma.dtype, whole)
         return dx, dgamma, dbeta, None, None, None, None
 
 
@@ -64,19 +66,8 @@ def _gamma_gradient(
     dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, dtype: torch.dtype, leaf_dim: int,
     whole: tuple[int, ...], shards: Shards,
 ) -> Tensor:  # fmt: skip
-    """Σ dy·x̂; kernels of the tree multiply as they sum."""
-    if provenance.serve(x.device) and shards.contract.strategy == "tree":
-        from patches.order.kernels import sums
-
-        leaves = shards.contract.leaves_of_rank(shards.size)
-        return shards.meet(sums.tree_of_sums(dy, leaf_dim, leaves, whole, (x, mean, rstd)), dtype)
-    return shards.total(dy.float() * norm_on_cpu.x_hat(x, mean, rstd), leaf_dim, dtype, whole)
-
-
-def _rows(x: Tensor) -> Any:
-    """What normalises rows where `x` lies."""
-    if not provenance.serve(x.device):
-        return norm_on_cpu
-    from patches.order.kernels import norm
-
-    return norm
+    """Σ dy·x̂."""
+    if shards.contract.strategy == "gather":
+        return shards.sum_over(dy.float() * x_hat(x, mean, rstd), leaf_dim, dtype, whole)
+    root = backend(x.device).tree_of_gamma_gradients(dy, x, mean, rstd, leaf_dim, shards.leaves, whole)
+    return shards.reduce_root(root, dtype)

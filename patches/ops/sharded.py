@@ -1,6 +1,6 @@
 """Sums over a dimension that is spread over ranks, by either strategy.
 
-    tree     each rank sums its own leaves; float32 roots meet across ranks (`order.collectives`)
+    tree     each rank sums its own leaves; float32 roots are summed across ranks (`order.collectives`)
     gather   operands are brought together, then one exact sum over the whole dimension on every rank
 
 Legend: T tokens, N result features, K the summed dimension, tK a rank's share of it.
@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from patches.contract import Contract
-from patches.order.collectives import Pending, all_gather, begin_all_reduce, begin_reduce_scatter
-from patches.order.exact.products import rounded
-from patches.order.products import product, tree_product
-from patches.order.sums import row_sums, tree_of_sums
+from patches.order.backend import backend
+from patches.order.collectives import all_gather, begin_all_reduce, begin_reduce_scatter
+from patches.order.handle import AsyncResult
+from patches.order.products import product
 
 __all__ = ["Shards"]
 
@@ -41,6 +41,16 @@ class Shards:
     def rank(self) -> int:
         return self.group.rank() if self.group is not None else 0
 
+    @property
+    def leaves(self) -> int:
+        """Leaves of the dimension that this rank owns."""
+        return self.contract.leaves_of_rank(self.size)
+
+    def local(self, ids: Tensor, share: int) -> tuple[Tensor, Tensor]:
+        """`ids` in the whole dimension as places in this rank's `share`, and which of them lie on other ranks."""
+        places = ids - self.rank * share
+        return places, (places < 0) | (places >= share)
+
     def product(
         self, a_TtK: Tensor, b_tKN: Tensor, dtype: torch.dtype, pieces: int = 1, scatter: bool = False
     ) -> Tensor:
@@ -51,43 +61,42 @@ class Shards:
             b_tKN: [tK, N].
             pieces: 2 where a rank's K holds [gate_r | up_r] of a gated layer, else 1.
         """
-        return self.begin_product(a_TtK, b_tKN, dtype, pieces, scatter)()
+        return self.begin_product(a_TtK, b_tKN, dtype, pieces, scatter).wait()
 
     def begin_product(
         self, a_TtK: Tensor, b_tKN: Tensor, dtype: torch.dtype, pieces: int = 1, scatter: bool = False
-    ) -> Pending:
+    ) -> AsyncResult:
         """`product`, whose part across ranks is under way while the caller computes something else."""
         if self.contract.strategy == "gather":
             a_TK, b_KN = (self._gather_pieces(x, dim, pieces) for x, dim in ((a_TtK, 1), (b_tKN, 0)))
-            out = product(a_TK, b_KN, dtype)
-            return _done(out.chunk(self.size)[self.rank].contiguous() if scatter and self.size > 1 else out)
-        leaves = self.contract.leaves_of_rank(self.size)
+            out = product(a_TK, b_KN, dtype=dtype)
+            return AsyncResult.of(out.chunk(self.size)[self.rank].contiguous() if scatter else out)
         if self.size == 1:
-            return _done(tree_product(a_TtK, b_tKN, leaves, pieces, dtype))
-        return self._meet(tree_product(a_TtK, b_tKN, leaves, pieces), dtype, scatter)
+            return AsyncResult.of(product(a_TtK, b_tKN, self.leaves, pieces, dtype))
+        return self._begin_reducing(product(a_TtK, b_tKN, self.leaves, pieces), dtype, scatter)
 
-    def total(self, x: Tensor, dim: int, dtype: torch.dtype, exact_dims: tuple[int, ...] = ()) -> Tensor:
-        """Σx over the sharded `dim` of all ranks (and `exact_dims`, which are whole), rounded once to `dtype`."""
+    def sum_over(self, x: Tensor, dim: int, dtype: torch.dtype, exact_dims: tuple[int, ...] = ()) -> Tensor:
+        """Σx over the sharded `dim` of all ranks, rounded once to `dtype`: the other dimensions, on every rank.
+
+        Args:
+            exact_dims: dimensions that every rank holds whole, and that are summed with it.
+        """
+        compute = backend(x.device)
         if self.contract.strategy == "gather":
             whole = all_gather(x, self.group, dim % x.dim())
-            return rounded(row_sums(whole, (dim, *exact_dims)).float(), dtype)
-        root = tree_of_sums(x, dim, self.contract.leaves_of_rank(self.size), exact_dims)
-        return self.meet(root, dtype)
+            return compute.rounded(compute.row_sums(whole, (dim, *exact_dims)).float(), dtype)
+        return self.reduce_root(compute.tree_of_sums(x, dim, self.leaves, exact_dims), dtype)
 
-    def meet(self, root: Tensor, dtype: torch.dtype) -> Tensor:
-        """The tree's upper levels: the float32 roots of all ranks summed, rounded once to `dtype`."""
-        return self._meet(root, dtype, scatter=False)()
+    def reduce_root(self, root: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tree's upper levels: the float32 roots of all ranks summed, rounded once to `dtype`, in their shape."""
+        return self._begin_reducing(root, dtype, scatter=False).wait()
 
-    def _meet(self, root: Tensor, dtype: torch.dtype, scatter: bool) -> Pending:
+    def _begin_reducing(self, root: Tensor, dtype: torch.dtype, scatter: bool) -> AsyncResult:
         if self.group is None:
-            return _done(rounded(root, dtype))
+            return AsyncResult.of(backend(root.device).rounded(root, dtype))
         begin = begin_reduce_scatter if scatter else begin_all_reduce
         return begin(root, self.group, dtype, symmetric=self.contract.symmetric_memory)
 
     def _gather_pieces(self, x: Tensor, dim: int, pieces: int) -> Tensor:
         parts = [all_gather(piece, self.group, dim) for piece in x.chunk(pieces, dim)]
         return parts[0] if pieces == 1 else torch.cat(parts, dim)
-
-
-def _done(x: Tensor) -> Pending:
-    return lambda: x

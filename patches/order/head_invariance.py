@@ -15,14 +15,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Kernel", "first_dependence"]
+__all__ = ["Kernel", "find_head_dependence"]
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 NAMES = ("the output", "dq", "dk", "dv")
 
 
-def first_dependence(
+def find_head_dependence(
     attention: Kernel,
     q: Tensor,
     k: Tensor,

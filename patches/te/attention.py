@@ -16,9 +16,9 @@ from torch import Tensor
 from patches.call_site import contract
 from patches.contract import Attention, UnsupportedError
 from patches.ops.attention import repeat_for_heads
-from patches.order.head_invariance import first_dependence
+from patches.order.head_invariance import find_head_dependence
 from patches.registry import REGISTRY
-from patches.te.context import over_tp, te_attribute
+from patches.te.context import te_attribute, tp_sharded
 
 __all__ = ["PATCHES"]
 
@@ -39,12 +39,13 @@ def _forward(original: Any) -> Any:
         groups = getattr(self, "kv_groups", self.num_gqa_groups)
         shared = groups != self.num_attention_heads
         if contract().attention == "unfused":
-            self.unfused_attention.repeat_kv = (groups, over_tp(self)) if shared else None
+            self.unfused_attention.repeat_kv = (groups, tp_sharded(self)) if shared else None
             return original(self, query_layer, key_layer, value_layer, *args, **kw)
         kv = [key_layer, value_layer]
         if shared:
             repeat = query_layer.shape[HEADS] // key_layer.shape[HEADS]
-            kv = [repeat_for_heads(x, repeat, groups, over_tp(self)) for x in kv]
+            heads = tp_sharded(self)
+            kv = [repeat_for_heads(x, repeat, groups, heads) for x in kv]
         # Three tensors of their own: TE tells its kernels how they lie in memory.
         return _fused(self, original, [x.contiguous() for x in (query_layer, *kv)], args, kw)
 
@@ -75,7 +76,7 @@ def _fused(module: Any, original: Any, qkv: list[Tensor], args: Any, kwargs: dic
     key = (asked, q.shape, k.shape, v.shape, q.dtype, q.device, module.num_attention_heads, module.training, *settings)
     if key not in REGISTRY.verified:
         sizes = {1 << level for level in range(contract().leaves.bit_length())} | {module.tp_size}
-        found = first_dependence(
+        found = find_head_dependence(
             lambda q, k, v: attention(q, k, v).view(*q.shape[:-1], v.shape[-1]),
             q, k, v, module.num_attention_heads, HEADS, sorted(sizes), module.training,
         )  # fmt: skip

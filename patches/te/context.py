@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patches.call_site import contract, mark_complete
-from patches.contract import UnsupportedError
+from patches.call_site import contract, replicated
+from patches.contract import DTYPES, UnsupportedError
 from patches.ops.sharded import Shards
-from patches.order.exact.products import OPERANDS
 from patches.registry import attribute
 
-__all__ = ["mark_complete", "one_leaf", "over_tp", "refuse_uncovered", "te_attribute", "tokens"]
+__all__ = ["one_leaf", "refuse_uncovered", "te_attribute", "tokens", "tp_sharded"]
 
 te_attribute = partial(attribute, library="transformer-engine")
 
 
-def over_tp(module: Any) -> Shards:
+def tp_sharded(module: Any) -> Shards:
     """A dimension spread over the module's tensor-parallel ranks."""
     if module.tp_size > 1 and module.tp_group is None:
         raise UnsupportedError(
@@ -31,7 +30,7 @@ def over_tp(module: Any) -> Shards:
 
 def tokens(module: Any) -> Shards:
     """Dimension 0 of the module's sequence-parallel side: spread over ranks or whole."""
-    return over_tp(module) if module.sequence_parallel else Shards(contract())
+    return tp_sharded(module) if module.sequence_parallel else replicated()
 
 
 def one_leaf() -> Shards:
@@ -47,7 +46,7 @@ def refuse_uncovered(module: Any, x: Tensor, parameters: list[Tensor]) -> None:
     for parameter in parameters:
         if type(parameter) not in (Tensor, torch.nn.Parameter):
             raise UnsupportedError(f"{_name(module)} has a {type(parameter).__name__} parameter: keep plain ones")
-        if parameter.dtype != x.dtype or x.dtype not in OPERANDS:
+        if parameter.dtype != x.dtype or x.dtype not in DTYPES:
             raise UnsupportedError(
                 f"{_name(module)} has {parameter.dtype} parameters and a {x.dtype} input: use bf16 or fp32 for both"
             )

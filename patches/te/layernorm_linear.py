@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from patches.call_site import mark_grad_reduced
 from patches.contract import UnsupportedError
 from patches.ops.gather import gather_tokens
-from patches.ops.norm import norm
-from patches.te.context import mark_complete, refuse_uncovered, te_attribute, tokens
+from patches.ops.norm import TOKENS, norm
+from patches.te.context import refuse_uncovered, te_attribute, tokens
 from patches.te.product import bias_to_return, pieces_of, product
 
 __all__ = ["PATCHES", "layer_norm", "norm_to_return"]
@@ -18,12 +19,10 @@ __all__ = ["PATCHES", "layer_norm", "norm_to_return"]
 def layer_norm(module: Any, x: Tensor) -> Tensor:
     """The norm inside LayerNormLinear and LayerNormMLP."""
     gamma, beta = module.layer_norm_weight, module.layer_norm_bias
-    for parameter in (gamma, beta):
-        if parameter is not None:
-            mark_complete(parameter)
+    mark_grad_reduced(gamma, beta)
     if module.zero_centered_gamma:
         gamma = gamma.float() + 1
-    return norm(x, gamma, beta, module.eps, module.normalization == "LayerNorm", 0, tokens(module))
+    return norm(x, gamma, beta, module.eps, module.normalization == "LayerNorm", TOKENS, tokens(module))
 
 
 def norm_to_return(module: Any, normed: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import inspect
 from typing import Any
 
 from patches.contract import UnsupportedError
-from patches.megatron.initial_weights import WHY, note
+from patches.initial_weights import WHY, note
 from patches.te.context import te_attribute
 
 __all__ = ["PATCHES"]

@@ -6,13 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from patches.call_site import contract
-from patches.call_site import over_tp as over_megatrons_tp
+from patches.call_site import mark_grad_reduced, norm_shards
 from patches.contract import UnsupportedError
-from patches.megatron.torch_norm import HEADS, TOKENS
-from patches.ops.norm import norm
-from patches.ops.sharded import Shards
-from patches.te.context import mark_complete, refuse_uncovered, te_attribute
+from patches.ops.norm import TOKENS, norm
+from patches.te.context import refuse_uncovered, te_attribute
 
 __all__ = ["PATCHES"]
 
@@ -24,21 +21,14 @@ def _forward(original: Any) -> Any:
         refuse_uncovered(self, x, [gamma])
         if extra_inputs or kwargs or gamma.dim() > 1:
             raise UnsupportedError("te norms over several dimensions or with extra inputs are not covered: use one")
-        for parameter in (gamma, beta):
-            if parameter is not None:
-                mark_complete(parameter)
+        mark_grad_reduced(gamma, beta)
         scale = gamma.float() + 1 if self.zero_centered_gamma else gamma
         leaf_dim = getattr(self, "leaf_dim", TOKENS)
-        return norm(x, scale, beta, self.eps, beta is not None, leaf_dim, _shards(gamma, leaf_dim))
+        # te norms have no group of their own, only Megatron's mark on their weight.
+        shards = norm_shards(leaf_dim, getattr(gamma, "sequence_parallel", False))
+        return norm(x, scale, beta, self.eps, beta is not None, leaf_dim, shards)
 
     return forward
-
-
-def _shards(gamma: Any, leaf_dim: int) -> Shards:
-    """How `leaf_dim` is spread: te norms have no group of their own, only Megatron's mark on their weight."""
-    if leaf_dim == HEADS or getattr(gamma, "sequence_parallel", False):
-        return over_megatrons_tp()
-    return Shards(contract())
 
 
 def _norm_patch(name: str, module: str, cls: str) -> Any:

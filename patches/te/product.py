@@ -7,10 +7,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from patches.call_site import mark_grad_reduced
 from patches.contract import UnsupportedError
 from patches.ops.bias import bias_per_token
-from patches.ops.linear import column_parallel, row_parallel
-from patches.te.context import mark_complete, one_leaf, over_tp, tokens
+from patches.ops.linear import GradSink, column_parallel, row_parallel
+from patches.te.context import one_leaf, tokens, tp_sharded
 
 __all__ = ["bias_to_return", "pieces_of", "product"]
 
@@ -26,21 +27,23 @@ def product(
         pieces: of a column-parallel weight, see `pieces_of`.
         first: TE's `is_first_microbatch`; True overwrites `main_grad`.
     """
-    fused = module.fuse_wgrad_accumulation and hasattr(weight, "main_grad")
-    overwrite = bool(first) or getattr(weight, "overwrite_main_grad", False)
+    sink = GradSink(
+        main_grad=module.fuse_wgrad_accumulation and hasattr(weight, "main_grad"),
+        overwrite=bool(first) or getattr(weight, "overwrite_main_grad", False),
+    )
     if mode == "row":
-        y = row_parallel(x, weight, over_tp(module), module.sequence_parallel, fused, overwrite)
+        y = row_parallel(x, weight, tp_sharded(module), module.sequence_parallel, sink)
         return y if bias is None else y + bias_to_return(module, mode, bias, y)
     sp = mode == "column" and module.sequence_parallel
-    shards = over_tp(module) if mode == "column" else one_leaf()
-    return column_parallel(x, weight, bias, shards, sp, fused, pieces, overwrite)
+    shards = tp_sharded(module) if mode == "column" else one_leaf()
+    return column_parallel(x, weight, bias, shards, sp, sink, pieces)
 
 
 def bias_to_return(module: Any, mode: str | None, bias: Tensor, y: Tensor) -> Tensor:
     """`bias`, to be added to `y` here or by the caller, with its gradient's sum over tokens in the contract's order."""
     if mode != "row":
         return bias
-    mark_complete(cast(torch.nn.Parameter, bias))
+    mark_grad_reduced(cast(torch.nn.Parameter, bias))
     return bias_per_token(bias, y.shape, tokens(module))
 
 

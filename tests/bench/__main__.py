@@ -18,10 +18,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from patches.order.exact.products import exact_product
-from patches.order.tree import tree_of_products
+from patches.order.exact.products import exact_product, tree_of_products
 from tests.bench import bench_hash
-from tpcheck.config import load_run, parse_run
+from tpcheck.config.load import load_run, parse_run
 from tpcheck.run.launch import launch
 
 STEPS = 12

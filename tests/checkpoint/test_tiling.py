@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpcheck.checkpoint import tiling
-from tpcheck.checkpoint.tiling import Array, Index, Part, boxes_of_range, row_major, tiles
+from tpcheck.checkpoint.tiling import Array, Index, Tile, boxes_of_range, row_major, tiles
 
 shapes = st.lists(st.integers(1, 6), max_size=4).map(tuple)
 
 
 @st.composite
-def cut_tensors(draw: st.DrawFn) -> tuple[Array, list[Part]]:
+def cut_tensors(draw: st.DrawFn) -> tuple[Array, list[Tile]]:
     """A tensor, and parts of it that come from cutting a box in two again and again, at any place, shuffled."""
     shape = draw(shapes)
     tensor = np.arange(math.prod(shape), dtype=draw(st.sampled_from(["u1", "u2", "u4", "u8"]))).reshape(shape)
@@ -29,13 +29,13 @@ def cut_tensors(draw: st.DrawFn) -> tuple[Array, list[Part]]:
             at = draw(st.integers(1, size[dim] - 1))
             cut[index] = offset, _with(size, dim, at)
             cut.append((_with(offset, dim, offset[dim] + at), _with(size, dim, size[dim] - at)))
-    parts = [Part(offset, _box(tensor, offset, size, draw(st.booleans()))) for offset, size in cut]
+    parts = [Tile(offset, _box(tensor, offset, size, draw(st.booleans()))) for offset, size in cut]
     return tensor, draw(st.permutations(parts))
 
 
 @pytest.mark.parametrize("block", [1, 7, 16, 1 << 20])
 @given(cut_tensors())
-def test_row_major_gives_the_tensor_back_however_it_is_cut(block: int, case: tuple[Array, list[Part]]) -> None:
+def test_row_major_gives_the_tensor_back_however_it_is_cut(block: int, case: tuple[Array, list[Tile]]) -> None:
     tensor, parts = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiling, "BLOCK", block)
@@ -45,7 +45,7 @@ def test_row_major_gives_the_tensor_back_however_it_is_cut(block: int, case: tup
 
 @given(cut_tensors(), st.data())
 def test_a_missing_doubled_moved_or_shrunk_part_does_not_tile(
-    case: tuple[Array, list[Part]], data: st.DataObject
+    case: tuple[Array, list[Tile]], data: st.DataObject
 ) -> None:
     tensor, parts = case
     victim = data.draw(st.integers(0, len(parts) - 1))
@@ -54,15 +54,15 @@ def test_a_missing_doubled_moved_or_shrunk_part_does_not_tile(
     assert not tiles([*parts, part], tensor.shape)
     if tensor.ndim:
         dim = data.draw(st.integers(0, tensor.ndim - 1))
-        assert not tiles([*others, Part(_with(part.offset, dim, part.offset[dim] + 1), part.array)], tensor.shape)
+        assert not tiles([*others, Tile(_with(part.offset, dim, part.offset[dim] + 1), part.array)], tensor.shape)
         assert not tiles(
-            [*others, Part(part.offset, part.array.take(range(part.array.shape[dim] - 1), dim))], tensor.shape
+            [*others, Tile(part.offset, part.array.take(range(part.array.shape[dim] - 1), dim))], tensor.shape
         )
 
 
 def test_nothing_is_copied_when_the_first_dimension_is_cut() -> None:
     tensor = np.arange(24).reshape(6, 4)
-    blocks = list(row_major([Part((3, 0), tensor[3:]), Part((0, 0), tensor[:3])]))
+    blocks = list(row_major([Tile((3, 0), tensor[3:]), Tile((0, 0), tensor[:3])]))
     assert [np.shares_memory(block, tensor) for block in blocks] == [True, True]
 
 
@@ -88,7 +88,7 @@ def _with(index: Index, dim: int, value: int) -> Index:
 
 def test_strided_parts_are_read_in_logical_order() -> None:
     tensor = np.arange(24, dtype="u4").reshape(4, 6)
-    assert _bytes(row_major([Part((0, 0), tensor.T)])) == tensor.T.tobytes()
+    assert _bytes(row_major([Tile((0, 0), tensor.T)])) == tensor.T.tobytes()
 
 
 def _bytes(arrays: Iterator[Array]) -> bytes:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tpcheck.config import ModelConfig, RunConfig, load_run, parse_run
+from tpcheck.config.load import load_run, parse_run
 from tpcheck.config.presets import PRESETS
+from tpcheck.config.schema import ModelConfig, RunConfig
 from tpcheck.errors import TpcheckError
 
 

@@ -19,12 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from patches.megatron.first_step import require_agreement
 from patches.ops.sharded import Shards
-from patches.order import products, tree
+from patches.order.exact import products
 from tests.support.ranks import on_ranks
 from tpcheck.cli import main
-from tpcheck.config import RunConfig, parse_run
+from tpcheck.config.load import parse_run
+from tpcheck.config.schema import RunConfig
 from tpcheck.cost.terms import LEGEND, STRATEGIES, step, symbols, total
-from tpcheck.run.model import build_model, build_optimizer, train_step
+from tpcheck.run.model import build_model, build_optimizer, train_step, transformer_config
 from tpcheck.run.train import enable_patches
 
 QWEN3 = {"preset": "qwen3-tiny", "num_layers": 2, "hidden_size": 48, "head_dim": 8, "num_query_groups": 4,
@@ -84,7 +85,7 @@ def counted(config: RunConfig) -> Counts:
     """One training step of megatron-core's own model on this rank."""
     enable_patches(config)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tp)
-    _, pieces = build_model(config)
+    _, pieces = build_model(config, transformer_config(config))
     optimizer = build_optimizer(config, pieces)
     counts = Counts()
     if config.strategy != "stock":
@@ -115,8 +116,8 @@ def count_patches(counts: Counts) -> None:
 
         return call
 
-    products.exact_product = tree.exact_product = product_of(tree.exact_product)
-    for name in ("begin_product", "total"):
+    products.exact_product = product_of(products.exact_product)
+    for name in ("begin_product", "sum_over"):
         setattr(Shards, name, with_buffers(getattr(Shards, name)))
 
 

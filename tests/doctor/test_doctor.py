@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from tpcheck.cli import main
-from tpcheck.config import parse_run
-from tpcheck.doctor import attention, machine
+from tpcheck.config.load import parse_run
+from tpcheck.doctor import attention, command, machine
+from tpcheck.doctor.findings import Finding
 
 TINY: dict[str, Any] = {"model": {"preset": "qwen3-tiny"}, "layers": "local", "seq_length": 16, "dtype": "fp32"}
 
@@ -48,7 +49,7 @@ def test_on_a_cpu_local_layers_keep_the_promise(tmp_path: Path):
 def test_what_is_asked_for_and_not_here_is_a_no(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = parse_run({**TINY, "symmetric_memory": True})
-    *_, refused, last = machine._lines(config, list(machine._sums(config)))
+    *_, refused, last = command._lines(config, list(machine.sums(config)))
     assert "NO  patches" in refused and "symmetric_memory=True" in refused
     assert last.startswith("cannot be kept here: tree, 8 leaves, layers=local") and last.endswith("see patches")
 
@@ -57,7 +58,7 @@ def test_a_stock_run_needs_nothing_that_the_patches_need(monkeypatch):
     monkeypatch.delattr(torch.library, "get_kernel")
     verdicts = {}
     for strategy in ("tree", "stock"):
-        found = {one.name: one.verdict for one in machine._versions(parse_run({**TINY, "strategy": strategy}))}
+        found = {one.name: one.verdict for one in machine.versions(parse_run({**TINY, "strategy": strategy}))}
         verdicts[strategy] = found["torch"]
     assert verdicts == {"tree": "no", "stock": "note"}
 
@@ -65,9 +66,9 @@ def test_a_stock_run_needs_nothing_that_the_patches_need(monkeypatch):
 def test_a_stock_run_that_cannot_run_is_a_no(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(attention, "_one_rank", contextlib.nullcontext)
-    monkeypatch.setattr(attention, "_judged", lambda _, name, *__, **___: machine.Finding("attention", name, ""))
-    monkeypatch.setattr(machine, "examine", lambda config: list(attention.attention(config)))
-    assert machine.command("qwen3-tiny", ("strategy=stock", "attention=flash"), as_json=False) == 1
+    monkeypatch.setattr(attention, "_judged", lambda _, name, *__, **___: Finding("attention", name, ""))
+    monkeypatch.setattr(command, "examine", lambda config: list(attention.attention(config)))
+    assert command.command("qwen3-tiny", ("strategy=stock", "attention=flash"), as_json=False) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "cannot run here: stock; see flash"
 
 
@@ -75,8 +76,8 @@ def test_products_that_fail_are_a_line_of_the_table(monkeypatch: pytest.MonkeyPa
     def fails(device: torch.device) -> None:
         raise OSError("no C\ncompiler")
 
-    monkeypatch.setattr("patches.order.products.check", fails)
-    (found,) = machine._sums(parse_run(TINY))
+    monkeypatch.setattr("tpcheck.doctor.machine.check", fails)
+    (found,) = machine.sums(parse_run(TINY))
     assert (found.name, found.verdict, found.why) == ("products", "no", "OSError: no C compiler")
 
 
@@ -95,15 +96,15 @@ def test_attention_that_depends_on_tp_is_a_no_unless_the_run_is_stock(strategy, 
     found = attention._judged(config, "spoilt", spoilt, True, patched=True)
     assert (found.found, found.verdict) == ("depends on TP", verdict)
     assert found.why == "the output of a head differs when 4 heads are computed instead of 8"
-    monkeypatch.setattr(machine, "examine", lambda config: [found])
-    monkeypatch.setattr(machine, "_config", lambda target, overrides: config)
-    assert machine.command(None, (), as_json=False) == code
+    monkeypatch.setattr(command, "examine", lambda config: [found])
+    monkeypatch.setattr(command, "_config", lambda target, overrides: config)
+    assert command.command(None, (), as_json=False) == code
 
 
 def test_an_environment_that_overrules_the_backend_asked_for_is_a_no(monkeypatch):
     monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
     config = parse_run({**TINY, "layers": "te", "dtype": "bf16", "attention": "flash"})
-    (found,) = [one for one in machine._settings(config) if one.name == "NVTE_FLASH_ATTN"]
+    (found,) = [one for one in machine.settings(config) if one.name == "NVTE_FLASH_ATTN"]
     assert found.verdict == "no" and "Megatron wants 1 for attention=flash: unset it" in found.why
 
 

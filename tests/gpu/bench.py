@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from patches.order import products
+from patches.order.backend import backend
 from tests.gpu import report as gpu_report
 from tests.gpu.bench_sums import Sum, overridden, sums
 from tpcheck.config.presets import PRESETS
@@ -121,9 +122,9 @@ def measure(shape: Product, clock: Clock, alone: bool = False) -> dict[str, Any]
         main_grad = torch.zeros(shape.m, shape.n, device=clock.device)
         calls["ours"] = lambda: products.add_product(main_grad, a, b)
     else:
-        calls["ours"] = lambda: products.tree_product(a, b, shape.leaves, shape.pieces, dtype)
+        calls["ours"] = lambda: products.product(a, b, shape.leaves, shape.pieces, dtype)
         if shape.leaves > 1 and not alone:
-            calls["one leaf"] = lambda: products.tree_product(a, b, 1, shape.pieces, dtype)
+            calls["one leaf"] = lambda: products.product(a, b, 1, shape.pieces, dtype)
     ms = clock.times(calls)
     row = {**dataclasses.asdict(shape), "ms": ms["ours"], "mm_ms": ms["mm"], "tflops": shape.flops / ms["ours"] / 1e9,
            "over_mm": ms["mm"] / ms["ours"]}  # fmt: skip
@@ -136,7 +137,7 @@ def _errors(shape: Product, a: Tensor, b: Tensor, dtype: torch.dtype) -> dict[st
     """Relative error of some rows against float64."""
     rows = torch.linspace(0, shape.m - 1, min(ERROR_ROWS, shape.m), device=a.device).long()
     want = a[rows].double() @ b.double()
-    ours = products.tree_product(a, b, shape.leaves, shape.pieces, dtype)[rows]
+    ours = products.product(a, b, shape.leaves, shape.pieces, dtype)[rows]
     return {"error": _relative(ours, want), "mm_error": _relative(torch.mm(a, b)[rows], want)}
 
 
@@ -206,14 +207,14 @@ def tiles(scale: Scale, clock: Clock) -> Iterator[dict[str, Any]]:
         if (shape.tp, shape.layer, shape.kind) not in wanted:
             continue
         a, b = operands(shape, clock.device)
-        whole = products.tree_product(a, b, shape.leaves, shape.pieces)
+        whole = products.product(a, b, shape.leaves, shape.pieces)
         for change in CHANGES:
             if clock.is_over or time.monotonic() > until:
                 return
             with _tile(tile_of, change):
                 try:
                     row = measure(shape, clock, alone=True)
-                    row["same_bits"] = whole.equal(products.tree_product(a, b, shape.leaves, shape.pieces))
+                    row["same_bits"] = whole.equal(products.product(a, b, shape.leaves, shape.pieces))
                 except Exception as error:  # more registers or shared memory than there are
                     row = {**dataclasses.asdict(shape), "failed": f"{type(error).__name__}: {error}"[:120]}
             yield {**row, "change": change}
@@ -258,7 +259,7 @@ def run(device: str, seconds: float, folder: Path) -> int:
     scale = SCALES[device]
     clock = Clock(device, scale.repeat, seconds)
     report = gpu_report.Report(folder, device)
-    report.contract = products.describe(device)
+    report.contract = dict(backend(torch.device(device)).provenance())
     every = list(shapes(scale))
     first = [shape for shape in every if shape.tokens == scale.tokens[0]]
 

@@ -16,9 +16,8 @@ from patches.contract import Contract
 from patches.ops.cross_entropy import cross_entropy
 from patches.ops.norm import norm
 from patches.ops.sharded import Shards
-from patches.order.collectives import gradient_norm
-from patches.order.exact.products import rounded
-from patches.order.tree import tree_sum
+from patches.order.backend import backend
+from patches.order.grad_norm import gradient_norm
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,7 @@ class Sum:
 @contextmanager
 def overridden(device: str) -> Iterator[None]:
     """ATen's kernels as a patched run has them."""
-
-    def refuse(message: str) -> None:
-        raise RuntimeError(message)
-
-    local = LocalInvariance(device.upper(), refuse)
+    local = LocalInvariance(device.upper())
     try:
         yield
     finally:
@@ -75,11 +70,7 @@ def sums(device: str) -> Iterator[Sum]:
 
 def _tree_sum(roots: Tensor) -> Tensor:
     """What a rank does with the roots that it received."""
-    if roots.is_cuda:
-        from patches.order.kernels.collectives import rounded_tree_sum
-
-        return rounded_tree_sum(roots.flatten(1), torch.bfloat16)
-    return rounded(tree_sum(roots), torch.bfloat16)
+    return backend(roots.device).rounded_tree_sum(roots.flatten(1), torch.bfloat16)
 
 
 def _norms(device: str, tokens: int, hidden: int) -> Iterator[Sum]:

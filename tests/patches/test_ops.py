@@ -12,7 +12,8 @@ from torch import Tensor
 
 from patches.contract import Contract, UnsupportedError
 from patches.ops.sharded import Shards
-from patches.order.collectives import gradient_norm, tree_all_reduce
+from patches.order.collectives import tree_all_reduce
+from patches.order.grad_norm import gradient_norm
 from tests.support.gated_mlp import assert_right_and_same_bits, attention_keys
 from tests.support.ranks import on_ranks
 

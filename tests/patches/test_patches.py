@@ -19,7 +19,6 @@ import torch
 
 import patches
 from patches import registry
-from patches.megatron import PATCHES
 from patches.registry import REGISTRY, _resolve, attribute, check_versions
 from tests.support import STAND_IN, plain_megatron
 from tests.support.megatron_runs import differences, run
@@ -30,7 +29,7 @@ SCRIPT = Path(plain_megatron.__file__)
 
 def targets() -> dict[str, Any]:
     found = {}
-    for patch in check_versions(PATCHES):
+    for patch in check_versions([patch for patch in patches._all_patches() if patch.library == "megatron-core"]):
         if patch.name != "local-kernels" and not patch.lazy:
             holder, attr = _resolve(patch.target)
             found[patch.target] = inspect.getattr_static(holder, attr)

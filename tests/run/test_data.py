@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tpcheck.config import RunConfig, parse_run
+from tpcheck.config.load import parse_run
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.run.data import END_OF_DOCUMENT, global_batch, open_data, rank_batches
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.support.finished import finish, sweep
-from tpcheck.config import RunConfig, parse_run
+from tpcheck.config.load import parse_run
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.run.launch import launch

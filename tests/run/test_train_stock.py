@@ -16,10 +16,15 @@ import pytest
 import torch
 
 from tests.support.ranks import on_ranks
-from tpcheck.config import RunConfig, parse_run
+from tests.support.waiting import wait_for
+from tpcheck.config.load import parse_run
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
+from tpcheck.files.lock import is_locked
+from tpcheck.files.names import LOG
 from tpcheck.run.launch import launch
+from tpcheck.run.place import place_from_environment
 
 TINY = {"preset": "qwen3-tiny", "num_layers": 1, "hidden_size": 32, "head_dim": 4, "ffn_hidden_size": 40}
 GPT2 = {"preset": "gpt2-124m", "num_layers": 1, "hidden_size": 32, "head_dim": 4, "ffn_hidden_size": 40}
@@ -61,7 +66,7 @@ def background(config: RunConfig, after_steps: int = 1) -> Iterator[tuple[int, C
 
 
 def gone(processes: list[psutil.Process]) -> bool:
-    """Whether all of `processes` end within ten seconds; one that nobody has waited for yet counts as ended."""
+    """Whether all of `processes` end within a minute; one that nobody has waited for yet counts as ended."""
 
     def alive(process: psutil.Process) -> bool:
         try:
@@ -69,7 +74,7 @@ def gone(processes: list[psutil.Process]) -> bool:
         except psutil.NoSuchProcess:
             return False
 
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(map(alive, processes)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not any(map(alive, processes))
@@ -187,6 +192,8 @@ def test_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> No
         ranks = psutil.Process(pid).children(recursive=True)
         os.kill(pid, signal.SIGKILL)
         assert gone(ranks)
+    # Also a process that a rank had forked for its checkpoint.
+    wait_for(lambda: not is_locked(tmp_path / "killed" / LOG), what="the run's lock")
     unfinished = tmp_path / "killed" / "checkpoints" / ".new-step-00000007"
     unfinished.mkdir(parents=True, exist_ok=True)
     (unfinished / ".metadata").write_bytes(b"half a file")
@@ -259,7 +266,7 @@ def test_rank_of_another_world_size_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(TpcheckError, match=r"4 ranks were started, tp \* pp \* dp = 2 \* 1 \* 1 needs 2"):
-        launch(run(tmp_path / "run", tp=2))
+        place_from_environment(run(tmp_path / "run", tp=2))
 
 
 def _mean_over_ranks(losses: torch.Tensor, microbatches: int) -> float:

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.silent_bugs.case import QWEN3, Bug, Clean
-from tpcheck.config import parse_run
+from tpcheck.config.load import parse_run
 from tpcheck.run.launch import launch
+from tpcheck.run.nudged import make_nudged_runs
 from tpcheck.trace.compare.command import EXIT_CODES, compare
-from tpcheck.trace.compare.estimate import open_noise, open_trace
+from tpcheck.trace.compare.estimate import open_trace
 from tpcheck.trace.compare.metrics import distance
 from tpcheck.trace.compare.reader import Trace
 
@@ -66,7 +67,7 @@ class Benchmark:
         """Run `case` and have it judged; its own run is removed afterwards."""
         reference = self._once(case.settings, {})
         with _quiet():
-            open_noise(reference, open_trace(reference))
+            make_nudged_runs(reference, 3)
         is_bug = isinstance(case, Bug)
         candidate = self.candidate(case) if is_bug else self._once(case.settings, case.layout)
         found = compare(reference, candidate)

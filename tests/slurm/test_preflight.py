@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
-from slurm.preflight import check, flops
+from slurm import preflight
+from slurm.allocation import allocation_of
+from slurm.preflight import flops
 from slurm.profile import Profile
-from tpcheck.config import RunConfig, parse_run
+from tpcheck.config.load import parse_run
+from tpcheck.config.schema import RunConfig
 from tpcheck.cost.memory import GIB, memory
 from tpcheck.errors import TpcheckError
 from tpcheck.sweep.spec import Cell
@@ -29,6 +32,10 @@ def run(**settings: Any) -> RunConfig:
 
 def cell(**settings: Any) -> Cell:
     return Cell("tree", {}, {}, run(**settings), "h100")
+
+
+def check(cells: list[Cell], of: Profile) -> list[str]:
+    return preflight.check(cells, {cell.name: allocation_of(cell, of) for cell in cells}, of)
 
 
 @pytest.mark.parametrize(("model", "billions"), [("qwen3-8b", 8.19), ("qwen3-0.6b", 0.596), ("gpt2-124m", 0.124)])

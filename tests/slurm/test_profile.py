@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from slurm.allocation import shape_of
+from slurm.allocation import allocation_of
 from slurm.profile import Profile, load_profile
-from tpcheck.config import parse_run
+from tpcheck.config.load import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.sweep.spec import Cell
 
@@ -96,7 +96,7 @@ def test_an_unknown_cluster_names_the_known_ones() -> None:
         load_profile("nope")
 
 
-def test_a_profile_beside_the_sweep_files_goes_before_the_packages(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_profile_beside_the_sweep_files_overrides_the_packages(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "slurm" / "clusters").mkdir(parents=True)
     (tmp_path / "slurm" / "clusters" / "local.yaml").write_text(yaml.safe_dump(LEAST | {"account": "mine"}))
     monkeypatch.chdir(tmp_path)
@@ -115,17 +115,17 @@ def cell(tp: int, dp: int = 1, arch: str | None = "h100", **settings: Any) -> Ce
 )
 def test_a_tp_group_stays_in_its_node_wherever_it_can(tp: int, dp: int, nodes: int, ranks: int) -> None:
     many = profile(architectures={"h100": {**H100, "nodes": 8}})
-    shape = shape_of(cell(tp, dp), many)
-    assert (shape.nodes, shape.ranks_per_node) == (nodes, ranks)
+    found = allocation_of(cell(tp, dp), many)
+    assert (found.nodes, found.ranks_per_node) == (nodes, ranks)
 
 
 def test_pipeline_stages_may_lie_on_different_nodes() -> None:
-    shape = shape_of(cell(8, pp=2), profile(architectures={"h100": {**H100, "nodes": 8}}))
-    assert (shape.nodes, shape.ranks_per_node) == (2, 8)
+    found = allocation_of(cell(8, pp=2), profile(architectures={"h100": {**H100, "nodes": 8}}))
+    assert (found.nodes, found.ranks_per_node) == (2, 8)
 
 
 def test_cells_without_an_arch_go_to_the_only_machines_there_are() -> None:
-    assert shape_of(cell(1, arch=None), profile()).arch == "h100"
+    assert allocation_of(cell(1, arch=None), profile()).arch == "h100"
 
 
 @pytest.mark.parametrize(
@@ -138,5 +138,5 @@ def test_cells_without_an_arch_go_to_the_only_machines_there_are() -> None:
 )
 def test_what_the_cluster_does_not_have_is_refused(wanted: Cell, message: str) -> None:
     with pytest.raises(TpcheckError) as error:
-        shape_of(wanted, profile(architectures={"h100": H100, "b300": {**H100, "constraint": "b300"}}))
+        allocation_of(wanted, profile(architectures={"h100": H100, "b300": {**H100, "constraint": "b300"}}))
     assert message in str(error.value)

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from tpcheck.cli import main
-from tpcheck.config import RunConfig, load_run
+from tpcheck.config.load import load_run
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files.names import EXIT_REASONS
 from tpcheck.run import exit_reason, launch
-from tpcheck.run.rank import rank_from_environment
+from tpcheck.run.place import Place, place_from_environment
 
 
 @pytest.mark.parametrize(
@@ -30,8 +31,7 @@ from tpcheck.run.rank import rank_from_environment
 )
 def test_a_rank_says_whether_it_would_fail_again(tmp_path: Path, monkeypatch: Any, error: Exception, kind: str) -> None:
     monkeypatch.setenv("TPCHECK_ENDS", str(tmp_path / EXIT_REASONS))
-    monkeypatch.setenv("RANK", "3")
-    exit_reason.note_error(error)
+    exit_reason.record_error(error, 3)
     line = json.loads((tmp_path / EXIT_REASONS).read_text())
     assert (line["kind"], line["rank"]) == (kind, 3) and str(error)[:10] in line["why"]
 
@@ -41,7 +41,7 @@ def test_a_rank_that_loses_another_while_it_loads_a_checkpoint_has_not_failed(tm
     try:
         raise TpcheckError("damaged") from RuntimeError("[gloo/pair.cc:537] Connection closed")
     except TpcheckError as error:
-        exit_reason.note_error(error)
+        exit_reason.record_error(error, 3)
     assert json.loads((tmp_path / EXIT_REASONS).read_text())["kind"] == "lost"
 
 
@@ -77,9 +77,8 @@ RANK1 = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
 def test_ranks_of_srun_meet_where_the_batch_script_says(tmp_path: Path, monkeypatch: Any) -> None:
     for name, value in {**SRUN, **RANK1, "MASTER_ADDR": "h1", "MASTER_PORT": "20007", "PATH": "/nowhere"}.items():
         monkeypatch.setenv(name, value)
-    found = rank_from_environment(load_run(_run_file(tmp_path)))
-    expected = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "h1", "MASTER_PORT": "20007"}
-    assert found == expected
+    found = place_from_environment(load_run(_run_file(tmp_path)))
+    assert found == Place(rank=1, world_size=2, local_rank=0, meeting="tcp://h1:20007")
 
 
 def test_ranks_of_srun_that_cannot_tell_where_to_meet_say_so(tmp_path: Path, monkeypatch: Any) -> None:
@@ -87,7 +86,7 @@ def test_ranks_of_srun_that_cannot_tell_where_to_meet_say_so(tmp_path: Path, mon
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(TpcheckError, match=r"cannot tell which of the nodes h\[1-2\] is the first .*: set MASTER_ADDR"):
-        rank_from_environment(load_run(_run_file(tmp_path)))
+        place_from_environment(load_run(_run_file(tmp_path)))
 
 
 def _run_file(folder: Path) -> Path:

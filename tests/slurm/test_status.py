@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from slurm import submissions
-from slurm.queue import State, states
+from slurm.queue import JobState, job_states
 from slurm.status import look
 from tests.support.finished import begin, finish, sweep
 from tpcheck.cli import main
@@ -65,7 +65,7 @@ def attempt(of: Sweep, cell: str, restart: int = 0) -> None:
         print(json.dumps(line), file=file)
 
 
-def words(of: Sweep) -> dict[str, str]:
+def cell_states(of: Sweep) -> dict[str, str]:
     return {row.cell: row.state for row in look(of)[0]}
 
 
@@ -75,10 +75,10 @@ def test_squeue_tells_of_plain_jobs_and_of_array_elements(slurm: Path) -> None:
         "squeue",
         f"{NAME}|77|2|PENDING||JobArrayTaskLimit\n{NAME}|77|0|RUNNING|h[1-2]|None\ns.x|80|N/A|FAILED|b1|a|b\n",
     )
-    assert states([submission()]) == {
-        (NAME, 0): State("77", "RUNNING", "h[1-2]"),
-        (NAME, 2): State("77", "PENDING", "", "JobArrayTaskLimit"),
-        ("s.x", 0): State("80", "FAILED", "b1", "a|b"),
+    assert job_states([submission()]) == {
+        (NAME, 0): JobState("77", "RUNNING", "h[1-2]"),
+        (NAME, 2): JobState("77", "PENDING", "", "JobArrayTaskLimit"),
+        ("s.x", 0): JobState("80", "FAILED", "b1", "a|b"),
     }
 
 
@@ -91,18 +91,18 @@ def test_sacct_is_asked_for_what_squeue_has_forgotten_and_its_last_final_record_
         "77_[2-3%4]|2026-02-03T04:05:06|Unknown|CANCELLED by 0|None assigned",
     ]
     say(slurm, "sacct", "".join(f"{NAME}|{record}\n" for record in records))
-    assert states([submission()]) == {
-        (NAME, 0): State("77", "RUNNING", "h1"),
-        (NAME, 1): State("77", "COMPLETED", "b1"),
-        (NAME, 2): State("77", "CANCELLED"),
-        (NAME, 3): State("77", "CANCELLED"),
+    assert job_states([submission()]) == {
+        (NAME, 0): JobState("77", "RUNNING", "h1"),
+        (NAME, 1): JobState("77", "COMPLETED", "b1"),
+        (NAME, 2): JobState("77", "CANCELLED"),
+        (NAME, 3): JobState("77", "CANCELLED"),
     }
     assert "--starttime 2026-02-0" in (slurm / "sacct.calls").read_text()
 
 
 def test_sacct_is_not_believed_when_it_says_that_a_job_runs_which_squeue_does_not_know(slurm: Path) -> None:
     say(slurm, "sacct", f"{NAME}|77_0|2026-02-03T04:05:06|2026-02-03T04:05:07|RUNNING|h1\n")
-    assert states([submission()]) == {}
+    assert job_states([submission()]) == {}
 
 
 def test_a_silent_controller_is_asked_again_and_then_is_an_error(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,26 +112,26 @@ def test_a_silent_controller_is_asked_again_and_then_is_an_error(slurm: Path, mo
     with pytest.raises(
         TpcheckError, match="squeue does not answer, so nothing is known of the jobs: Unable to contact"
     ):
-        states([submission()], patience=0.2, waiting=heard.append)
+        job_states([submission()], patience=0.2, waiting=heard.append)
     assert heard[0] == "squeue: Unable to contact slurm controller"
     assert len((slurm / "squeue.calls").read_text().splitlines()) > 2
 
     def mend(why: str) -> None:
         say(slurm, "squeue", f"{NAME}|77|0|RUNNING|h1|None\n")
 
-    assert states([submission()], waiting=mend) == {(NAME, 0): State("77", "RUNNING", "h1")}
+    assert job_states([submission()], waiting=mend) == {(NAME, 0): JobState("77", "RUNNING", "h1")}
 
 
 def test_without_slurm_commands_the_error_says_where_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(TpcheckError, match="squeue is not on this machine"):
-        states([submission()])
+        job_states([submission()])
 
 
 def test_digests_make_a_cell_complete_whatever_slurm_says(submitted: Sweep, slurm: Path) -> None:
     finish(submitted.cells[0])
     say(slurm, "squeue", f"{NAME}|77|0|FAILED|h1|NonZeroExitCode\n{NAME}|77|1|TIMEOUT|h1|TimeLimit\n")
-    assert words(submitted) == {
+    assert cell_states(submitted) == {
         "stock-tp1": "complete", "stock-tp2": "timed-out", "tree-tp1": "missing", "tree-tp2": "missing",
     }  # fmt: skip
 
@@ -144,10 +144,12 @@ def test_digests_make_a_cell_complete_whatever_slurm_says(submitted: Sweep, slur
         ("OUT_OF_MEMORY", "failed"), ("COMPLETED", "failed"), ("PENDING", "requeued"),
     ],
 )  # fmt: skip
-def test_slurms_words_in_ours_for_a_cell_that_had_started(submitted: Sweep, slurm: Path, word: str, ours: str) -> None:
+def test_states_of_jobs_in_our_words_where_a_cell_had_started(
+    submitted: Sweep, slurm: Path, word: str, ours: str
+) -> None:
     attempt(submitted, "stock-tp1")
     say(slurm, "squeue", f"{NAME}|77|0|{word}||None\n")
-    assert words(submitted)["stock-tp1"] == ours
+    assert cell_states(submitted)["stock-tp1"] == ours
 
 
 def test_a_cell_that_slurm_has_forgotten_failed_if_it_had_started(submitted: Sweep, slurm: Path) -> None:
@@ -210,8 +212,8 @@ def test_status_without_an_answer_from_slurm_shows_the_files_and_says_so(
 ) -> None:
     finish(submitted.cells[0])
     say(slurm, "squeue", "Unable to contact slurm controller", code=1)
-    assert words(submitted)["stock-tp1"] == "complete"
-    assert words(submitted)["tree-tp1"] == "unknown"
+    assert cell_states(submitted)["stock-tp1"] == "complete"
+    assert cell_states(submitted)["tree-tp1"] == "unknown"
     assert main(["status", str(submitted.output)]) == 0
     assert "nothing is known of the jobs" in capsys.readouterr().out
 
@@ -237,7 +239,7 @@ def test_cancel_cancels_exactly_the_elements_of_the_cells_named(
     assert (slurm / "scancel.calls").read_text() == "77_2\n"
     assert capsys.readouterr().out == "cancelled tree-tp1 (job 77_2)\n"
     say(slurm, "squeue", lines[0])
-    assert words(submitted)["tree-tp1"] == "cancelled"
+    assert cell_states(submitted)["tree-tp1"] == "cancelled"
     say(slurm, "squeue", "".join(lines))
     assert main(["cancel", str(submitted.output)]) == 0
     assert (slurm / "scancel.calls").read_text() == "77_2\n77_0 77_2 77_3\n"

@@ -1,4 +1,4 @@
-"""What submission leaves in a sweep's directory: the ledger, the cells' attempts, the copy of the code."""
+"""What submission leaves in a sweep's directory: submissions, the cells' attempts, the copy of the code."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from slurm import submissions
 from slurm.snapshot import Snapshot
 from slurm.submissions import Attempt, Submission
 from tests.support.finished import sweep
-from tpcheck.config import parse_run
+from tpcheck.config.load import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files.names import ATTEMPTS, SUBMISSIONS, SWEEP
 from tpcheck.run.provenance import describe
 from tpcheck.sweep.stored_spec import read_sweep, write_sweep
 
 
-def test_the_ledger_passes_over_what_a_kill_cut_short(tmp_path: Path) -> None:
+def test_submissions_are_read_but_for_what_a_kill_cut_short(tmp_path: Path) -> None:
     one = Submission("2026-01-01T00:00:00+00:00", "c", "s.1", "7", ("a", "b"), tmp_path)
     submissions.record(tmp_path, one)
     with (tmp_path / SUBMISSIONS).open("a") as file:
@@ -30,7 +30,7 @@ def test_the_ledger_passes_over_what_a_kill_cut_short(tmp_path: Path) -> None:
     assert submissions.latest(submissions.read(tmp_path)) == {"a": one, "b": other}
 
 
-def test_a_ledger_of_another_format_is_refused(tmp_path: Path) -> None:
+def test_submissions_of_another_format_are_refused(tmp_path: Path) -> None:
     (tmp_path / SUBMISSIONS).write_text('{"format": 2}\n')
     with pytest.raises(TpcheckError, match="has format 2"):
         submissions.read(tmp_path)
@@ -50,7 +50,7 @@ def test_a_ledger_of_another_format_is_refused(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_ledger_that_somebody_has_changed_is_refused(tmp_path: Path, damage: dict[str, Any]) -> None:
+def test_submissions_that_somebody_has_changed_are_refused(tmp_path: Path, damage: dict[str, Any]) -> None:
     submissions.record(tmp_path, Submission("2026-01-01T00:00:00+00:00", "c", "s.1", "7", ("a", "b"), tmp_path))
     line = json.loads((tmp_path / SUBMISSIONS).read_text())
     (tmp_path / SUBMISSIONS).write_text(json.dumps(line | damage))
@@ -78,7 +78,7 @@ def test_attempts_are_read_as_the_script_writes_them(tmp_path: Path) -> None:
 def test_a_copy_of_the_code_says_in_the_manifest_what_it_is(tmp_path: Path, monkeypatch: Any) -> None:
     place = Snapshot.now().write(tmp_path)
     assert Snapshot.now().write(tmp_path) == place and [path.name for path in place.parent.iterdir()] == [place.name]
-    monkeypatch.setattr("tpcheck.run.provenance.__file__", str(place / "tpcheck" / "manifest.py"))
+    monkeypatch.setattr("tpcheck.run.provenance.__file__", str(place / "tpcheck" / "run" / "provenance.py"))
 
     class Data:
         digest, tokens = "d", 1

@@ -1,4 +1,4 @@
-"""Submission, with stand-ins for Slurm's commands: what is handed in, what is noted, what never happens twice."""
+"""Submission, with stand-ins for Slurm's commands: what is submitted, what is recorded, what never happens twice."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from slurm import queue, submissions, submit
 from slurm.plan import plan
 from slurm.snapshot import Snapshot
 from slurm.submissions import Submission
+from tests.support import ROOT
 from tests.support.finished import begin, finish, sweep_file
 from tpcheck.cli import main
-from tpcheck.config import load_run
+from tpcheck.config.load import load_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files.names import CANCELLED, EXIT_REASONS, SUBMISSIONS
 from tpcheck.run import launch
@@ -63,7 +64,7 @@ class Site:
         return [path.read_text() for path in sorted((self.folder / "submitted").iterdir())]
 
     @property
-    def ledger(self) -> list[Submission]:
+    def recorded(self) -> list[Submission]:
         return submissions.read(self.out)
 
     def submit(self, *options: str) -> int:
@@ -80,20 +81,20 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     monkeypatch.setenv("FAKE", str(tmp_path))
     monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=":")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(submit, "states", functools.partial(queue.states, patience=0))
+    monkeypatch.setattr(submit, "job_states", functools.partial(queue.job_states, patience=0))
     return Site(tmp_path)
 
 
-def test_cells_of_one_shape_are_one_array_and_the_ledger_knows_its_number(site: Site) -> None:
+def test_cells_with_one_allocation_are_one_array_whose_number_is_recorded(site: Site) -> None:
     assert site.submit() == 0
-    assert [(each.job, each.cells) for each in site.ledger] == [
+    assert [(each.job, each.cells) for each in site.recorded] == [
         ("100", ("stock-tp1", "tree-tp1")),
         ("101", ("stock-tp2", "tree-tp2")),
     ]
-    assert site.ledger[0].element("tree-tp1") == "100_1"
+    assert site.recorded[0].element("tree-tp1") == "100_1"
     lines = [json.loads(line) for line in (site.out / SUBMISSIONS).read_text().splitlines()]
     assert [line["job"] for line in lines] == [None, "100", None, "101"]
-    assert [line["job_name"] for line in lines[:2]] == [site.ledger[0].job_name] * 2
+    assert [line["job_name"] for line in lines[:2]] == [site.recorded[0].job_name] * 2
 
 
 def test_a_dry_run_prints_what_would_be_submitted_and_writes_nothing(site: Site, capsys: Any) -> None:
@@ -123,7 +124,7 @@ def test_a_single_cell_is_a_plain_job(site: Site) -> None:
         if name != "tree-tp2":
             finish(cell)
     assert site.submit() == 0
-    [only] = site.ledger
+    [only] = site.recorded
     assert (only.cells, only.element("tree-tp2")) == (("tree-tp2",), "100")
     assert "--array" not in site.submitted[0]
 
@@ -137,10 +138,10 @@ def test_a_job_finds_its_run_wherever_it_starts(site: Site, monkeypatch: Any) ->
 
 def test_what_is_pending_or_running_is_not_submitted_again(site: Site, capsys: Any) -> None:
     site.submit()
-    first, _ = site.ledger
+    first, _ = site.recorded
     site.queue(first, "RUNNING")
     assert site.submit() == 0
-    assert [each.cells for each in site.ledger[2:]] == [("stock-tp2", "tree-tp2")]
+    assert [each.cells for each in site.recorded[2:]] == [("stock-tp2", "tree-tp2")]
     assert "0 cells are complete, 2 are pending or running" in capsys.readouterr().out
 
 
@@ -148,7 +149,7 @@ def test_a_cell_that_something_else_trains_is_left_alone(site: Site, capsys: Any
     with launch._exclusively(site.cells["tree-tp2"].config):  # as train.sbatch does
         site.submit()
         main(["status", str(site.out)])
-    assert [each.cells for each in site.ledger] == [("stock-tp1", "tree-tp1"), ("stock-tp2",)]
+    assert [each.cells for each in site.recorded] == [("stock-tp1", "tree-tp1"), ("stock-tp2",)]
     out = capsys.readouterr().out
     assert "1 are pending or running" in out and re.search(r"tree-tp2 .* running", out)
 
@@ -156,9 +157,9 @@ def test_a_cell_that_something_else_trains_is_left_alone(site: Site, capsys: Any
 @pytest.mark.parametrize("word", ["FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "COMPLETED"])
 def test_what_has_ended_without_digests_is_submitted_again(site: Site, word: str) -> None:
     site.submit()
-    site.queue(site.ledger[0], word)
+    site.queue(site.recorded[0], word)
     site.submit()
-    assert len(site.ledger) == 4
+    assert len(site.recorded) == 4
 
 
 def test_complete_cells_are_never_submitted(site: Site, capsys: Any) -> None:
@@ -179,7 +180,7 @@ def test_a_submission_interrupted_after_sbatch_is_found_by_its_name(site: Site, 
         site.queue(half, "PENDING", job="77")
     assert site.submit() == 0
     assert bool(site.submitted) == again
-    assert site.ledger[0].job == ("77" if queued else None)
+    assert site.recorded[0].job == ("77" if queued else None)
 
 
 def test_a_slurm_that_does_not_answer_submits_nothing(site: Site, capsys: Any) -> None:
@@ -233,7 +234,7 @@ def test_a_cell_made_with_other_settings_is_refused_before_anything_is_submitted
 def test_a_cell_that_is_queued_with_other_settings_is_refused(site: Site, capsys: Any) -> None:
     site.submit()
     planned = (site.out / "sweep.json").read_bytes()
-    site.queue(site.ledger[0], "PENDING")
+    site.queue(site.recorded[0], "PENDING")
     assert site.submit("seed=7") == 2
     error = capsys.readouterr().err
     assert "cell stock-tp1 is pending or running with other settings (seed: " in error
@@ -242,18 +243,18 @@ def test_a_cell_that_is_queued_with_other_settings_is_refused(site: Site, capsys
 
 def test_a_cell_that_ends_while_slurm_is_asked_is_not_submitted_again(site: Site, monkeypatch: Any) -> None:
     site.submit()
-    site.queue(site.ledger[0], "COMPLETED")
+    site.queue(site.recorded[0], "COMPLETED")
 
     def ask(*arguments: Any, **options: Any) -> Any:
-        for name in site.ledger[0].cells:
+        for name in site.recorded[0].cells:
             (site.cells[name].path / "run.yaml").unlink()
             site.cells[name].path.rmdir()
             finish(site.cells[name])
-        return queue.states(*arguments, **options)
+        return queue.job_states(*arguments, **options)
 
-    monkeypatch.setattr(submit, "states", ask)
+    monkeypatch.setattr(submit, "job_states", ask)
     site.submit()
-    assert [each.cells for each in site.ledger[2:]] == [("stock-tp2", "tree-tp2")]
+    assert [each.cells for each in site.recorded[2:]] == [("stock-tp2", "tree-tp2")]
 
 
 def test_a_plan_refuses_what_was_made_with_other_settings(site: Site) -> None:
@@ -274,23 +275,31 @@ def test_a_mark_of_tpcheck_cancel_goes_when_the_cell_is_submitted_again(site: Si
 def test_a_plan_prepares_a_sweep_for_plain_sbatch(site: Site) -> None:
     finish(site.cells["stock-tp1"])
     lines = [shlex.split(line) for line in plan(site.sweep)]
-    assert [line[:4] for line in lines] == [
-        [f"OUTPUT={site.out}", "sbatch", "--array=1,3", "--ntasks=2"],
-        [f"OUTPUT={site.out}", "sbatch", "--array=2", "--ntasks=1"],
+    code = Snapshot.now().place(site.out)
+    assert [line[:5] for line in lines] == [
+        [f"OUTPUT={site.out}", f"CODE={code}", "sbatch", "--array=1,3", "--ntasks=2"],
+        [f"OUTPUT={site.out}", f"CODE={code}", "sbatch", "--array=2", "--ntasks=1"],
     ]
+    assert (code / "slurm" / "requeue.sh").is_file()
     assert (site.out / "cells.txt").read_text().split() == list(site.cells)
     assert load_run(site.out / "tree-tp2" / "run.yaml").tp == 2
+
+
+def test_a_plan_made_in_the_clone_needs_no_copy_of_the_code(site: Site, monkeypatch: Any) -> None:
+    monkeypatch.chdir(ROOT)
+    assert {shlex.split(line)[1] for line in plan(site.sweep)} == {"sbatch"}
+    assert not (site.out / "code").exists()
 
 
 def test_jobs_run_the_code_of_the_moment_when_they_were_submitted(site: Site) -> None:
     site.submit()
     place = Snapshot.now().place(site.out)
-    assert f" {place} train " in site.submitted[0]
+    assert f" {place} train " in site.submitted[0] and f"\nrequeue={place}/slurm/requeue.sh\n" in site.submitted[0]
+    assert (place / "slurm" / "requeue.sh").read_bytes() == (ROOT / "slurm" / "requeue.sh").read_bytes()
     (place / "tpcheck" / "cli.py").write_text(
         "import importlib.util as u\n"
         "def main(): print(*(u.find_spec(name).origin for name in ('tpcheck', 'patches', 'slurm')))\n"
     )
-    clone = Path(submit.__file__).parents[1]  # where a user calls from: it has packages of these names, too
-    call = [sys.executable, str(place), "train"]
-    done = subprocess.run(call, capture_output=True, text=True, cwd=clone, env={}, timeout=60)
+    call = [sys.executable, str(place), "train"]  # from the clone, which has packages of these names, too
+    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env={}, timeout=60)
     assert done.stdout.split() == [f"{place}/{package}/__init__.py" for package in ("tpcheck", "patches", "slurm")]

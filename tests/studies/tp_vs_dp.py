@@ -9,8 +9,9 @@ import tempfile
 from pathlib import Path
 
 from tests.support import ROOT
-from tpcheck.config import parse_run
+from tpcheck.config.load import parse_run
 from tpcheck.run.launch import launch
+from tpcheck.run.nudged import make_nudged_runs
 from tpcheck.trace.compare.command import compare
 from tpcheck.trace.compare.judge import Comparison, Row
 from tpcheck.trace.compare.report import write
@@ -36,6 +37,7 @@ def main() -> None:
             for tp, output in runs.items():
                 if launch(parse_run({**RUN, "dtype": dtype, "tp": tp, "output": str(output)})):
                     raise SystemExit((output / "log.txt").read_text()[-2000:])
+            make_nudged_runs(runs[1], seeds=3)
             found[dtype] = compare(runs[1], runs[4])
             write(found[dtype], runs[1], runs[4], OUTPUT / f"{dtype}.html")
             page = (OUTPUT / f"{dtype}.html").read_text(encoding="utf-8")

@@ -64,7 +64,7 @@ def _build(settings: dict[str, Any], bucket_size: int | None) -> tuple[Any, Any,
     patches.cpu.enable()
     from megatron.core import parallel_state
 
-    from tpcheck.config import parse_run
+    from tpcheck.config.load import parse_run
     from tpcheck.run import model
 
     if bucket_size:  # in this rank's process alone
@@ -73,5 +73,5 @@ def _build(settings: dict[str, Any], bucket_size: int | None) -> tuple[Any, Any,
         )
     config = parse_run(settings)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tp)
-    bare, pieces = model.build_model(config)
+    bare, pieces = model.build_model(config, model.transformer_config(config))
     return bare, pieces, model.build_optimizer(config, pieces)

@@ -1,17 +1,18 @@
 """Batch scripts for tests: several sites' profiles, their scripts, and stand-ins for Slurm's commands to run them.
 
-`python -m tests.slurm_scripts` writes tests/slurm/golden/*.sh anew; look at the difference before you commit it.
+`python -m tests.support.slurm_scripts` writes tests/slurm/golden/*.sh anew; look at the difference first.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from slurm.allocation import Shape
+from slurm.allocation import Allocation
 from slurm.profile import Profile
 from slurm.script import Script
 from tests.support import ROOT
@@ -48,7 +49,7 @@ SITES: dict[str, dict[str, Any]] = {
     },
     "cpu": {"cpus_per_rank": 1, "throttle": 2, "architectures": {"h100": CPU}},
 }
-SHAPES = {"torchrun": Shape("h100", 2, 8), "cpu": Shape("h100", 1, 2)}
+NODES_AND_RANKS = {"torchrun": (2, 8), "cpu": (1, 2)}
 CELLS = {"cpu": ("tree-tp2",)}  # a single cell is no array
 
 
@@ -56,7 +57,7 @@ def script(site: str = "cpu", **changes: Any) -> Script:
     profile = Profile.model_validate({"time": "4:00:00", "python": "/venv/bin/python"} | SITES[site] | changes)
     return Script(
         profile,
-        SHAPES.get(site, Shape("h100", 1, 4)),
+        Allocation("h100", *NODES_AND_RANKS.get(site, (1, 4)), profile.architectures["h100"]),
         "qwen.0123abcd",
         CELLS.get(site, ("stock-tp4", "tree-tp4")),
         Path("/shared/my results/qwen"),
@@ -109,12 +110,15 @@ def run(text: str, folder: Path, step: str = "exit 0", **environment: str) -> Ra
 
 
 def in_folder(one: Script, folder: Path) -> Script:
-    """The script with its sweep in `folder`, cells and all."""
+    """The script with its sweep in `folder`: cells, and of the code what the script itself needs."""
+    out, code = folder / "out", folder / "out" / "code" / one.code.name
     for cell in one.cells:
-        (folder / "out" / cell).mkdir(parents=True, exist_ok=True)
-    return replace(one, output=folder / "out", folder=folder / "out" / "slurm", cwd=folder)
+        (out / cell).mkdir(parents=True, exist_ok=True)
+    (code / "slurm").mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "slurm" / "requeue.sh", code / "slurm")
+    return replace(one, output=out, code=code, folder=out / "slurm", cwd=folder)
 
 
 if __name__ == "__main__":
     for name in SITES:
-        (GOLDEN / f"{name}.sh").write_text(script(name).text())
+        (GOLDEN / f"{name}.sh").write_text(script(name).text)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 import tpcheck
-from tpcheck.config import parse_run
+from tpcheck.config.load import parse_run
 from tpcheck.run.launch import launch
+from tpcheck.run.nudged import make_nudged_runs
 from tpcheck.trace.compare.command import compare
-from tpcheck.trace.compare.estimate import open_noise, open_trace
 from tpcheck.trace.compare.judge import Comparison
 
 TINY = {"preset": "qwen3-tiny", "hidden_size": 64, "head_dim": 8, "ffn_hidden_size": 72}
@@ -42,7 +42,7 @@ class Runs:
         name = repr(sorted(settings.items()))
         if name not in self.references:
             path = traced(self.folder / f"reference-{len(self.references)}", **settings)
-            open_noise(path, open_trace(path))
+            make_nudged_runs(path, 3)
             self.references[name] = path
         return self.references[name]
 

@@ -15,16 +15,16 @@ from tests.support import ROOT
 from tests.support.waiting import wait_for
 from tpcheck.errors import TpcheckError
 from tpcheck.files.lock import is_locked
-from tpcheck.sweep.jobs import Job, LocalRunner, Machine, Need, Task, visible_gpus
+from tpcheck.sweep.jobs import Job, LocalRunner, Machine, Resources, Task, visible_gpus
 
-SMALL = Need(cpus=1, gpus=0, memory_gib=0.1)
+SMALL = Resources(cpus=1, gpus=0, memory_gib=0.1)
 ONE_CPU = Machine(cpus=1, gpus=(), memory_gib=8)
 TWO_CPUS = Machine(cpus=2, gpus=(), memory_gib=8)
 
 
-def task(folder: Path, name: str, script: str, need: Need = SMALL) -> Task:
+def task(folder: Path, name: str, script: str, resources: Resources = SMALL) -> Task:
     folder.mkdir(exist_ok=True)
-    return Task(name, ("sh", "-c", script), folder / f"{name}.lock", need)
+    return Task(name, ("sh", "-c", script), folder / f"{name}.lock", resources)
 
 
 def run_all(runner: LocalRunner, tasks: list[Task]) -> dict[str, Job]:
@@ -47,14 +47,14 @@ def test_no_more_tasks_run_at_once_than_there_are_cpus(tmp_path: Path) -> None:
 
 
 def test_a_task_larger_than_the_machine_runs_alone() -> None:
-    large = Need(cpus=8, gpus=0, memory_gib=100)
+    large = Resources(cpus=8, gpus=0, memory_gib=100)
     assert ONE_CPU.fits(large, [])
     assert not ONE_CPU.fits(large, [SMALL])
     assert not ONE_CPU.fits(SMALL, [large])
 
 
 def test_a_small_task_starts_before_a_large_one_that_has_to_wait(tmp_path: Path) -> None:
-    large = Need(cpus=2, gpus=0, memory_gib=0.1)
+    large = Resources(cpus=2, gpus=0, memory_gib=0.1)
     tasks = [
         task(tmp_path, "first", "sleep 1"),
         task(tmp_path, "large", f"echo large >> {tmp_path}/log", large),
@@ -65,14 +65,14 @@ def test_a_small_task_starts_before_a_large_one_that_has_to_wait(tmp_path: Path)
 
 
 def test_memory_limits_how_many_run_at_once() -> None:
-    need = Need(cpus=1, gpus=0, memory_gib=5)
-    assert not TWO_CPUS.fits(need, [need])
+    resources = Resources(cpus=1, gpus=0, memory_gib=5)
+    assert not TWO_CPUS.fits(resources, [resources])
 
 
 def test_every_job_gets_gpus_of_its_own(tmp_path: Path) -> None:
-    need = Need(cpus=1, gpus=1, memory_gib=0.1)
+    resources = Resources(cpus=1, gpus=1, memory_gib=0.1)
     machine = Machine(cpus=8, gpus=(3, 5), memory_gib=8)
-    tasks = [task(tmp_path, name, "echo gpu=$CUDA_VISIBLE_DEVICES; sleep 1", need) for name in "ab"]
+    tasks = [task(tmp_path, name, "echo gpu=$CUDA_VISIBLE_DEVICES; sleep 1", resources) for name in "ab"]
     jobs = run_all(LocalRunner(tmp_path / "jobs", machine), tasks)
     assert "gpu=3" in jobs["a"].output()
     assert "gpu=5" in jobs["b"].output()

@@ -22,7 +22,9 @@ from tpcheck.cli import main
 from tpcheck.files import result_dir
 from tpcheck.files.lock import is_locked
 from tpcheck.files.names import DIGESTS, MANIFEST
-from tpcheck.sweep.local import other_settings
+from tpcheck.sweep import local
+from tpcheck.sweep.completeness import other_settings
+from tpcheck.sweep.jobs import Machine
 
 QUICK = {"model": "qwen3-tiny", "steps": 2, "seq_length": 20}
 STOCK = {"strategy": ["stock"], "tp": [1, 2]}
@@ -132,6 +134,15 @@ def test_a_cell_made_before_a_setting_existed_had_its_default(tmp_path: Path) ->
     reading = of.cells[0].config.model_copy(update={"symmetric_memory": True})
     changed = other_settings(dataclasses.replace(of.cells[0], config=reading), before)
     assert changed == "symmetric_memory: False there, True now"
+
+
+def test_the_memory_of_a_cell_is_that_of_all_its_ranks_whose_optimizer_may_be_shared_out(tmp_path: Path) -> None:
+    large = {"model": "qwen3-0.6b", "seq_length": 20, "micro_batch_size": 1, "strategy": "stock"}
+    cells = sweep(tmp_path, base=large, matrix={"dp": [1, 4], "distributed_optimizer": [False, True]}).cells
+    machine = Machine(cpus=8, gpus=(), memory_gib=64)
+    one, _, copies, shared = (local._task(cell, machine).resources.memory_gib for cell in cells)
+    assert copies == pytest.approx(4 * one)
+    assert copies - shared == pytest.approx(4 * 0.596e9 * (18 - 9) / 2**30, rel=0.01)
 
 
 def test_a_cell_made_with_other_settings_is_refused_before_anything_runs(

@@ -144,4 +144,4 @@ def test_a_nudged_run_that_was_interrupted_is_to_be_removed(tmp_path: Path) -> N
     (tmp_path / "run" / MANIFEST).write_text("{}")
     (tmp_path / "run" / "noise-1").mkdir()
     with pytest.raises(TpcheckError, match="noise-1, a nudged run, is not whole: remove it, and it is made again"):
-        open_noise(tmp_path / "run", open_trace(trace), seeds=1)
+        open_noise(tmp_path / "run", open_trace(trace))

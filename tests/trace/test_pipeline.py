@@ -25,7 +25,7 @@ from tpcheck.trace.compare.command import compare
 from tpcheck.trace.compare.estimate import open_trace
 from tpcheck.trace.compare.reader import Trace
 from tpcheck.trace.record.chunks import chunks_of
-from tpcheck.trace.record.rank_layout import grid_of
+from tpcheck.trace.record.rank_layout import rank_layout_of
 
 cpu.enable()
 VOCABULARY, LENGTH, MICROBATCHES, STEPS = 48, 8, 4, 2
@@ -81,17 +81,17 @@ def _chunk(config: TransformerConfig, virtual: int | None, mtp: int, tied: bool)
 
 def _initialize(models: list[Any]) -> None:
     """Weights by their names in the whole model, whoever holds them."""
-    grid = grid_of(models)
-    for chunk in chunks_of(models, grid):
+    layout = rank_layout_of(models)
+    for chunk in chunks_of(models, layout):
         for name, parameter in chunk.parameters().items():
             if parameter.dim() < 2:
                 continue
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             cut = getattr(parameter, "tensor_model_parallel", False)
             shape, dim = list(parameter.shape), getattr(parameter, "partition_dim", 0)
-            shape[dim] *= grid.tp if cut else 1
+            shape[dim] *= layout.tp if cut else 1
             drawn = torch.randn(shape, generator=generator) / 10
-            parameter.data.copy_(drawn.chunk(grid.tp, dim)[grid.tp_rank] if cut else drawn)
+            parameter.data.copy_(drawn.chunk(layout.tp, dim)[layout.tp_rank] if cut else drawn)
 
 
 def _batches(step: int) -> Any:

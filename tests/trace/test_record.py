@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import tpcheck
 from tests.support.ranks import on_ranks
 from tests.support.traces import TINY, recorded, traced
-from tpcheck.config import parse_run
+from tpcheck.config.load import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.run.launch import launch
@@ -113,7 +113,7 @@ def test_options_that_make_no_sense_are_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("trace", "message"),
     [
-        ({"steps": [-1]}, "trace.steps.0: "),
+        ({"steps": [-1]}, r"trace.steps: steps=\[-1\]: name them"),
         ({"steps": [2, 3]}, r"^run: trace.steps=\[2, 3\]: the last of steps=2 is 1"),
         ({"steps": [0], "sampel": 2}, "unknown key trace.sampel: did you mean sample"),
         ({"sample": 2}, "trace.steps is missing: give it$"),

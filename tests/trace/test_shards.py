@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpcheck.checkpoint.tiling import Part, tiles
+from tpcheck.checkpoint.tiling import Tile, tiles
 from tpcheck.trace.compare.metrics import distance, numbers
 from tpcheck.trace.compare.reader import Logical
 from tpcheck.trace.record.noise import nudge, spawn
@@ -20,7 +20,7 @@ from tpcheck.trace.record.shards import Shards, whole
 def assembled(held: list[Shards]) -> np.ndarray:
     """What a reader makes of the ranks' boxes."""
     shape = held[0].shape
-    parts = [Part(offset, part.numpy()) for shards in held for offset, part in shards.parts if part.numel()]
+    parts = [Tile(offset, part.numpy()) for shards in held for offset, part in shards.parts if part.numel()]
     known = tuple(
         max(part.offset[dim] + part.array.shape[dim] for part in parts) if extent is None else extent
         for dim, extent in enumerate(shape)

@@ -11,7 +11,7 @@ digest, and element by element where the checkpoints are still there. Three answ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 from tpcheck.checkpoint.digest import PARTS, Digests, TensorDigest, digest_checkpoint
 from tpcheck.checkpoint.reader import Checkpoint
 from tpcheck.checkpoint.ulp import Difference, compare
+from tpcheck.config.differences import settings_differences
 from tpcheck.files import result_dir
 from tpcheck.files.names import DIGESTS
 
@@ -120,25 +121,15 @@ def _config_differences(a: Json, b: Json) -> dict[str, tuple[Any, Any]]:
     """Settings, versions and data that differ, by dotted name; where a run writes to is not one of them."""
     if not a or not b:
         return {}
-    flat = [
+    one, other = (
         {
-            **dict(_flat("", manifest["config"])),
-            **dict(_flat("versions.", manifest.get("versions") or {})),
+            **manifest["config"],
+            "versions": manifest.get("versions") or {},
             "data.digest": (manifest.get("data") or {}).get("digest"),
         }
         for manifest in (a, b)
-    ]
-    keys = sorted((flat[0].keys() | flat[1].keys()) - {"output"})
-    pairs = {key: (flat[0].get(key), flat[1].get(key)) for key in keys}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def _flat(prefix: str, value: Json) -> Iterator[tuple[str, Any]]:
-    for key, inner in value.items():
-        if isinstance(inner, Mapping):
-            yield from _flat(f"{prefix}{key}.", inner)
-        else:
-            yield prefix + key, inner
+    )
+    return settings_differences(one, other, ignore={"output"})
 
 
 def _compare_steps(report: Report, a: Mapping[int, Json], b: Mapping[int, Json]) -> None:

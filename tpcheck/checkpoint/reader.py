@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tpcheck.checkpoint.tiling import Array, Index, Part, boxes_of_range, row_major, tiles
+from tpcheck.checkpoint.tiling import Array, Index, Tile, boxes_of_range, row_major, tiles
 from tpcheck.checkpoint.unpickle import ITEMSIZE, Inert, Stored, load_archive, load_pickle
 from tpcheck.errors import TpcheckError
 
@@ -97,7 +97,7 @@ class Checkpoint:
 
     def blocks(self, tensor: LogicalTensor) -> Iterator[memoryview]:
         """The tensor's bytes in row-major order; a block is valid only until the next one is asked for."""
-        parts = [Part(chunk.offset, self._array(tensor, chunk)) for chunk in tensor.chunks if math.prod(chunk.shape)]
+        parts = [Tile(chunk.offset, self._array(tensor, chunk)) for chunk in tensor.chunks if math.prod(chunk.shape)]
         if math.prod(tensor.shape) and not tiles(parts, tensor.shape):
             raise TpcheckError(
                 f"{self.path}: the chunks of {tensor.name} do not add up to its shape {list(tensor.shape)}: "

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "Index", "Part", "boxes_of_range", "row_major", "tiles"]
+__all__ = ["Array", "Index", "Tile", "boxes_of_range", "row_major", "tiles"]
 
 BLOCK = 4 << 20  # large enough that copying costs little beside hashing
 
@@ -24,14 +24,14 @@ Index: TypeAlias = tuple[int, ...]
 Array: TypeAlias = npt.NDArray[Any]
 
 
-class Part(NamedTuple):
+class Tile(NamedTuple):
     """The box [offset, offset + array.shape) of a tensor."""
 
     offset: Index
     array: Array
 
 
-def row_major(parts: Sequence[Part]) -> Iterator[Array]:
+def row_major(parts: Sequence[Tile]) -> Iterator[Array]:
     """C-contiguous arrays that, flattened one after another, are the tensor that `parts` tile.
 
     An array is valid only until the next one is asked for.
@@ -46,7 +46,7 @@ def row_major(parts: Sequence[Part]) -> Iterator[Array]:
             yield from _assembled(slab)
 
 
-def tiles(parts: Sequence[Part], shape: Index) -> bool:
+def tiles(parts: Sequence[Tile], shape: Index) -> bool:
     """Whether the parts, none of them empty, cover every element of `shape` exactly once."""
     if len(parts) == 1:
         return parts[0].array.shape == shape and not any(parts[0].offset)
@@ -54,7 +54,7 @@ def tiles(parts: Sequence[Part], shape: Index) -> bool:
         return False
     covered = 0
     for start, slab in _slabs(parts):
-        if start != covered or not tiles([Part(part.offset[1:], part.array[0]) for part in slab], shape[1:]):
+        if start != covered or not tiles([Tile(part.offset[1:], part.array[0]) for part in slab], shape[1:]):
             return False
         covered += len(slab[0].array)
     return covered == shape[0]
@@ -84,28 +84,28 @@ def _in_row(shape: Index, index: int, start: int, stop: int) -> Iterator[tuple[I
         yield (index, *offset), (1, *box)
 
 
-def _slabs(parts: Sequence[Part]) -> Iterator[tuple[int, list[Part]]]:
+def _slabs(parts: Sequence[Tile]) -> Iterator[tuple[int, list[Tile]]]:
     """Start of each slab along dimension 0, and the parts within it, their offsets relative to it."""
     waiting = sorted(parts, key=lambda part: part.offset[0], reverse=True)
     edges = sorted({edge for part in parts for edge in (part.offset[0], part.offset[0] + len(part.array))})
-    inside: list[Part] = []
+    inside: list[Tile] = []
     for low, high in itertools.pairwise(edges):
         inside = [part for part in inside if part.offset[0] + len(part.array) > low]
         while waiting and waiting[-1].offset[0] <= low:
             inside.append(waiting.pop())
         if inside:
             cut = [(part, low - part.offset[0], high - part.offset[0]) for part in inside]
-            yield low, [Part((0, *part.offset[1:]), part.array[lo:hi]) for part, lo, hi in cut]
+            yield low, [Tile((0, *part.offset[1:]), part.array[lo:hi]) for part, lo, hi in cut]
 
 
-def _assembled(slab: Sequence[Part]) -> Iterator[Array]:
+def _assembled(slab: Sequence[Tile]) -> Iterator[Array]:
     """The rows of a slab, each put together from its parts, as many at a time as fit into BLOCK bytes."""
     height, first = len(slab[0].array), slab[0].array
     width = [max(part.offset[dim] + part.array.shape[dim] for part in slab) for dim in range(1, first.ndim)]
     rows = BLOCK // (math.prod(width) * first.itemsize)
     if not rows and width:
         for row in range(height):
-            yield from row_major([Part(part.offset[1:], part.array[row]) for part in slab])
+            yield from row_major([Tile(part.offset[1:], part.array[row]) for part in slab])
         return
     rows = max(1, min(rows, height))
     buffer = np.empty((rows, *width), first.dtype)

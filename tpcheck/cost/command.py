@@ -8,9 +8,10 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tpcheck.config import RunConfig, load_run_or_preset
+from tpcheck.config.load import load_run_or_preset
 from tpcheck.config.presets import PRESETS
-from tpcheck.cost.datasheets import BOARD, GPUS, Gpu
+from tpcheck.config.schema import RunConfig
+from tpcheck.cost.datasheets import GPUS, NVLINK_DOMAIN, Gpu
 from tpcheck.cost.memory import GIB, memory
 from tpcheck.cost.terms import LEGEND, STRATEGIES, Quantity, Strategy, Term, step, symbols, total
 from tpcheck.errors import TpcheckError
@@ -107,8 +108,9 @@ def _lines(
         f"datasheet: {gpu.tflops:g} TFLOP/s bf16 dense, {gpu.memory_gb:g} GB ({gpu.memory_gb * 1e9 / GIB:.0f} GiB), "
         f"NVLink {gpu.nvlink_gbs:g} GB/s a direction; no GPU sustains these"
     )
-    if config.tp > BOARD:
-        yield f"NVLink joins the {BOARD} GPUs of a board; between boards TP={config.tp} is slower than this floor"
+    if config.tp > NVLINK_DOMAIN:
+        between = f"between boards TP={config.tp} is slower than this floor"
+        yield f"NVLink joins the {NVLINK_DOMAIN} GPUs of a board; {between}"
     yield ""
     legend = (f"{name}={value:g} {LEGEND[name]}" for name, value in symbols(config).items())
     yield from textwrap.wrap("; ".join(legend), 120)

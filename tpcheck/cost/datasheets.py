@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["BOARD", "GPUS", "Gpu"]
+__all__ = ["GPUS", "NVLINK_DOMAIN", "Gpu"]
 
-BOARD = 8  # GPUs that NVLink and NVSwitch connect
+NVLINK_DOMAIN = 8  # GPUs that NVLink and NVSwitch connect
 
 
 @dataclass(frozen=True)

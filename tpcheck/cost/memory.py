@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tpcheck.config import RunConfig
+from tpcheck.config.schema import RunConfig
 
 __all__ = ["GIB", "Memory", "bytes_per_parameter", "memory", "parameters"]
 

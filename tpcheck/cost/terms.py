@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Literal
 
-from tpcheck.config import ModelConfig, RunConfig
+from tpcheck.config.schema import ModelConfig, RunConfig
+from tpcheck.config.strategies import STRATEGIES, Strategy
 
 __all__ = ["LEGEND", "STRATEGIES", "Quantity", "Strategy", "Term", "step", "symbols", "total"]
 
-Strategy = Literal["stock", "gather", "tree"]
 Quantity = Literal["flops", "bytes", "memory"]
 
-STRATEGIES: tuple[Strategy, ...] = ("stock", "gather", "tree")
 LOCAL: tuple[Strategy, ...] = ("stock", "tree")  # who multiplies what a rank holds, and no more
 PATCHED: tuple[Strategy, ...] = ("gather", "tree")
 

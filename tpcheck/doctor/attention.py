@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -21,16 +21,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import patches
-from patches.order.head_invariance import Kernel, first_dependence
-from tpcheck.config import RunConfig
-from tpcheck.doctor.machine import Finding, unless_stock
+from patches.contract import Attention
+from patches.order.head_invariance import Kernel, find_head_dependence
+from tpcheck.config.schema import RunConfig
+from tpcheck.doctor.findings import Finding, unless_stock
 from tpcheck.errors import TpcheckError
 
 __all__ = ["attention"]
 
 MOST_TOKENS_ON_CPU = 128
 HEADS = 2  # of [s, b, heads, d]
-TE_BACKENDS: tuple[Literal["unfused", "flash", "fused"], ...] = ("unfused", "flash", "fused")
 SDPA = {
     "math": SDPBackend.MATH,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -61,7 +61,7 @@ def attention(config: RunConfig) -> Iterator[Finding]:
             yield _judged(config, f"{name}, patched", kernel, wanted, patched=True)
             yield _judged(config, f"{name}, stock", kernel, False, patched=False)
         if layers == "te" or (torch.cuda.is_available() and find_spec("transformer_engine")):
-            for backend in TE_BACKENDS:
+            for backend in get_args(Attention):
                 wanted = layers == "te" and backend == asked
                 with _te_chooses(backend):
                     kernel = _te(config)
@@ -76,7 +76,7 @@ def _judged(
     try:
         with patches.enabled(strategy, config.leaves, backend) if patched else contextlib.nullcontext():
             like, heads = _like(config), config.model.num_attention_heads
-            found = first_dependence(kernel, like, like, like, heads, HEADS, _parts(config))
+            found = find_head_dependence(kernel, like, like, like, heads, HEADS, _parts(config))
     except patches.UnsupportedError as error:
         return Finding("attention", name, "refused", unless_stock(config) if wanted else "note", str(error))
     except (RuntimeError, ValueError, AssertionError) as error:
@@ -142,7 +142,7 @@ def _te_chooses(backend: str) -> Iterator[None]:
     """Only one of TE's backends to choose from; it asks the environment whenever it has no choice to remember."""
     from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention
 
-    names = {f"NVTE_{one.upper()}_ATTN": str(int(one == backend)) for one in TE_BACKENDS}
+    names = {f"NVTE_{one.upper()}_ATTN": str(int(one == backend)) for one in get_args(Attention)}
     before = {name: os.environ.pop(name, None) for name in names}
     os.environ.update(names)
     dot_product_attention._attention_backends["attention_params"] = None

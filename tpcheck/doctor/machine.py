@@ -1,27 +1,24 @@
-"""`tpcheck doctor`: what this machine has, and whether a run's promise can be kept on it.
-
-Asked for is what the run file says: strategy, layers, attention, symmetric memory. What of it cannot be had here is
-marked `no` and ends the command with 1; everything else is said for information.
-"""
+"""Versions, devices, sums and settings of this machine, as far as a run's promise depends on them."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Literal
+from typing import get_args
 
 import torch
 
-from tpcheck.config import RunConfig, load_run_or_preset, parse_run
+import patches
+from patches.contract import Attention
+from patches.order.backend import backend, check
+from patches.registry import SUPPORTED
+from tpcheck.config.schema import RunConfig
+from tpcheck.doctor.findings import Finding, Verdict, unless_stock
+from tpcheck.run import provenance
 
-__all__ = ["Finding", "Verdict", "command", "examine", "unless_stock"]
-
-Verdict = Literal["ok", "no", "note"]
+__all__ = ["devices", "settings", "sums", "versions"]
 
 FIRST_TORCH = "2.9"  # torch.library.get_kernel
 
@@ -47,50 +44,10 @@ ALIKE = {
     "TRITON_DEFAULT_FP_FUSION": "it decides where multiplications and additions are fused",
 }
 MOST_CHARACTERS = 500  # of somebody else's error message
-NVTE_BACKENDS = ("flash", "fused", "unfused")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the table; `no` means that something asked for cannot be had."""
-
-    section: Literal["versions", "devices", "sums", "settings", "attention"]
-    name: str
-    found: str
-    verdict: Verdict = "ok"
-    why: str = ""
-
-
-def command(target: str | None, overrides: Sequence[str], as_json: bool) -> int:
-    """Examine this machine for a run file, a preset, or the defaults; print; 0 if all that is asked for can be had."""
-    config = _config(target, overrides)
-    with warnings.catch_warnings():  # megatron-core's, that neither Apex nor Transformer Engine is installed
-        warnings.simplefilter("ignore")
-        findings = examine(config)
-    kept = all(finding.verdict != "no" for finding in findings)
-    if as_json:
-        print(json.dumps({"kept": kept, "asked": _asked(config), "findings": [asdict(one) for one in findings]}))
-    else:
-        print("\n".join(_lines(config, findings)))
-    return 0 if kept else 1
-
-
-def examine(config: RunConfig) -> list[Finding]:
-    """Everything that there is to say, in the order of the table."""
-    from tpcheck.doctor.attention import attention
-
-    return [*_versions(config), *_devices(config), *_sums(config), *_settings(config), *attention(config)]
-
-
-def _config(target: str | None, overrides: Sequence[str]) -> RunConfig:
-    return load_run_or_preset(target, overrides, {}) if target else parse_run({}, overrides=overrides)
-
-
-def _versions(config: RunConfig) -> Iterator[Finding]:
-    from patches.registry import SUPPORTED
-    from tpcheck.run.provenance import versions
-
-    installed = versions()
+def versions(config: RunConfig) -> Iterator[Finding]:
+    installed = provenance.versions()
     on_gpu = torch.cuda.is_available()
     yield Finding("versions", "python", platform.python_version())
     recent = hasattr(torch.library, "get_kernel")
@@ -113,12 +70,10 @@ def _versions(config: RunConfig) -> Iterator[Finding]:
         yield Finding("versions", "NCCL", nccl, "ok", "moves sums, adds none")
 
 
-def _devices(config: RunConfig) -> Iterator[Finding]:
-    from tpcheck.run.provenance import cpu_name
-
+def devices(config: RunConfig) -> Iterator[Finding]:
     if not torch.cuda.is_available():
         yield Finding(
-            "devices", "CPU", f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}", "ok",
+            "devices", "CPU", f"{provenance.cpu_name()}, {torch.backends.cpu.get_cpu_capability()}", "ok",
             "the vector width picks exp and silu: ranks, and runs to be compared, must have the same",
         )  # fmt: skip
         return
@@ -133,15 +88,12 @@ def _devices(config: RunConfig) -> Iterator[Finding]:
         yield Finding("devices", "ranks", str(config.world_size), "note", "more than the GPUs of this machine")
 
 
-def _sums(config: RunConfig) -> Iterator[Finding]:
-    import patches
-    from patches.order import products
-
+def sums(config: RunConfig) -> Iterator[Finding]:
     strategy = "tree" if config.strategy == "stock" else config.strategy
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        products.check(device)
-        made_of = products.describe(device.type)
+        check(device)
+        made_of = backend(device).provenance()
     except Exception as error:  # Triton has many: no C compiler, no driver, a kernel that does not compile
         why = " ".join(f"{type(error).__name__}: {error}".split())
         yield Finding("sums", "products", "cannot be made", unless_stock(config), why[:MOST_CHARACTERS])
@@ -155,7 +107,7 @@ def _sums(config: RunConfig) -> Iterator[Finding]:
         yield Finding("sums", "patches", "cannot be enabled", unless_stock(config), str(error))
 
 
-def _settings(config: RunConfig) -> Iterator[Finding]:
+def settings(config: RunConfig) -> Iterator[Finding]:
     found = {name: os.environ[name] for name in (*WITHOUT_EFFECT, *ALIKE) if name in os.environ}
     for name, value in found.items():
         why = f"no effect: {WITHOUT_EFFECT[name]}" if name in WITHOUT_EFFECT else f"same everywhere: {ALIKE[name]}"
@@ -165,8 +117,8 @@ def _settings(config: RunConfig) -> Iterator[Finding]:
         yield Finding("settings", "TRITON_INTERPRET", "1", unless_stock(config), "kernels would not run on the GPU")
     asked = config.attention or "unfused"
     te = config.layers == "te" or (config.layers is None and on_gpu and find_spec("transformer_engine") is not None)
-    for backend in NVTE_BACKENDS:
-        name, needed = f"NVTE_{backend.upper()}_ATTN", str(int(backend == asked))
+    for kind in get_args(Attention):
+        name, needed = f"NVTE_{kind.upper()}_ATTN", str(int(kind == asked))
         if name in os.environ:
             fits = os.environ[name] == needed
             why = "" if fits else f"Megatron wants {needed} for attention={asked}: unset it"
@@ -176,37 +128,5 @@ def _settings(config: RunConfig) -> Iterator[Finding]:
         yield Finding("settings", "environment", "nothing that touches sums")
 
 
-def unless_stock(config: RunConfig) -> Verdict:
-    """Of what the patches need: a stock run asks for no patches."""
-    return "note" if config.strategy == "stock" else "no"
-
-
 def _short(value: object) -> str:
     return f"{len(value)} kinds" if isinstance(value, dict) else str(value)
-
-
-def _asked(config: RunConfig) -> str:
-    if config.strategy == "stock":
-        return "stock"
-    leaves = f", {config.leaves} leaves" if config.strategy == "tree" else ""
-    layers = f", layers={config.layers}" if config.layers else ""
-    symmetric = ", symmetric memory" if config.symmetric_memory else ""
-    return f"{config.strategy}{leaves}{layers}, {config.attention or 'unfused'} attention{symmetric}, {config.dtype}"
-
-
-def _lines(config: RunConfig, findings: Sequence[Finding]) -> Iterator[str]:
-    marks = {"ok": "ok", "no": "NO", "note": "-"}
-    width = max(len(one.name) for one in findings)
-    for section in dict.fromkeys(one.section for one in findings):
-        yield section
-        for one in findings:
-            if one.section == section:
-                yield f"  {marks[one.verdict]:2}  {one.name:{width}}  {one.found}" + f"  ({one.why})" * bool(one.why)
-    failed = [one.name for one in findings if one.verdict == "no"]
-    if failed:
-        verb = "run" if config.strategy == "stock" else "be kept"
-        yield f"cannot {verb} here: {_asked(config)}; see {', '.join(failed)}"
-    elif config.strategy == "stock":
-        yield "nothing to keep: a stock run promises nothing"
-    else:
-        yield f"can be kept here: {_asked(config)}"

@@ -9,28 +9,17 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tpcheck.errors import TpcheckError
-from tpcheck.order.fprev import MOST, Tree, formula, to_lists
+from tpcheck.order.fprev import MAX_SUMMANDS, Tree, formula, to_lists
+from tpcheck.order.setting import Order, Setting, title
 
-if TYPE_CHECKING:
-    from tpcheck.order.targets import Setting
-
-__all__ = ["Order", "command", "orders"]
+__all__ = ["command", "orders"]
 
 FORMATS = (".svg", ".png", ".pdf")
 LAYER_SIZES, LAYER_SUMMANDS, RANKS = "1,2,4,8", 32, 4
-
-
-@dataclass(frozen=True)
-class Order:
-    """One tree, and the places where it was found."""
-
-    tree: Tree
-    places: str
 
 
 def command(target: str, tp: str | None, size: int | None, *, draw: Path | None, as_json: bool, **options: Any) -> int:
@@ -44,12 +33,10 @@ def command(target: str, tp: str | None, size: int | None, *, draw: Path | None,
     if size is None:
         size = RANKS if target == "all-reduce" else LAYER_SUMMANDS
     for name, number in {"size": size, **options}.items():
-        if isinstance(number, int) and not isinstance(number, bool) and not 1 <= number <= MOST:
-            raise TpcheckError(f"--{name} {number}: use 1 to {MOST}")
+        if isinstance(number, int) and not isinstance(number, bool) and not 1 <= number <= MAX_SUMMANDS:
+            raise TpcheckError(f"--{name} {number}: use 1 to {MAX_SUMMANDS}")
     with warnings.catch_warnings():  # megatron-core's, that neither Apex nor Transformer Engine is installed
         warnings.simplefilter("ignore")
-        from tpcheck.order.targets import Setting
-
         settings = [Setting(target=target, tp=t, size=size, **options) for t in _sizes(tp)]
         found = orders(settings)
     if as_json:
@@ -97,19 +84,6 @@ def _places(by_tp: dict[int, list[int]], elements: int, target: str) -> str:
     every = [str(tp) for tp, where in by_tp.items() if len(where) == elements]
     some = [f"TP={tp}, {'last' if where[0] else 'first'} element" for tp, where in by_tp.items() if len(where) == 1]
     return "; ".join([f"TP={', '.join(every)}"] * bool(every) + some)
-
-
-def title(setting: Setting) -> str:
-    what = {
-        "row-parallel": "forward of a row-parallel layer, summed over features",
-        "column-parallel": "input gradient of a column-parallel layer, summed over output features",
-        "gated": "input gradient of a SwiGLU's first layer, summed over output features [gate | up]",
-        "norm": "gamma's gradient of an RMSNorm, summed over tokens",
-        "gemm": "a rank's own product, summed over features",
-        "all-reduce": "all-reduce, summed over ranks",
-    }[setting.target]
-    sp = ", sequence-parallel" if setting.sp or setting.target == "norm" else ""
-    return f"{what}: {setting.size} summands, {setting.strategy}, {setting.dtype}{sp}"
 
 
 def _lines(setting: Setting, found: Sequence[Order]) -> Iterator[str]:

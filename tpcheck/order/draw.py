@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -20,10 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from tpcheck.order.fprev import Tree
-from tpcheck.sweep.plot import COLOURS, FAINT, INK
-
-if TYPE_CHECKING:
-    from tpcheck.order.command import Order
+from tpcheck.order.setting import Order
+from tpcheck.pages.colours import COLOURS, FAINT, INK
 
 __all__ = ["draw_orders"]
 

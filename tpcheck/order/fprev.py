@@ -28,27 +28,27 @@ from tpcheck.errors import TpcheckError
 
 __all__ = [
     "LARGE",
-    "MOST",
+    "MAX_SUMMANDS",
     "Kind",
     "Node",
     "Tree",
     "formula",
     "from_lists",
-    "meetings",
+    "lca_sizes",
     "reveal",
     "reveal_each",
     "to_lists",
 ]
 
 LARGE = 2.0**120  # M: swallows ones in float64 accumulators too, and twice M is finite in bfloat16 and float32
-MOST = 256  # bfloat16 counts that far without rounding, and Python recurses that deep
+MAX_SUMMANDS = 256  # bfloat16 counts that far without rounding, and Python recurses that deep
 CHECKED = 2  # further pairs, times n, that a revealed tree has to answer for
 
 Kind = Literal["sum", "fused", "exact"]
 
 
 class Node(NamedTuple):
-    """One addition. Children stand in the order of their smallest summands: addition commutes, so equal is equal.
+    """One addition. Children are in the order of their smallest summands: addition commutes, so equal is equal.
 
     Attributes:
         kind: "sum" of two, "fused" sum of more in one step, "exact" sum of more than two summands.
@@ -62,26 +62,26 @@ Tree: TypeAlias = int | Node  # a summand's number, or a node
 
 
 def reveal(function: Callable[[list[float]], float], n: int) -> Tree:
-    """The tree by which `function` adds its `n` arguments, at most `MOST`: a call for every pair that it asks about."""
+    """The tree by which `function` adds its `n` arguments, at most `MAX_SUMMANDS`; one call for a pair asked about."""
     return reveal_each(lambda x: [function(x)], n)[0]
 
 
 def reveal_each(function: Callable[[list[float]], Sequence[float]], n: int) -> list[Tree]:
     """The trees of a function with several results, each a sum of the same `n` arguments."""
-    if not 1 <= n <= MOST:
-        raise TpcheckError(f"the order of {n} summands cannot be revealed: use 1 to {MOST}")
+    if not 1 <= n <= MAX_SUMMANDS:
+        raise TpcheckError(f"the order of {n} summands cannot be revealed: use 1 to {MAX_SUMMANDS}")
     known: dict[tuple[int, int], list[int]] = {}
 
-    def meets(i: int, j: int, result: int) -> int:
+    def lca_size(i: int, j: int, result: int) -> int:
         pair = (min(i, j), max(i, j))
         if pair not in known:
-            known[pair] = _under_meeting(function, n, *pair)
+            known[pair] = _lca_sizes_of(function, n, *pair)
         return known[pair][result]
 
-    return [_reveal(functools.partial(meets, result=k), n) for k in range(len(function([1.0] * n)))]
+    return [_reveal(functools.partial(lca_size, result=k), n) for k in range(len(function([1.0] * n)))]
 
 
-def _under_meeting(function: Callable[[list[float]], Sequence[float]], n: int, i: int, j: int) -> list[int]:
+def _lca_sizes_of(function: Callable[[list[float]], Sequence[float]], n: int, i: int, j: int) -> list[int]:
     """l_ij of every result."""
     x = [1.0] * n
     x[i], x[j] = LARGE, -LARGE
@@ -92,13 +92,14 @@ def _under_meeting(function: Callable[[list[float]], Sequence[float]], n: int, i
     return [n - int(ones) for ones in survived]
 
 
-def _reveal(meets: Callable[[int, int], int], n: int) -> Tree:
-    tree = _canonical(_build(meets, list(range(n))))
-    expected = meetings(tree)
+def _reveal(lca_size: Callable[[int, int], int], n: int) -> Tree:
+    tree = _canonical(_build(lca_size, list(range(n))))
+    expected = lca_sizes(tree)
     for i, j in random.Random(n).sample(sorted(expected), min(CHECKED * n, len(expected))):
-        if expected[i, j] != meets(i, j):
+        if expected[i, j] != lca_size(i, j):
             raise TpcheckError(
-                f"no tree of additions: {i} and {j} meet under {meets(i, j)} summands, by the others {expected[i, j]}"
+                f"no tree of additions: {i} and {j} meet under {lca_size(i, j)} summands, "
+                f"by the others {expected[i, j]}"
             )
     return tree
 
@@ -112,20 +113,20 @@ class _Open:
     final: int
 
 
-def _build(meets: Callable[[int, int], int], among: list[int]) -> _Open | int:
+def _build(lca_size: Callable[[int, int], int], among: list[int]) -> _Open | int:
     """FPRev's recursion. Its pivot is the first summand; the middle one keeps a chain's recursion shallow."""
     pivot = among[len(among) // 2]
     groups: dict[int, list[int]] = {}
     for j in among:
         if j != pivot:
-            groups.setdefault(meets(pivot, j), []).append(j)
+            groups.setdefault(lca_size(pivot, j), []).append(j)
     tree: _Open | int = pivot
     for size in sorted(groups):
         met = groups[size]
         if size == 2 and len(met) > 1:
             tree = _Open("exact", (pivot, *met), 1 + len(met))
             continue
-        other = _build(meets, met)
+        other = _build(lca_size, met)
         if isinstance(other, _Open) and other.kind != "exact" and other.final == size:
             tree = _Open("fused", (tree, *other.children), size)
         else:
@@ -145,7 +146,7 @@ def _first(tree: Tree) -> int:
     return tree
 
 
-def meetings(tree: Tree) -> dict[tuple[int, int], int]:
+def lca_sizes(tree: Tree) -> dict[tuple[int, int], int]:
     """l_ij of every pair i < j."""
     found: dict[tuple[int, int], int] = {}
     _summands(tree, found)

@@ -16,11 +16,10 @@ import importlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,44 +35,18 @@ import patches
 from patches.order.collectives import all_gather, tree_all_reduce
 from tpcheck.errors import TpcheckError
 from tpcheck.order.fprev import Tree, from_lists, reveal_each, to_lists
+from tpcheck.order.setting import Setting
 
-__all__ = ["TARGETS", "Setting", "Strategy", "check", "trees"]
+__all__ = ["check", "trees"]
 
-Strategy = Literal["stock", "tree", "gather"]
 Sum = Callable[[list[float]], Sequence[float]]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FINALIZE = importlib.import_module("megatron.core.distributed.finalize_model_grads")  # a function of its name hides it
 TIMEOUT = timedelta(seconds=300)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One sum.
-
-    Attributes:
-        size: how many summands; of `all-reduce`, how many ranks.
-        rows, columns: tokens and features of the result, which must not matter, but do.
-        sp: sequence parallelism; `norm` has it always.
-        threads: of every rank.
-    """
-
-    target: str
-    strategy: Strategy
-    tp: int
-    size: int
-    rows: int = 8
-    columns: int = 8
-    dtype: str = "fp32"
-    sp: bool = False
-    threads: int = 1
-
-    @property
-    def ranks(self) -> int:
-        return {"all-reduce": self.size, "gemm": 1}.get(self.target, self.tp)
-
-
 def check(s: Setting) -> None:
-    """Refuse what cannot be cut."""
+    """Raise `TpcheckError` where the ranks cannot have equal parts, or another setting makes no sense."""
     if s.sp and s.target in ("gemm", "all-reduce"):
         raise TpcheckError(f"{s.target} has no sequence parallelism: leave --sp out")
     cut: dict[str, tuple[str, int]] = {"gemm": ("columns", s.columns), "all-reduce": ("size", s.tp)}
@@ -111,7 +84,7 @@ def _rank(rank: int, setting: Setting, scratch: Path) -> None:
         patches.enable(setting.strategy)
     answer: tuple[Any, str | None]
     try:  # a result is the same on every rank, so all ranks ask the same next question
-        found = reveal_each(TARGETS[setting.target](setting), setting.size)
+        found = reveal_each(SUMS[setting.target](setting), setting.size)
         answer = [to_lists(tree) for tree in found], None
     except (TpcheckError, patches.UnsupportedError) as error:
         answer = None, str(error)
@@ -188,7 +161,7 @@ def _all_reduce(s: Setting) -> Sum:
     return total
 
 
-TARGETS: dict[str, Callable[[Setting], Sum]] = {
+SUMS: dict[str, Callable[[Setting], Sum]] = {
     "row-parallel": _row_parallel,
     "column-parallel": _column_parallel,
     "gated": _column_parallel,

@@ -19,7 +19,7 @@ import blake3
 import numpy as np
 import torch
 
-from tpcheck.config import RunConfig
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 
 __all__ = ["Source", "global_batch", "open_data", "rank_batches"]

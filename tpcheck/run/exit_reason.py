@@ -16,7 +16,7 @@ import os
 import traceback
 from typing import Literal
 
-__all__ = ["is_wanted", "note", "note_error", "one_line"]
+__all__ = ["is_wanted", "one_line", "record", "record_error"]
 
 VARIABLE = "TPCHECK_ENDS"
 # What torch says when a peer, the network or a device has gone; DistError and its kin are asked by their names.
@@ -30,18 +30,18 @@ def is_wanted() -> bool:
     return VARIABLE in os.environ
 
 
-def note(kind: Kind, why: str) -> None:
+def record(kind: Kind, why: str, rank: int = 0) -> None:
     """Add a line, if anybody wants to know."""
     if not (path := os.environ.get(VARIABLE)):
         return
-    line = json.dumps({"kind": kind, "rank": int(os.environ.get("RANK", "0")), "why": why})
+    line = json.dumps({"kind": kind, "rank": rank, "why": why})
     with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:  # a full disk has been reported
         file.write(line + "\n")
 
 
-def note_error(error: BaseException) -> None:
+def record_error(error: BaseException, rank: int) -> None:
     """Add a line on what ended this rank."""
-    note("lost" if _is_lost(error) else "failed", one_line(error))
+    record("lost" if _is_lost(error) else "failed", one_line(error), rank)
 
 
 def one_line(error: BaseException) -> str:

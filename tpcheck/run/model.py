@@ -35,7 +35,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from patches.megatron import initial_weights
-from tpcheck.config import RunConfig
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 
 __all__ = [
@@ -109,9 +109,12 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         raise TpcheckError(f"megatron-core refuses this model: {error}") from error
 
 
-def build_model(config: RunConfig) -> tuple[list[GPTModel], list[DistributedDataParallel]]:
-    """The bare pieces of the model that this rank holds, whose state is saved, and the same as they are trained."""
-    settings = transformer_config(config)
+def build_model(config: RunConfig, settings: TransformerConfig) -> tuple[list[GPTModel], list[DistributedDataParallel]]:
+    """The bare pieces of the model that this rank holds, whose state is saved, and the same as they are trained.
+
+    Args:
+        settings: `transformer_config(config)`.
+    """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.distributed_optimizer,

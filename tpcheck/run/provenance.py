@@ -1,8 +1,4 @@
-"""What made a run: its configuration, versions, code, hardware and data, for manifest.json.
-
-`resume_point` reads it back and says from where a run may go on; only settings that do not change what is
-computed may differ from those that the run began with.
-"""
+"""What made a run: its configuration, versions, code, hardware and data, for manifest.json."""
 
 from __future__ import annotations
 
@@ -14,35 +10,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from tpcheck.checkpoint.reader import Checkpoint
-from tpcheck.config import RunConfig
-from tpcheck.errors import TpcheckError
-from tpcheck.files import result_dir
+from tpcheck.config.schema import RunConfig
 from tpcheck.files.json_files import read_object
 from tpcheck.files.names import CODE
 
-__all__ = ["CODE_FORMAT", "continued", "cpu_name", "describe", "git", "resume_point", "versions"]
+__all__ = ["CODE_FORMAT", "cpu_name", "describe", "git", "versions"]
 
 CODE_FORMAT = 1
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "numpy", "tpcheck")
-MAY_CHANGE = {
-    "tp",
-    "pp",
-    "vpp",
-    "dp",
-    "sequence_parallel",
-    "distributed_optimizer",
-    "recompute",
-    "gradient_accumulation_fusion",
-    "symmetric_memory",
-    "micro_batch_size",
-    "threads",
-    "steps",
-    "stop_after",
-    "trace",
-    "checkpoint_every",
-    "output",
-}
 
 
 def describe(config: RunConfig, data: Any, patches: list[dict[str, Any]]) -> dict[str, Any]:
@@ -50,7 +25,7 @@ def describe(config: RunConfig, data: Any, patches: list[dict[str, Any]]) -> dic
     return {
         "config": config.model_dump(mode="json"),
         "versions": versions(),
-        "git": _code(Path(__file__).parent),
+        "git": _code(Path(__file__).parents[1]),
         "hardware": _hardware(),
         "data": {
             "kind": config.data.kind,
@@ -63,61 +38,6 @@ def describe(config: RunConfig, data: Any, patches: list[dict[str, Any]]) -> dic
         "attention": None,  # known after the first step
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def continued(before: dict[str, Any], now: dict[str, Any], step: int) -> dict[str, Any]:
-    """The manifest of a run that goes on from `step`; what it was before is kept in `history`."""
-    if before["data"]["digest"] != now["data"]["digest"]:
-        raise TpcheckError(
-            f"the data have changed since this run began (digest {before['data']['digest'][:12]}, now "
-            f"{now['data']['digest'][:12]}): restore them, or start a new run in another output"
-        )
-    products = result_dir.products(before)
-    if products != now["products"]:
-        raise TpcheckError(
-            f"this run's products were of another kind, {_short(products, now['products'])}, here they are "
-            f"{_short(now['products'], products)}: resume on what it began on, or start a new run"
-        )
-    past = {key: value for key, value in before.items() if key not in ("format", "history", "data")}
-    return {**now, "history": [*before.get("history", []), {**past, "until_step": step}]}
-
-
-def resume_point(config: RunConfig, resume: bool) -> int:
-    """The step whose checkpoint this run goes on from, 0 to begin; refuses what would spoil an earlier run."""
-    output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise TpcheckError(f"output={output} is a file: name another directory")
-    if not result_dir.is_result(output):
-        return 0
-    if not resume:
-        raise TpcheckError(f"{output} holds a run already: go on with --resume, or name another output")
-    before = result_dir.read_manifest(output)["config"]
-    now = config.model_dump(mode="json")
-    for key in [key for key in now if key not in _may_change() and before.get(key) != now[key]]:
-        raise TpcheckError(
-            f"{output} was trained with {key}={_short(before.get(key), now[key])}, not "
-            f"{_short(now[key], before.get(key))}: resume with the same {key}, or name another output"
-        )
-    saved = result_dir.checkpoints(output)
-    step = saved[-1][0] if saved else 0
-    if step > config.steps:
-        raise TpcheckError(f"{output} is at step {step} already, beyond steps={config.steps}")
-    if step:
-        Checkpoint(result_dir.checkpoint_path(output, step))  # refuses a damaged one
-    return step
-
-
-def _may_change() -> set[str]:
-    # megatron-core 0.14 saves the distributed optimizer's state flattened, and loads it only so.
-    saved_flat = versions().get("megatron-core", "").startswith("0.14.")
-    return MAY_CHANGE - {"distributed_optimizer"} if saved_flat else MAY_CHANGE
-
-
-def _short(value: Any, other: Any) -> Any:
-    """Only the entries of a section that differ from those of the other one."""
-    if isinstance(value, dict) and isinstance(other, dict):
-        return {key: value[key] for key in value if value[key] != other.get(key)}
-    return value
 
 
 def versions() -> dict[str, str]:
@@ -156,9 +76,9 @@ def _products() -> dict[str, Any]:
     """What the bits of this run's products depend on; runs where it differs were never promised to be equal."""
     import torch
 
-    from patches.order import products
+    from patches.order.backend import backend
 
-    return products.describe("cuda" if torch.cuda.is_available() else "cpu")
+    return dict(backend(torch.device("cuda" if torch.cuda.is_available() else "cpu")).provenance())
 
 
 def _hardware() -> dict[str, Any]:

@@ -1,54 +1,84 @@
-"""A process's place among ranks that torchrun or srun started."""
+"""One rank of a run, from its imports to its end."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import subprocess
+import signal
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
-from tpcheck.config import RunConfig
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
-from tpcheck.run import exit_reason
+from tpcheck.files.names import LOG
+from tpcheck.run.log_redirect import to_log
+from tpcheck.run.place import Place
+from tpcheck.run.prepared import Prepared
 
-__all__ = ["rank_from_environment"]
+__all__ = ["SIGNALS", "prepare", "run_rank"]
 
-
-def rank_from_environment(config: RunConfig) -> dict[str, str] | None:
-    """RANK, WORLD_SIZE and the place to meet, as far as they have to be added; None where nobody started ranks."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        found, settings = int(env["WORLD_SIZE"]), {}
-    elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        found, settings = int(env["SLURM_STEP_NUM_TASKS"]), _rank_from_slurm()
-    else:
-        return None
-    if found != config.world_size:
-        layout = f"tp * pp * dp = {config.tp} * {config.pp} * {config.dp}"
-        raise TpcheckError(f"{found} ranks were started, {layout} needs {config.world_size}")
-    return settings
+SIGNALS = {signal.SIGTERM, signal.SIGUSR2, signal.SIGINT}  # each asks a run to save and leave
 
 
-def _rank_from_slurm() -> dict[str, str]:
-    """What srun says. Our batch scripts name the meeting place; a container need not have scontrol to find it."""
-    env = os.environ
-    port = 20000 + (int(env["SLURM_JOB_ID"]) * 31 + int(env["SLURM_STEP_ID"])) % 12000  # no port that a client may hold
-    return {
-        "RANK": env["SLURM_PROCID"],
-        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": env["SLURM_LOCALID"],
-        "MASTER_ADDR": env.get("MASTER_ADDR") or _first_node(),
-        "MASTER_PORT": env.get("MASTER_PORT", str(port)),
-    }
+def prepare(config: RunConfig, before_forking: bool = False) -> Prepared:
+    """Import everything heavy, refuse what can be refused without other ranks, open the data.
 
+    Args:
+        before_forking: CUDA, which forked ranks could not use, must not be started.
+    """
+    if before_forking:
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asks for GPUs without starting CUDA
+    with _quiet_imports():
+        import psutil  # noqa: F401  without it Megatron's checkpoint writer hangs
+        import torch
 
-def _first_node() -> str:
-    if int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) == 1:
-        return "127.0.0.1"
-    nodes = os.environ["SLURM_STEP_NODELIST"]
-    try:
-        call = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        return call.stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        import tpcheck.run.train  # noqa: F401
+        from tpcheck.run.data import open_data
+        from tpcheck.run.model import transformer_config
+
+        model = transformer_config(config)
+    if before_forking and torch.cuda.is_initialized():  # by TE's import, which asks what flash-attn can do on the GPU
         raise TpcheckError(
-            f"cannot tell which of the nodes {nodes} is the first ({exit_reason.one_line(error)}): "
-            "set MASTER_ADDR to it"
-        ) from error
+            "an import has started CUDA, which ranks forked from here could not use: start them with "
+            f"torchrun --nproc-per-node={config.world_size} -m tpcheck train …"
+        )
+    return Prepared(config, model, open_data(config))
+
+
+def run_rank(prepared: Prepared, place: Place, start: int | None) -> None:
+    """Train as the rank at `place`; all that is printed goes to the log, errors with their traceback.
+
+    Args:
+        start: the step to go on from, 0 to begin; None on a rank that asks rank 0.
+
+    Raises:
+        TpcheckError: bad input, also what the patches do not cover.
+    """
+    from patches import UnsupportedError
+    from tpcheck.run.train import Stop, train
+
+    stop = Stop(SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    with to_log(Path(prepared.config.output) / LOG, place.rank) as display:
+        try:
+            train(prepared, place, start, stop, display)
+        except UnsupportedError as error:
+            raise TpcheckError(str(error)) from error
+        except TpcheckError:
+            raise
+        except BaseException:
+            traceback.print_exc()
+            raise
+
+
+@contextlib.contextmanager
+def _quiet_imports() -> Iterator[None]:
+    # megatron-core warns seven times that Apex and Transformer Engine are not installed.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except ModuleNotFoundError as error:
+            raise TpcheckError(f"{error}: install {error.name}, which megatron-core or tpcheck needs") from error

@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,12 +19,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from tpcheck.config import RunConfig
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.files.names import DIGESTS, TRACE
 from tpcheck.run import checkpointing, exit_reason, provenance
-from tpcheck.run.data import Source, open_data, rank_batches
+from tpcheck.run.data import rank_batches
 from tpcheck.run.model import (
     attention_backend,
     build_model,
@@ -34,7 +33,10 @@ from tpcheck.run.model import (
     set_learning_rate,
     train_step,
 )
-from tpcheck.run.output import Steps
+from tpcheck.run.place import Place
+from tpcheck.run.prepared import Prepared
+from tpcheck.run.resume import continued
+from tpcheck.run.step_display import Steps
 from tpcheck.trace import trace
 
 __all__ = ["Stop", "enable_patches", "process_group", "train"]
@@ -42,24 +44,27 @@ __all__ = ["Stop", "enable_patches", "process_group", "train"]
 TIMEOUT = datetime.timedelta(minutes=10)  # a collective that waits longer has lost a rank
 
 
-def train(
-    config: RunConfig, resume: bool, stop: Stop, display: TextIO | None = None, data: Source | None = None
-) -> None:
-    """Train until the last step, or until a signal asks to leave; runs on every rank of the run."""
-    output = Path(config.output)
+def train(prepared: Prepared, place: Place, start: int | None, stop: Stop, display: TextIO | None = None) -> None:
+    """Train until the last step, or until a signal asks to leave; runs on every rank of the run.
+
+    Args:
+        start: the step to go on from; rank 0 knows it.
+        stop: hears signals.
+        display: for progress.
+    """
+    config, data, output = prepared.config, prepared.data, Path(prepared.config.output)
     patched = enable_patches(config)
-    with process_group(config):
-        bare, pieces = build_model(config)
+    with process_group(config, place):
+        bare, pieces = build_model(config, prepared.model)
         optimizer = build_optimizer(config, pieces)
-        data = data or open_data(config)
-        step = _agreed_start(config, resume)
+        step = start = _agreed(start)
         if step:
             checkpointing.load(result_dir.checkpoint_path(output, step), step, bare, optimizer)
         dp_rank = parallel_state.get_data_parallel_rank()
         stage = parallel_state.get_pipeline_model_parallel_rank()
-        main = dist.get_rank() == 0
+        main = place.rank == 0
         if main:
-            _prepare_output(output, provenance.describe(config, data, patched), step)
+            manifest = _prepare_output(output, provenance.describe(config, data, patched), step)
         with traced(config, pieces[0], step), Steps(display if main else None, step, config.steps) as steps:
             if step:
                 steps.say(f"going on from step {step}")
@@ -71,7 +76,8 @@ def train(
                 loss, grad_norm = train_step(config, pieces, optimizer, rank_batches(data, config, step, dp_rank))
                 step += 1
                 if main:
-                    _note_attention(output, attention_backend(config))
+                    if step == start + 1:  # what computed attention is known once it has run
+                        result_dir.write_manifest(output, {**manifest, "attention": attention_backend(config)})
                     record = _record(config, step, loss, grad_norm, rate, time.perf_counter() - began)
                     result_dir.append_step(output, record)
                     steps.show(record)
@@ -86,7 +92,7 @@ def train(
                 steps.say(f"complete: {output}")
             elif main:
                 steps.say(f"stopped and saved at step {step}: go on with --resume")
-                exit_reason.note("stopped", f"saved at step {step}")
+                exit_reason.record("stopped", f"saved at step {step}")
 
 
 def enable_patches(config: RunConfig) -> list[dict[str, Any]]:
@@ -112,23 +118,21 @@ def traced(config: RunConfig, model: torch.nn.Module, step: int) -> contextlib.A
 
 
 @contextlib.contextmanager
-def process_group(config: RunConfig) -> Iterator[None]:
-    """The run's ranks, connected; RANK and WORLD_SIZE name this one, TPCHECK_STORE or MASTER_ADDR the place.
+def process_group(config: RunConfig, place: Place) -> Iterator[None]:
+    """The run's ranks, connected.
 
     Left by an exception, it stays as it is: closing it would wait for ranks that may never come.
     """
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
+        torch.cuda.set_device(place.local_rank)
     else:
         torch.set_num_threads(config.threads)
-    store = os.environ.get("TPCHECK_STORE")
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        init_method=f"file://{store}" if store else "env://",
-        rank=rank,
-        world_size=world_size,
+        init_method=place.meeting,
+        rank=place.rank,
+        world_size=place.world_size,
         timeout=TIMEOUT,
     )
     parallel_state.initialize_model_parallel(
@@ -145,9 +149,9 @@ def process_group(config: RunConfig) -> Iterator[None]:
 class Stop:
     """Hears the signals that ask a run to save and leave."""
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Iterable[signal.Signals]) -> None:
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        for number in signals:
             signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: object) -> None:
@@ -160,29 +164,24 @@ class Stop:
         return bool(asked.item())
 
 
-def _agreed_start(config: RunConfig, resume: bool) -> int:
-    """The step to go on from, as rank 0 finds it."""
-    answer = [provenance.resume_point(config, resume) if dist.get_rank() == 0 else 0]
+def _agreed(start: int | None) -> int:
+    """The step to go on from, on every rank that of rank 0."""
+    answer = [start]
     dist.broadcast_object_list(answer, src=0)
+    assert answer[0] is not None
     return answer[0]
 
 
-def _prepare_output(output: Path, description: dict[str, Any], step: int) -> None:
-    """Make the result directory what it was after `step` steps."""
+def _prepare_output(output: Path, description: dict[str, Any], step: int) -> dict[str, Any]:
+    """Make the result directory what it was after `step` steps; its manifest."""
     if result_dir.is_result(output):
-        description = provenance.continued(result_dir.read_manifest(output), description, step)
+        description = continued(result_dir.read_manifest(output), description, step)
     output.mkdir(parents=True, exist_ok=True)
     result_dir.write_manifest(output, description)
     result_dir.truncate_steps(output, step)
     (output / DIGESTS).unlink(missing_ok=True)
     checkpointing.discard_unfinished(output)
-
-
-def _note_attention(output: Path, backend: str) -> None:
-    """Keep in the manifest what computed attention; known only once it has run."""
-    description = result_dir.read_manifest(output)
-    if description.get("attention") != backend:
-        result_dir.write_manifest(output, {**description, "attention": backend})
+    return description
 
 
 def _record(config: RunConfig, step: int, loss: float, grad_norm: float, rate: float, seconds: float) -> dict[str, Any]:

@@ -29,7 +29,7 @@ POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
-class Need:
+class Resources:
     """What one cell takes of a machine while it runs."""
 
     cpus: int
@@ -49,14 +49,14 @@ class Machine:
     def here(cls) -> Machine:
         return cls(len(os.sched_getaffinity(0)), visible_gpus(), psutil.virtual_memory().available / 2**30)
 
-    def fits(self, need: Need, beside: Sequence[Need]) -> bool:
-        """Whether `need` can start beside the running ones. Alone it always can: slow is better than never."""
+    def fits(self, resources: Resources, beside: Sequence[Resources]) -> bool:
+        """Whether a task can start beside the running ones. Alone it always can: slow is better than never."""
         if not beside:
             return True
         return (
-            need.cpus + sum(other.cpus for other in beside) <= self.cpus
-            and need.gpus + sum(other.gpus for other in beside) <= len(self.gpus)
-            and need.memory_gib + sum(other.memory_gib for other in beside) <= self.memory_gib
+            resources.cpus + sum(other.cpus for other in beside) <= self.cpus
+            and resources.gpus + sum(other.gpus for other in beside) <= len(self.gpus)
+            and resources.memory_gib + sum(other.memory_gib for other in beside) <= self.memory_gib
         )
 
 
@@ -79,7 +79,7 @@ class Task:
     name: str
     command: tuple[str, ...]
     lock: Path
-    need: Need
+    resources: Resources
 
 
 @dataclass
@@ -112,12 +112,11 @@ class Job:
 
 
 class LocalRunner:
-    """Runs tasks, always the first that fits; `folder` must be new, for job ids are process ids.
+    """Runs tasks, always the first that fits.
 
-    Parameters
-    ----------
-    folder: for submitit's files and the jobs' own output
-    machine: what may be used at once
+    Args:
+        folder: for submitit's files and the jobs' own output; must be new, for job ids are process ids.
+        machine: what may be used at once.
     """
 
     def __init__(self, folder: Path, machine: Machine) -> None:
@@ -157,12 +156,12 @@ class LocalRunner:
                 job.submitted.cancel(check=False)
 
     def _first_that_fits(self, waiting: Sequence[Task]) -> Task | None:
-        needs = [job.task.need for job in self.running]
-        return next((task for task in waiting if self.machine.fits(task.need, needs)), None)
+        taken = [job.task.resources for job in self.running]
+        return next((task for task in waiting if self.machine.fits(task.resources, taken)), None)
 
     def _start(self, task: Task) -> Job:
         taken = {gpu for job in self.running for gpu in job.gpus}
-        gpus = tuple(gpu for gpu in self.machine.gpus if gpu not in taken)[: task.need.gpus]
+        gpus = tuple(gpu for gpu in self.machine.gpus if gpu not in taken)[: task.resources.gpus]
         self.executor.update_parameters(
             timeout_min=A_MONTH, gpus_per_node=len(gpus), visible_gpus=gpus, stderr_to_stdout=True
         )

@@ -16,8 +16,9 @@ from rich.table import Table
 
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
+from tpcheck.sweep.completeness import digests_of
 from tpcheck.sweep.spec import Cell
-from tpcheck.sweep.verdict import SHORT, digests_of
+from tpcheck.sweep.verdict import SHORT
 
 __all__ = ["Board", "State", "progress"]
 

@@ -27,14 +27,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tpcheck.files import result_dir
+from tpcheck.pages.colours import COLOURS, FAINT, INK
 from tpcheck.sweep.spec import Cell, Sweep, label, only_size
 
-__all__ = ["COLOURS", "FAINT", "INK", "Curve", "curves", "draw"]
+__all__ = ["Curve", "curves", "draw"]
 
-# Okabe and Ito's colours, which colour-blind readers tell apart too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = {"stock": "-", "gather": ":", "tree": "--"}
-INK, FAINT = "#222222", "#999999"
 WIDTH, LEFT, RIGHT, HEAD, UPPER, BREAK, FOOT = 9.4, 1.25, 2.1, 1.0, 3.2, 0.12, 0.75  # inches
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tpcheck.config import RunConfig, parse_run, read_yaml
-from tpcheck.config.schema import _override as override
+from tpcheck.config.dotted import put
+from tpcheck.config.load import override, parse_run, read_yaml
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 
 __all__ = ["ARCH", "Cell", "Sweep", "label", "load_sweep", "only_size"]
@@ -220,9 +220,8 @@ def _group(settings: Mapping[str, Scalar], invariant: Sequence[str]) -> dict[str
 def _resolve(base: Mapping[str, Any], settings: Mapping[str, Scalar], output: Path, path: Path, name: str) -> RunConfig:
     run = copy.deepcopy(dict(base))
     for key, value in settings.items():
-        if key == ARCH:
-            continue
-        override(run, f"{key}={json.dumps(value)}")
+        if key != ARCH:
+            put(run, key, value, said=f"{key}={value}")
     run["output"] = str(output / name)
     origin = f"{path}, cell {name}"
     try:

@@ -1,6 +1,7 @@
-"""`DIR/sweep.json`: the cells of the sweep that `DIR` holds, for whoever comes later without the sweep file.
+"""What a sweep file has become, in the sweep's directory: for whoever comes later without the file.
 
-Written whenever `tpcheck sweep` runs, here or on a cluster; the last call counts.
+DIR/sweep.json       the cells; written whenever `tpcheck sweep` runs, here or on a cluster: the last call counts
+DIR/CELL/run.yaml    the cell's configuration, resolved: what its run is started with
 """
 
 from __future__ import annotations
@@ -8,13 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tpcheck.config import parse_run
+import yaml
+
+from tpcheck.config.load import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files.json_files import read_object, write_object
-from tpcheck.files.names import SWEEP
+from tpcheck.files.names import RUN, SWEEP
 from tpcheck.sweep.spec import Cell, Sweep
 
-__all__ = ["read_sweep", "write_sweep"]
+__all__ = ["read_sweep", "write_run", "write_sweep"]
 
 FORMAT = 1
 
@@ -34,6 +37,14 @@ def write_sweep(sweep: Sweep) -> None:
     ]
     plan = {"format": FORMAT, "name": sweep.name, "output": str(sweep.output), "invariant": list(sweep.invariant)}
     write_object(sweep.output / SWEEP, {**plan, "cells": cells})
+
+
+def write_run(cell: Cell, output: Path) -> Path:
+    """Leave the cell's run file, whose results are to go to `output`, in the cell's directory."""
+    cell.path.mkdir(parents=True, exist_ok=True)
+    config = cell.config.model_dump(mode="json") | {"output": str(output)}
+    (cell.path / RUN).write_text(yaml.safe_dump(config, sort_keys=False))
+    return cell.path / RUN
 
 
 def read_sweep(output: Path) -> Sweep:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,30 +23,16 @@ from rich.table import Table
 from tpcheck.files import result_dir
 from tpcheck.files.json_files import write_object
 from tpcheck.files.names import VERDICT
+from tpcheck.sweep.completeness import Digests, digests_of
 from tpcheck.sweep.spec import Cell, Sweep, only_size
 
-__all__ = ["Group", "Verdict", "judge", "write"]
+__all__ = ["SHORT", "Group", "Verdict", "judge", "write"]
 
 VERDICT_FORMAT = 1
 SHORT = 12  # digits of a digest in a table
-
 DIFFERING = 3  # tensors named where a promise is broken
 
 Difference = Callable[[Path, Path], Iterable[str]]
-
-
-@dataclass(frozen=True)
-class Digests:
-    """One cell's final state; an optimizer that was saved without logical tensors, or wrong, has no digest."""
-
-    model: str
-    optimizer: str | None
-    notes: tuple[str, ...] = field(default=(), compare=False)  # why there is none
-
-    def differ(self, other: Digests) -> bool:
-        """Whether the two states are known not to be the same."""
-        optimizers = {self.optimizer, other.optimizer} - {None}
-        return self.model != other.model or len(optimizers) > 1
 
 
 @dataclass(frozen=True)
@@ -191,12 +177,6 @@ def write(verdict: Verdict, output: Path) -> Path:
     """Leave the verdict beside the cells."""
     write_object(output / VERDICT, verdict.as_json())
     return output / VERDICT
-
-
-def digests_of(cell: Cell) -> Digests | None:
-    """The digests of a complete cell's final state."""
-    found = result_dir.final_digests(cell.path, cell.config.steps)
-    return None if found is None else Digests(found["model"], found.get("optimizer"), tuple(found.get("notes", ())))
 
 
 def _by_products(name: str, cells: Sequence[Cell]) -> list[tuple[str, list[Cell], bool]]:

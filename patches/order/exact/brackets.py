@@ -1,4 +1,4 @@
-"""Products as `order.slices` defines them, rounded, nearly always without its work: one float64 sum, and its bounds.
+"""Products as `slices` defines them, rounded, nearly always without its work: one float64 sum, and its bounds.
 
     y - margin ├── value ──┤ y + margin        whatever the order of y's additions
                └─────┬─────┘
@@ -27,16 +27,21 @@ from torch import Tensor
 
 from patches.order.exact.slices import FLOAT64_BITS, log2_ceil, matmul, on_grid, product_bits, rounded, sliced_product
 
-__all__ = ["AT_ONCE", "bracketed_product"]
+__all__ = ["UNIT", "at_once", "bracketed_product"]
 
 UNIT = 2.0**-FLOAT64_BITS
-BLOCK = 1 << 16  # elements that are looked at at once: they stay in a core's cache
+BLOCK = 1 << 16  # elements that are bracketed at once: they stay in a core's cache
 AT_ONCE = 1 << 18  # elements of several products that are taken together: small ones cost less by the dozen
 FEW, SHARE = 64, 1 / 256  # elements of a result that are worth looking at one by one
 WIDE = 1 / 4  # of all rows and columns that are worth being looked at apart
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 # Of dtypes with few digits: those after the point, and the bits of the exponent.
 SHORT = {torch.bfloat16: (7, 0x7F80), torch.float16: (10, 0x7C00)}
+
+
+def at_once(size: int, leaves: int, results: int) -> bool:
+    """Whether the leaves of a dimension of `size` are alike, and their `results` few enough to be held together."""
+    return size > 0 and size % leaves == 0 and leaves * results <= AT_ONCE
 
 
 def bracketed_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -200,7 +205,7 @@ def _units(norm: Tensor, x: Tensor) -> Tensor:
 
 
 def _bracket(out: Tensor, y: Tensor, margin: Tensor) -> Tensor | None:
-    """Put y - margin into `out`, and say where y + margin is another number: [n, dims] or None. Consumes `margin`."""
+    """Put y - margin into `out`, and find where y + margin is another number: [n, dims] or None. Consumes `margin`."""
     low, high = _narrowed(y - margin, out.dtype), _narrowed(margin.add_(y), out.dtype)
     out.copy_(low)
     bits = BITS[out.dtype]

@@ -1,22 +1,23 @@
-"""RMSNorm and LayerNorm of rows on a CPU: exact sums, float64 arithmetic; `norm_gpu` has the same functions."""
+"""RMSNorm and LayerNorm of rows: exact sums, float64 arithmetic."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from patches.order.exact.products import rounded, sum_bounds
-from patches.order.exact.slices import sliced_sum
+from patches.order.exact.slices import rounded, sliced_sum
+from patches.order.exact.sums import sum_bounds, tree_of_sums
+from patches.order.x_hat import minus_mean, x_hat
 
-__all__ = ["input_gradient", "normalised", "x_hat"]
+__all__ = ["input_gradient", "normalised", "tree_of_gamma_gradients"]
 
 
 def normalised(
     x: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, centered: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """y in the dtype of `x`, and each row's mean (None unless `centered`) and rstd, [.., 1]."""
+    """y in the dtype of `x`, and each row's mean (None unless `centered`) and rstd, float64 [.., 1]."""
     mean = _row_mean(x.to(torch.float64, copy=True)) if centered else None
-    wide = _centered(x, mean)
+    wide = minus_mean(x, mean)
     rstd = 1.0 / torch.sqrt(_row_mean(wide.square()) + eps)
     y = (wide * rstd).float() * gamma.float()
     return rounded(y if beta is None else y + beta.float(), x.dtype), mean, rstd
@@ -28,8 +29,8 @@ def input_gradient(dy: Tensor, x: Tensor, gamma: Tensor, mean: Tensor | None, rs
     of_g = None if mean is None else _row_mean(g.clone())
 
     def dx(of_products: Tensor) -> Tensor:
-        centered = g - hat * of_products
-        return (centered if of_g is None else centered - of_g) * rstd
+        across = g - hat * of_products
+        return (across if of_g is None else across - of_g) * rstd
 
     products = g * hat
     if products.numel():
@@ -41,15 +42,13 @@ def input_gradient(dy: Tensor, x: Tensor, gamma: Tensor, mean: Tensor | None, rs
     return rounded(dx(_row_mean(products)), x.dtype)
 
 
-def x_hat(x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
-    """(x - mean)·rstd, float32."""
-    return (_centered(x, mean) * rstd).float()
+def tree_of_gamma_gradients(
+    dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, dim: int, leaves: int, exact_dims: tuple[int, ...]
+) -> Tensor:
+    """float32 root of `tree_of_sums` of dy·x̂."""
+    return tree_of_sums(dy.float() * x_hat(x, mean, rstd), dim, leaves, exact_dims)
 
 
 def _row_mean(x: Tensor) -> Tensor:
     """Mean over the last dimension of float64 `x`, which it consumes."""
     return sliced_sum(x).div_(x.shape[-1]).unsqueeze(-1)
-
-
-def _centered(x: Tensor, mean: Tensor | None) -> Tensor:
-    return x.double() if mean is None else x.double() - mean

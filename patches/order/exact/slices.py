@@ -73,8 +73,7 @@ def sliced_sum(x: Tensor) -> Tensor:
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` rounded to `dtype`, with every zero +0 and every NaN the canonical one."""
     y = x.to(dtype).add(0.0)
-    # A GPU's arithmetic gives no other NaN, and asking would wait for the device; the largest number is NaN if any is.
-    if not x.is_cuda and x.numel() and math.isnan(float(x.amax())):
+    if x.numel() and math.isnan(float(x.amax())):  # the largest number is NaN if any is
         y.masked_fill_(y.isnan(), math.nan)
     return y
 

@@ -1,1 +1,38 @@
-"""Triton kernels for GPUs: sums and products of one fixed order, whatever the shape."""
+"""Triton kernels for a GPU: sums and products of one fixed order, whatever the shape.
+
+`patches.order.backend` says what each name does; `patches.order.exact` has the same ones for a CPU.
+"""
+
+from __future__ import annotations
+
+from patches.order.kernels import cross_entropy
+from patches.order.kernels.bits import provenance
+from patches.order.kernels.embedding import embedding_gradient
+from patches.order.kernels.gemm import add_product, check, product
+from patches.order.kernels.norm import input_gradient, normalised
+from patches.order.kernels.pairs import rounded
+from patches.order.kernels.ranks import begin_reading_peers, check_symmetric_memory, rounded_tree_sum
+from patches.order.kernels.softmaxes import softmax, softmax_gradient
+from patches.order.kernels.squares import euclidean_norm
+from patches.order.kernels.sums import row_sums, tree_of_gamma_gradients, tree_of_sums
+
+__all__ = [
+    "add_product",
+    "begin_reading_peers",
+    "check",
+    "check_symmetric_memory",
+    "cross_entropy",
+    "embedding_gradient",
+    "euclidean_norm",
+    "input_gradient",
+    "normalised",
+    "product",
+    "provenance",
+    "rounded",
+    "rounded_tree_sum",
+    "row_sums",
+    "softmax",
+    "softmax_gradient",
+    "tree_of_gamma_gradients",
+    "tree_of_sums",
+]

@@ -1,25 +1,22 @@
-"""The gradient of an embedding on a GPU: every row sums over its own tokens, in token order.
+"""The gradient of an embedding: every row sums over its own tokens, in token order.
 
     ids      7 2 7 9 2 7      sorted, ties in token order:   2 2 | 7 7 7 | 9
     tokens   0 1 2 3 4 5                                     1 4 | 0 2 5 | 3
 
-A program finds the start of a row's tokens, or ends. It adds them in blocks of BLOCK, each by pairs (`pairs_gpu`), one
-block after the other. What other rows are there, on this rank or another, has no say. Legend: T tokens, H features.
+A program finds the start of a row's tokens, or ends. It adds them in blocks of BLOCK, each by pairs, one block
+after the other. Other rows, on this rank or another, do not affect it. Legend: T tokens, H features.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from patches.order.kernels.pairs import LAUNCH, narrowed, on, pairs_of_rows, power_of_two, variant, widened
-from patches.order.kernels.variant import Variant
+from patches.order.kernels.pairs import LAUNCH, narrowed, on, pairs_of_rows, power_of_two, widened
 
-__all__ = ["BLOCK", "embedding_gradient", "variants"]
+__all__ = ["BLOCK", "embedding_gradient"]
 
 BLOCK = 16
 COLUMNS = 512
@@ -44,13 +41,6 @@ def embedding_gradient(dy_TH: Tensor, ids_T: Tensor, rows: int, dtype: torch.dty
                 BLOCK=BLOCK, COLUMNS=columns, num_warps=8, **LAUNCH,
             )  # fmt: skip
     return out
-
-
-def variants() -> Iterator[Variant]:
-    """Gradients, rounded to their own dtype; what holds for bfloat16 holds for float16."""
-    for name in ("fp32", "bf16"):
-        pointers = {"dy": f"*{name}", "ids": "*i64", "order": "*i64", "out": f"*{name}"}
-        yield variant(f"embedding {name}", _gradient, pointers, {"BLOCK": BLOCK, "COLUMNS": COLUMNS}, 8, "features")
 
 
 @triton.jit(do_not_specialize=["tokens", "rows", "parts"])

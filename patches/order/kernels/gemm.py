@@ -1,16 +1,14 @@
-"""Leaf and tree products on a GPU: one Triton kernel (`gemm_kernel`) for all layouts, batches and numbers of leaves.
+"""Leaf and tree products: one Triton kernel (`gemm_kernel`) for all layouts, batches and numbers of leaves.
 
 No split of K, no autotuning by shape: the k step and the MMA, which set the bits, are fixed per dtype and
-architecture family (`contract`). Tiles only cut M and N. Legend: M, N result, K summed, B batch, R rows of an
-operand, be they M or N.
+architecture family (`bits.provenance` tells which). Tiles only cut M and N. Legend: M, N result, K summed, B batch,
+R rows of an operand, be they M or N.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product as combinations
 from typing import Any
 
 import torch
@@ -19,14 +17,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from patches.contract import UnsupportedError
-from patches.order.kernels.gemm_kernel import COUNTS, kernel
-from patches.order.kernels.pairs import on
-from patches.order.kernels.variant import Variant
+from patches.order.kernels.gemm_kernel import kernel
+from patches.order.kernels.pairs import INTERPRETED, on, rounded
 from patches.order.tree import cuts, tree_sum
 
-__all__ = ["check", "contract", "product", "variants"]
+__all__ = ["NAMES", "add_product", "check", "family", "product", "tile_of"]
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 INTERPRETED_PROGRAMS = 3
 GROUP_M = 8
 FAMILIES = (9, 10)
@@ -35,7 +31,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 @dataclass(frozen=True)
 class Tile:
-    """How a product is cut for the machine. Of these only `k` may touch bits."""
+    """How a product is cut for the machine; only `k` may change results."""
 
     m: int
     n: int
@@ -89,23 +85,15 @@ def product(
         out = into
     if out.numel() and a_MK.shape[-1]:
         _launch(a_BMK, b_BKN, out if out.dim() == 3 else out.unsqueeze(0), leaves, pieces, into is not None)
-    if into is None and INTERPRETED:
-        out = out.to(dtype).add_(0.0)
-    return out
+    return rounded(out, dtype) if into is None and INTERPRETED else out
 
 
-def contract() -> dict[str, object]:
-    """What the bits depend on besides the operands, for the manifest."""
-    here = torch.cuda.is_available() and not INTERPRETED
-    return {
-        "kernel": "patches.order.kernels.gemm",
-        "revision": 1,
-        "triton": triton.__version__,
-        "family": f"sm_{_family(torch.device('cuda'))}" if here else None,
-        "accumulator": "float32",
-        "float32": "ieee",
-        "k_step": {name: tile_of(dtype, 1, False).k for dtype, name in NAMES.items()},
-    }
+def add_product(into: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+    """into += a·b."""
+    if into.dtype == torch.float32:
+        product(a_MK, b_KN, into=into)
+    else:
+        into.add_(product(a_MK, b_KN))
 
 
 def check(device: torch.device) -> None:
@@ -114,7 +102,7 @@ def check(device: torch.device) -> None:
     Raises:
         UnsupportedError: they do, or it is no GPU that products are made for.
     """
-    _family(device)
+    family(device)
     generator = torch.Generator("cpu").manual_seed(0)
     a_MK, b_NK = (
         torch.randn(size, 1024, generator=generator, device="cpu").to(device, torch.bfloat16) for size in (200, 328)
@@ -132,66 +120,9 @@ def check(device: torch.device) -> None:
 def _same_bits(what: str, found: Tensor, expected: Tensor) -> None:
     if not torch.equal(found.view(torch.int32), expected.view(torch.int32)):
         raise UnsupportedError(
-            f"products on this GPU do not keep the contract: {what} gives other bits ({contract()['family']}, Triton "
-            f"{triton.__version__}). Please report it, with the output of `make gpu`"
+            f"products on this GPU do not keep the contract: {what} gives other bits (sm_{family(found.device)}, "
+            f"Triton {triton.__version__}). Please report it, with the output of `make gpu`"
         )
-
-
-def variants() -> Iterator[Variant]:
-    """What the layers launch: by TMA or by pointers, every layout, number of leaves and pieces, result."""
-    one, tree = (1,), (1, 2, 4, 8)
-    loads = ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True), (torch.float32, False))
-    for dtype, tma in loads:
-        name = NAMES[dtype]
-        results = (name, "fp32") if dtype == torch.bfloat16 and tma else (name,)
-        some = tree if dtype == torch.bfloat16 else (1, 8)
-        for layout, leaves, pieces, result in (
-            *combinations(("abᵀ",), some, one, results),  # forward
-            *combinations(("ab",), some, (1, 2), results),  # dgrad; 2 pieces where the layer is gated
-            *combinations(("aᵀb",), one, one, (*results, "added")),  # wgrad
-            ("aᵀbᵀ", 1, 1, name),
-        ):
-            how = "tma" if tma else "pointers"
-            title = f"gemm {name} {layout} leaves={leaves} pieces={pieces} {how} {result}"
-            yield _variant(title, dtype, layout, leaves, pieces, tma, result)
-    for layout, result in combinations(("ab", "aᵀb"), ("bf16", "fp32")):  # attention: P·V, dQ, dK, dV
-        yield _variant(
-            f"gemm bf16 {layout} narrow tma {result}", torch.bfloat16, layout, 1, 1, True, result, narrow=True
-        )
-
-
-def _variant(
-    title: str, dtype: torch.dtype, layout: str, leaves: int, pieces: int, tma: bool, result: str, narrow: bool = False
-) -> Variant:
-    a_along_k, b_along_k = "aᵀ" not in layout, "bᵀ" in layout
-    tile = tile_of(dtype, leaves, tma, narrow)
-    constexprs = _constexprs(tile, leaves, pieces, tma, a_along_k, b_along_k, result == "added", dtype)
-    constexprs |= {"a_K" if a_along_k else "a_M": 1, "b_K" if b_along_k else "b_N": 1, "out_N": 1}
-    if leaves >> tile.register_levels <= 1:
-        constexprs["scratch"] = None
-    pointers = {"a": NAMES[dtype], "b": NAMES[dtype], "out": result, "scratch": "fp32"}
-    signature = dict.fromkeys(kernel.arg_names, "i32")
-    signature |= {argument: "*" + element.replace("added", "fp32") for argument, element in pointers.items()}
-    signature |= dict.fromkeys(constexprs, "constexpr")
-    if tma:
-        for argument, rows, along_k in (("a", tile.m, a_along_k), ("b", tile.n, b_along_k)):
-            block = f"1,1,{rows},{tile.k}" if along_k else f"1,1,{tile.k},{rows}"
-            signature[argument] = f"tensordesc<{NAMES[dtype]}[{block}]>"
-    return Variant(
-        name=title,
-        kernel=kernel,
-        signature=signature,
-        constexprs=constexprs,
-        # Sizes and strides of models are multiples of 16; one that is not compiles a variant of its own.
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, (argument, kind) in enumerate(signature.items())
-            if kind[0] == "*" or (kind == "i32" and argument not in COUNTS)
-        },
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        expects="" if dtype == torch.float32 else "mma",
-    )
 
 
 def _launch(a_BMK: Tensor, b_BKN: Tensor, out_BMN: Tensor, leaves: int, pieces: int, add: bool) -> None:
@@ -273,12 +204,13 @@ def _by_leaf(x_BRK: Tensor, along_k: bool, parts: int) -> tuple[list[int], list[
     (B, R, K), (by_B, by_R, by_K) = x_BRK.shape, x_BRK.stride()
     inside = [(R, by_R), (K // parts, by_K)]
     dims = [(B, by_B), (parts, K // parts * by_K), *(inside if along_k else reversed(inside))]
-    line = 16 // x_BRK.element_size()  # stands for the stride of a dimension of size 1, which says nothing
+    line = 16 // x_BRK.element_size()  # in place of the stride of a dimension of size 1, which is arbitrary
     return [size for size, _ in dims], [*(by if size > 1 else line for size, by in dims[:3]), 1]
 
 
 @lru_cache
-def _family(device: torch.device) -> int:
+def family(device: torch.device) -> int:
+    """The architecture of a GPU that products are made for, as in sm_90; `UnsupportedError` for others."""
     if INTERPRETED:
         return 90
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,4 +1,4 @@
-"""The Triton kernel behind `gemm_gpu`: every element depends on its own row and column alone.
+"""The Triton kernel behind `gemm`: every element depends on its own row and column alone.
 
     one program ─ tiles p, p+P, p+2P, …               P programs share the tiles
                     └─ subtree 0 ─ subtree 1 ─ …       sums above a subtree wait in a float32 scratch buffer,

@@ -1,14 +1,12 @@
-"""RMSNorm and LayerNorm on a GPU: a row of [.., h] is read once, its sums are taken by pairs (`pairs_gpu`).
+"""RMSNorm and LayerNorm: a row of [.., h] is read once, its sums are taken by pairs.
 
     x̂ = (x - mean)·rstd      y = x̂·gamma + beta      dx = (g - x̂·mean(g·x̂) - mean(g))·rstd,  g = dy·gamma
 
-RMSNorm has no mean. gamma's and beta's gradients are `sums_gpu.tree_of_sums`.
+RMSNorm has no mean. The gradients of gamma and beta are those of `sums`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product as combinations
 from typing import Any
 
 import torch
@@ -16,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patches.order.kernels.pairs import LAUNCH, narrowed, on, pairs, power_of_two, variant, widened
-from patches.order.kernels.variant import Variant
+from patches.order.kernels.pairs import LAUNCH, narrowed, on, pairs, power_of_two, widened
 
-__all__ = ["input_gradient", "normalised", "variants"]
+__all__ = ["input_gradient", "normalised"]
 
 TILE = 4096
 
@@ -56,23 +53,6 @@ def input_gradient(dy: Tensor, x: Tensor, gamma: Tensor, mean: Tensor | None, rs
                 rstd.numel(), x.shape[-1], CENTERED=mean is not None, **meta,
             )  # fmt: skip
     return dx
-
-
-def variants() -> Iterator[Variant]:
-    """RMSNorm and LayerNorm of tokens and of heads; what holds for bfloat16 holds for float16."""
-    for name in ("fp32", "bf16"):
-        for (h, kind), centered in combinations(((4096, "tokens"), (128, "heads")), (False, True)):
-            norm = "layernorm" if centered else "rmsnorm"
-            meta = _tile(h) | {"CENTERED": centered}
-            warps = meta.pop("num_warps")
-            types = {"x": name, "gamma": name, "mean": "fp32", "rstd": "fp32"}
-            ends = {"forward": {"beta": name, "y": name}, "backward": {"dy": name, "dx": name}}
-            for end, kernel in (("forward", _forward), ("backward", _backward)):
-                pointers = {argument: f"*{element}" for argument, element in (types | ends[end]).items()}
-                if end == "forward":
-                    pointers["eps"] = "fp32"
-                more = {"BETA": centered} if end == "forward" else {}
-                yield variant(f"{norm} of {kind} {end} {name}", kernel, pointers, meta | more, warps, "h")
 
 
 def _cut(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:

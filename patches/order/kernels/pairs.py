@@ -8,13 +8,14 @@
                  \\ /
                   +
 
-It is one tree for every n, so it names no block: a program, a launch, a leaf or a rank takes a subtree, and no
-size of theirs has a say. The compiler has none either: kernels add floats two at a time, which commutes,
-and multiplications are not contracted into additions (`LAUNCH`). The error is at most ⌈log2 n⌉ · 2^-24 · Σ|x|.
+It is one tree for every n: a program, a launch, a leaf or a rank takes a subtree, so block and launch sizes do not
+affect the order. Nor does the compiler: kernels add floats two at a time, which commutes, and multiplications are
+not contracted into additions (`LAUNCH`). The error is at most ⌈log2 n⌉ · 2^-24 · Σ|x|.
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,9 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patches.order.kernels.variant import Variant
-
 __all__ = [
+    "DTYPES",
+    "INTERPRETED",
     "LAUNCH",
     "contiguous_rows",
     "narrowed",
@@ -33,13 +34,14 @@ __all__ = [
     "pairs",
     "pairs_of_rows",
     "power_of_two",
-    "variant",
+    "rounded",
     "widened",
 ]
 
 LAUNCH = {"enable_fp_fusion": False}
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
@@ -75,7 +77,7 @@ def widened(x):
 @triton.jit
 def narrowed(x, DTYPE: tl.constexpr):
     """float32 `x` rounded to nearest, ties to even; the interpreter cuts bfloat16 off instead."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
+    if _INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.int32, bitcast=True)
         upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         narrow = tl.where(x == x, upper, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -91,26 +93,15 @@ def power_of_two(n: int) -> int:
 
 def on(x: Tensor) -> AbstractContextManager[Any]:
     """Launch kernels on the device of `x`."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return nullcontext() if INTERPRETED else torch.cuda.device(x.device)
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` rounded to `dtype`, with every zero +0; a GPU's arithmetic gives no NaN but the canonical one."""
+    y = x.to(dtype).add(0.0)
+    return y.masked_fill_(y.isnan(), math.nan) if INTERPRETED else y
 
 
 def contiguous_rows(x: Tensor, dim: int = -1) -> Tensor:
     """`x` as rows [R, n] along `dim`, copied only where they do not lie side by side already."""
     return x.movedim(dim, -1).reshape(-1, x.shape[dim]).contiguous()
-
-
-def variant(
-    name: str, kernel: Any, types: dict[str, str], constexprs: dict[str, Any], warps: int, divisible: str = ""
-) -> Variant:
-    """A variant for the static check.
-
-    Args:
-        types: argument to Triton type; arguments named neither here nor in `constexprs` are i32.
-        divisible: arguments that are multiples of 16, separated by spaces, besides pointers.
-    """
-    signature = dict.fromkeys(kernel.arg_names, "i32") | types | dict.fromkeys(constexprs, "constexpr")
-    wide = set(divisible.split()) | {argument for argument, kind in types.items() if kind[0] == "*"}
-    attrs: dict[tuple[int, ...], list[list[Any]]] = {
-        (i,): [["tt.divisibility", 16]] for i, argument in enumerate(signature) if argument in wide
-    }
-    return Variant(name, kernel, signature, constexprs, attrs, num_warps=warps, fp_fusion=False)

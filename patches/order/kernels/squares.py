@@ -1,6 +1,6 @@
-"""Σx² over any number of tensors on a GPU, exactly, in one pass: no order, cut or rank can change it.
+"""Σx² over any number of tensors, exactly, in one pass: no order, cut or rank can change it.
 
-A float32 is m·2^(e-150) with a whole m < 2^24, so m² < 2^48 stands at bit 2(e-1) of one long whole number whose
+A float32 is m·2^(e-150) with a whole m < 2^24, so m² < 2^48 begins at bit 2(e-1) of one long whole number whose
 last bit is worth 2^-298. That number is kept as BINS 64-bit integers, one for every 16 of its bits:
 
     bins        …  | b+3 | b+2 | b+1 |  b  |  …        b = ⌊2(e-1) / 16⌋
@@ -13,35 +13,43 @@ atomically in any order, and across ranks; a bin has room for 2^49 elements. Two
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from patches.order.kernels.pairs import LAUNCH, TYPES, on, variant, widened
-from patches.order.kernels.variant import Variant
+from patches.order.kernels.pairs import DTYPES, INTERPRETED, LAUNCH, on, widened
 
-__all__ = ["root", "squares", "variants"]
+__all__ = ["euclidean_norm", "root", "squares"]
 
 BINS = tl.constexpr(35)
 LAST_BIT = -298
 TILE = 4096
 
 
+def euclidean_norm(tensors: Sequence[Tensor], device: torch.device, all_reduce: Callable[[Tensor, Any], None]) -> float:
+    """√Σx² over the tensors of all ranks."""
+    bins = squares(tensors, device)
+    all_reduce(bins, dist.ReduceOp.SUM)
+    return root(bins)
+
+
 def squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """The bins and the two counters of all tensors: int64 [BINS + 2] on `device`, to be summed over ranks."""
     bins = torch.zeros(BINS.value + 2, dtype=torch.int64, device=device)
-    for dtype in TYPES:
+    for dtype in DTYPES:
         flat = [x.detach().to(device).contiguous() for x in tensors if x.dtype == dtype and x.numel()]
         if flat:
             table = _table(flat, device)
             with on(bins):
                 _squares[(len(table),)](table, bins, flat[0], TILE=TILE, num_warps=8, **LAUNCH)
-    unknown = {x.dtype for x in tensors} - set(TYPES)
+    unknown = {x.dtype for x in tensors} - set(DTYPES)
     if unknown:
-        raise TypeError(f"squares are summed of {', '.join(map(str, TYPES))}, not {', '.join(map(str, unknown))}")
+        raise TypeError(f"squares are summed of {', '.join(map(str, DTYPES))}, not {', '.join(map(str, unknown))}")
     return bins
 
 
@@ -54,13 +62,6 @@ def root(bins: Tensor) -> float:
     return math.sqrt(math.ldexp(float(total), LAST_BIT))
 
 
-def variants() -> Iterator[Variant]:
-    """Gradients; what holds for bfloat16 holds for float16."""
-    for name in ("fp32", "bf16"):
-        pointers = {"table": "*i64", "bins": "*i64", "like": f"*{name}"}
-        yield variant(f"squares {name}", _squares, pointers, {"TILE": TILE}, 8)
-
-
 def _table(flat: list[Tensor], device: torch.device) -> Tensor:
     """Address and size of every tile of every tensor: int64 [tiles, 2]."""
     sizes = torch.tensor([x.numel() for x in flat])
@@ -70,7 +71,7 @@ def _table(flat: list[Tensor], device: torch.device) -> Tensor:
     starts = torch.tensor([x.data_ptr() for x in flat])
     addresses = starts[of_tile] + first * flat[0].element_size()
     table = torch.stack([addresses, (sizes[of_tile] - first).clamp(max=TILE)], 1)
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    return table if INTERPRETED else table.pin_memory().to(device, non_blocking=True)
 
 
 @triton.jit

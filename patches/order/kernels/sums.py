@@ -1,4 +1,4 @@
-"""Sums of rows and of columns on a GPU, in the one order of `pairs_gpu`.
+"""Sums of rows and of columns, in the one order of `pairs`.
 
     tree_of_sums    leaves of a dimension, each summed by pairs, joined by the contract's tree
     row_sums        one sum over any dimensions
@@ -10,19 +10,17 @@ are subtrees: their sums are summed by the same kernels until one is left. Legen
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import product as combinations
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from patches.order.kernels.pairs import LAUNCH, on, pairs, pairs_of_rows, power_of_two, variant, widened
-from patches.order.kernels.variant import Variant
+from patches.order.kernels.pairs import LAUNCH, on, pairs, pairs_of_rows, power_of_two, widened
 from patches.order.tree import cuts, tree_sum
 
-__all__ = ["Normed", "row_sums", "sums_of_rows", "tree_of_sums", "variants"]
+__all__ = ["row_sums", "sums_of_rows", "tree_of_gamma_gradients", "tree_of_sums"]
 
 ROW_BLOCK = 4096
 COLUMNS, LANES, TILES = 128, 8, 8
@@ -31,15 +29,19 @@ COLUMNS, LANES, TILES = 128, 8, 8
 Normed = tuple[Tensor, Tensor | None, Tensor]
 
 
-def tree_of_sums(
-    x: Tensor, dim: int, leaves: int, exact_dims: tuple[int, ...] = (), normed: Normed | None = None
-) -> Tensor:
-    """float32 root of the tree over `leaves` sums along `dim`; `exact_dims` are summed inside every leaf.
+def tree_of_sums(x: Tensor, dim: int, leaves: int, exact_dims: tuple[int, ...] = ()) -> Tensor:
+    """float32 root of the tree over `leaves` sums along `dim`; in a leaf, elements are taken in their logical order."""
+    return _tree(x, dim, leaves, exact_dims, None)
 
-    Args:
-        x: float32, bfloat16 or float16; in a leaf its elements are taken in their logical order.
-        normed: sum x·x̂ instead; x̂ has the shape of `x`, whose last dimension alone is kept.
-    """
+
+def tree_of_gamma_gradients(
+    dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, dim: int, leaves: int, exact_dims: tuple[int, ...]
+) -> Tensor:
+    """The same of dy·x̂, multiplied as they are summed; the last dimension alone is kept."""
+    return _tree(dy, dim, leaves, exact_dims, (x, mean, rstd))
+
+
+def _tree(x: Tensor, dim: int, leaves: int, exact_dims: tuple[int, ...], normed: Normed | None) -> Tensor:
     dim %= x.dim()
     exact = sorted(d % x.dim() for d in exact_dims)
     last = max(dim, *exact) if exact else dim
@@ -68,34 +70,6 @@ def row_sums(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
     if sizes[2] == 1:
         return sums_of_rows(rows.view(sizes[:2])).view(shape)
     return _column_sums(rows, [sizes[0], 1, sizes[1], 1, sizes[2]], 1).view(shape)
-
-
-def variants() -> Iterator[Variant]:
-    """Every kind of sum, aligned or not; what holds for bfloat16 holds for float16."""
-    for name, aligned in combinations(("fp32", "bf16"), (True, False)):
-        how = "" if aligned else " unaligned"
-        types = {"x": f"*{name}", "out": "*fp32"}
-        both = types | {"y": f"*{name}"}
-        divisible = "n" if aligned else ""
-        for kind, product, rows in (("rows", False, 1), ("rows of products", True, 1), ("short rows", False, 32)):
-            meta = {"PRODUCT": product, "ROWS": rows, "BLOCK": ROW_BLOCK // rows}
-            yield variant(f"{kind} {name}{how}", _rows, both, meta, 4, divisible)
-        for normed, centered, one in (
-            (False, False, True),
-            (True, False, True),
-            (True, True, True),
-            (True, False, False),
-        ):
-            kind = ("layernorm" if centered else "rmsnorm") + (" of heads" if not one else "") if normed else "sum"
-            yield variant(
-                f"columns {kind} {name}{how}",
-                _columns,
-                types | {"z": f"*{name}", "mean": "*fp32", "rstd": "*fp32"},
-                {"ONE": one, "NORMED": normed, "CENTERED": centered}
-                | {"LANES": LANES, "TILES": TILES, "COLUMNS": COLUMNS},
-                4,
-                "B" if aligned else "",
-            )
 
 
 def sums_of_rows(x_RN: Tensor, times_RN: Tensor | None = None) -> Tensor:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patches.aten.overrides import ELEMENTWISE, LocalInvariance
-from patches.aten.patch import _refuse
 from patches.contract import UnsupportedError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,7 +28,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.fixture
 def on() -> Iterator[LocalInvariance]:
-    local = LocalInvariance("CPU", _refuse)
+    local = LocalInvariance("CPU")
     yield local
     local.remove()
 
@@ -166,7 +165,7 @@ def test_kernels_that_torch_overrides_itself_are_overridden_too():
     """From 2.12 on it overrides some of CUDA's in Python, and may not let them be overridden unasked."""
     x, theirs = torch.zeros(2, 2), torch.library.Library("aten", "IMPL")
     theirs.impl("_softmax", lambda x, dim, half_to_float: torch.full_like(x, 7.0), "CPU")
-    ours = LocalInvariance("CPU", _refuse)
+    ours = LocalInvariance("CPU")
     assert torch.softmax(x, 0)[0, 0] == 0.5
     ours.remove()
     assert torch.softmax(x, 0)[0, 0] == 7
@@ -185,7 +184,7 @@ def test_removing_gives_aten_its_own_bits_back():
     x = torch.randn(37, 1030, generator=torch.Generator().manual_seed(0))
     calls = (lambda: x @ x.t(), lambda: F.silu(x), lambda: torch.softmax(x, -1), lambda: x.sum(0), lambda: torch.exp(x))
     before = [call() for call in calls]
-    LocalInvariance("CPU", _refuse).remove()
+    LocalInvariance("CPU").remove()
     assert all(torch.equal(a, call()) for a, call in zip(before, calls, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""The order of `order.pairs_gpu`, in torch on the CPU: what every kernel must give, bit by bit."""
+"""The order of `kernels.pairs`, in torch on the CPU: what every kernel must give, bit by bit."""
 
 from __future__ import annotations
 

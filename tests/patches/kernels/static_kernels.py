@@ -4,7 +4,7 @@
     python -m tests.patches.kernels.static_kernels --write    compile all, write that table
 
 One Triton version holds one compiler and one assembler, so the numbers are the same on every machine; the table
-names the version. Modules with kernels are listed in MODULES; each has a function `variants()`.
+names the version. `variants.py` lists the kernels.
 """
 
 from __future__ import annotations
@@ -18,15 +18,11 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from patches.order.kernels.variant import Variant
+from tests.patches.kernels.variant import Variant
 
-MODULES = tuple(
-    f"patches.order.{name}_gpu" for name in ("gemm", "collectives", "sums", "norm", "softmax", "embedding", "squares")
-)
 # Additions and multiplications that the assembler may contract to one rounding.
 CONTRACTIBLE = re.compile(r"\b(?:add|sub|mul)(?:\.ftz)?\.f32")
 TABLE = Path(__file__).with_name("static.json")
@@ -60,6 +56,8 @@ def main() -> int:
     write = parser.parse_args().write
     import triton
 
+    from tests.patches.kernels.variants import all_variants
+
     cases = [(variant, family) for variant in all_variants() for family in variant.families]
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         found = dict(zip(map(row, cases), pool.imap(measured, range(len(cases))), strict=True))
@@ -82,10 +80,6 @@ def as_json(version: str, found: dict[str, Facts]) -> str:
         f"  {json.dumps(name, ensure_ascii=False)}: {json.dumps(row)}" for name, row in zip(found, facts, strict=True)
     ]
     return f'{{"triton": "{version}", "kernels": {{\n' + ",\n".join(lines) + "\n}}\n"
-
-
-def all_variants() -> list[Variant]:
-    return [variant for module in MODULES for variant in import_module(module).variants()]
 
 
 def row(case: tuple[Variant, int]) -> str:
@@ -119,6 +113,8 @@ def differences(table: dict[str, dict[str, int]], found: dict[str, Facts]) -> li
 
 
 def measured(index: int) -> Facts:
+    from tests.patches.kernels.variants import all_variants
+
     variant, family = [(variant, family) for variant in all_variants() for family in variant.families][index]
     return facts_of(variant, family)
 

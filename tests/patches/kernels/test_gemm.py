@@ -1,4 +1,4 @@
-"""Products of `order.gemm_gpu`: right against the exact product, and the same bits however they are cut or laid out.
+"""Products of `kernels.gemm`: right against the exact product, and the same bits however they are cut or laid out.
 
 Without a GPU, Triton's interpreter runs the kernel on NumPy. It proves what is index arithmetic: which elements are
 multiplied, masked, added into which leaf, in which order leaves meet, where results are stored. It says nothing
@@ -17,10 +17,10 @@ import torch
 pytest.importorskip("triton", reason="Triton is not on the path: make test-kernels")
 
 from patches.contract import UnsupportedError
-from patches.order.exact.products import exact_product
-from patches.order.kernels import gemm
-from patches.order.kernels.gemm import contract, product
-from patches.order.tree import cuts, tree_of_products, tree_sum
+from patches.order.exact.products import exact_product, tree_of_products
+from patches.order.kernels import gemm, provenance
+from patches.order.kernels.gemm import product
+from patches.order.tree import cuts, tree_sum
 from tests.support.bits import assert_same_bits
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -218,8 +218,8 @@ def test_bad_operands_are_refused(device):
             product(**{"a_MK": a, "b_KN": b, **arguments})
 
 
-def test_contract_is_json():
-    facts = contract()
+def test_provenance_tells_the_k_step():
+    facts = provenance()
     assert facts["k_step"] == {"bf16": 64, "fp16": 64, "fp32": 32}
 
 

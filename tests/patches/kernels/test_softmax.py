@@ -12,9 +12,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not on the path: make test-kernels")
 
-from patches.order.exact.products import exact_sum
+from patches.order.exact.sums import exact_sum
+from patches.order.kernels.cross_entropy import CHUNK, exponentials, joined, logits_gradient
 from patches.order.kernels.embedding import BLOCK, embedding_gradient
-from patches.order.kernels.softmax import CHUNK, SHORT, exponentials, joined, logits_gradient, softmax, softmax_gradient
+from patches.order.kernels.softmaxes import SHORT, softmax, softmax_gradient
 from patches.order.tree import tree_sum
 from tests.patches.kernels.by_pairs import DTYPES, assert_close, by_pairs
 from tests.support.bits import assert_same_bits

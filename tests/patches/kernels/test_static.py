@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from patches.order.kernels.variant import Variant
 from tests.patches.kernels.static_kernels import SHARED_LIMIT, TABLE, TOLERANCE, Facts, broken_rules, differences
+from tests.patches.kernels.variant import Variant
 
 GOOD = Facts(registers=168, stack=0, shared=SHARED_LIMIT, mma=True, asked=1, waits=1)
 MMA = Variant("product", None, {}, expects="mma")

@@ -14,10 +14,11 @@ import torch
 pytest.importorskip("triton", reason="Triton is not on the path: make test-kernels")
 
 from patches.order.exact import norm as exact_norm
-from patches.order.exact.products import exact_sum
+from patches.order.exact.sums import exact_sum
 from patches.order.kernels import norm
-from patches.order.kernels.sums import row_sums, sums_of_rows, tree_of_sums
+from patches.order.kernels.sums import row_sums, sums_of_rows, tree_of_gamma_gradients, tree_of_sums
 from patches.order.tree import tree_sum
+from patches.order.x_hat import x_hat
 from tests.patches.kernels.by_pairs import DTYPES, assert_close, by_pairs, leaves_by_pairs
 from tests.support.bits import assert_same_bits
 
@@ -107,22 +108,21 @@ def test_norm_is_right_and_a_row_does_not_see_the_others(h, dtype, centered, dev
 def test_gamma_gradient_multiplies_as_it_sums(dtype, centered, device):
     x, dy = torch.randn(70, 2, 40).to(device, dtype), torch.randn(70, 2, 40).to(device, dtype)
     _, mean, rstd = norm.normalised(x, torch.ones(40, device=device), None, EPS, centered)
-    summed = tree_of_sums(dy, 0, 8, (1,), (x, mean, rstd))
+    summed = tree_of_gamma_gradients(dy, x, mean, rstd, 0, 8, (1,))
     shifted = x.cpu().float() - mean.cpu() if centered else x.cpu().float()
     assert_same_bits(summed, leaves_by_pairs(dy.cpu().float() * (shifted * rstd.cpu()), 8))
     exact = exact_sum(
-        dy.cpu().float()
-        * exact_norm.x_hat(x.cpu(), *exact_norm.normalised(x.cpu(), torch.ones(40), None, EPS, centered)[1:]),
+        dy.cpu().float() * x_hat(x.cpu(), *exact_norm.normalised(x.cpu(), torch.ones(40), None, EPS, centered)[1:]),
         (0, 1),
     )
     assert_close(summed, exact, 2.0**-18 * 140)
-    heads = (dy.unflatten(2, (8, 5)), 2, 4, (0, 1))
+    dy_heads = dy.unflatten(2, (8, 5))
     of_heads = x.unflatten(2, (8, 5))
     _, mean, rstd = norm.normalised(of_heads, torch.ones(5, device=device), None, EPS, centered)
     shifted = of_heads.cpu().float() - mean.cpu() if centered else of_heads.cpu().float()
-    terms = heads[0].cpu().float() * (shifted * rstd.cpu())
+    terms = dy_heads.cpu().float() * (shifted * rstd.cpu())
     assert_same_bits(
-        tree_of_sums(*heads, (of_heads, mean, rstd)),
+        tree_of_gamma_gradients(dy_heads, of_heads, mean, rstd, 2, 4, (0, 1)),
         tree_sum(by_pairs(part.reshape(-1, 5), 0) for part in terms.split(2, 2)),
     )
 

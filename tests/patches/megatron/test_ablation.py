@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import patches
-from patches.megatron import PATCHES, initial_weights
+from patches.megatron import initial_weights
 from patches.registry import REGISTRY, check_versions
 from tests.support import plain_megatron
 from tests.support.megatron_runs import differences, run
@@ -47,6 +47,7 @@ ELSEWHERE |= {patch.name for patch in initial_weights.PATCHES}  # tests/patches/
 ELSEWHERE |= {"fused-norm"}  # tests/patches/test_patches.py
 ELSEWHERE |= {"embedding"}  # tests/patches/kernels: it changes nothing on a CPU
 
+PATCHES = [patch for patch in patches._all_patches() if patch.library == "megatron-core"]
 NEEDED = check_versions(PATCHES)
 
 

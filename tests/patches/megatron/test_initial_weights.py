@@ -17,7 +17,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from packaging.version import Version
 
 import patches
-from patches.megatron import PATCHES
 from patches.megatron.first_step import require_agreement
 from patches.registry import REGISTRY, check_versions
 from tests.support import STAND_IN, plain_megatron
@@ -54,6 +53,7 @@ def t5(tp: int) -> torch.nn.Module:
 
 
 HAS_T5 = Version(version("megatron-core")) >= Version("0.16")  # before, its local layers want Transformer Engine
+PATCHES = [patch for patch in patches._all_patches() if patch.library == "megatron-core"]
 MODELS: dict[str, Any] = {
     "qwen3": lambda tp: gpt(tp, QWEN3),
     "qwen3 on the device": lambda tp: gpt(tp, QWEN3, use_cpu_initialization=False),

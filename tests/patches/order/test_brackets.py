@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from patches.order.exact import brackets, norm
-from patches.order.exact.products import exact_product, exact_sum, rounded, rounded_sum, sum_bounds
-from patches.order.exact.slices import sliced_product, sliced_sum
-from patches.order.tree import tree_of_products, tree_of_sums
+from patches.order.exact.products import exact_product, tree_of_products
+from patches.order.exact.slices import rounded, sliced_product, sliced_sum
+from patches.order.exact.sums import exact_sum, rounded_sum, sum_bounds, tree_of_sums
 from tests.support.bits import same_bits
 from tests.support.operands import DTYPES, HARD, cases, operands, values
 

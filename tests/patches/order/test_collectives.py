@@ -15,7 +15,7 @@ from torch import Tensor
 import patches
 from patches.contract import Contract, UnsupportedError
 from patches.ops import linear
-from patches.ops.linear import column_parallel
+from patches.ops.linear import GradSink, column_parallel
 from patches.ops.sharded import Shards
 from patches.order.collectives import begin_all_gather, begin_all_reduce, begin_reduce_scatter
 from tests.support.ranks import on_ranks
@@ -35,7 +35,7 @@ def many_at_once() -> list[Tensor]:
     gc.collect()
     rubbish = [torch.full((4, 1001), float("nan")) for _ in range(60)]
     del rubbish
-    return [finish() for finish in pending]
+    return [result.wait() for result in pending]
 
 
 def test_sums_under_way_keep_what_they_send():
@@ -54,9 +54,9 @@ def begun_before_the_other(folder: Path) -> bool:
     if dist.get_rank() == 1:
         while not began.exists():
             time.sleep(0.01)
-    finish = begin_all_reduce(torch.ones(8), group, torch.float32)
+    result = begin_all_reduce(torch.ones(8), group, torch.float32)
     began.touch()
-    return bool(finish().eq(2).all())
+    return bool(result.wait().eq(2).all())
 
 
 def test_a_sum_is_begun_without_waiting_for_other_ranks(tmp_path):
@@ -75,7 +75,7 @@ def events_of_a_backward(strategy: Any, sp: bool) -> list[str]:
 
     x = torch.ones(4 if sp else 8, 1, 16, requires_grad=True)
     weight = torch.ones(8, 16, requires_grad=True)
-    y = column_parallel(x, weight, None, Shards(Contract(strategy), dist.group.WORLD), sp, False)
+    y = column_parallel(x, weight, None, Shards(Contract(strategy), dist.group.WORLD), sp, GradSink())
     dist.all_to_all_single = noted("roots sent", dist.all_to_all_single)
     dist.all_gather_into_tensor = noted("gather", dist.all_gather_into_tensor)
     linear._weight_gradient = noted("wgrad", linear._weight_gradient)

@@ -10,8 +10,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from patches.order.exact.products import exact_product, exact_sum, rounded, sum_of_squares
-from patches.order.tree import cuts, tree_of_products, tree_of_sums, tree_sum
+from patches.order.exact.products import exact_product, tree_of_products
+from patches.order.exact.slices import rounded
+from patches.order.exact.squares import sum_of_squares
+from patches.order.exact.sums import exact_sum, tree_of_sums
+from patches.order.tree import cuts, tree_sum
 from tests.support.bits import same_bits
 from tests.support.operands import DTYPES, KINDS, cases, operands, values
 

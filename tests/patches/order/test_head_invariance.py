@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from patches.order.head_invariance import first_dependence
+from patches.order.head_invariance import find_head_dependence
 from tests.support.head_by_head import Spoilt, attention
 
 HEADS = 8
@@ -19,7 +19,7 @@ RESULTS = list(enumerate(("the output", "dq", "dk", "dv")))
 
 def asked(kernel: Callable[[Tensor, Tensor, Tensor], Tensor], **options: bool) -> str | None:
     like = torch.empty(5, 2, HEADS // 4, 4)  # what a rank of TP=4 holds
-    return first_dependence(kernel, like, like, like, HEADS, 2, **options)
+    return find_head_dependence(kernel, like, like, like, HEADS, 2, **options)
 
 
 def test_attention_head_by_head_depends_on_nothing():

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from patches.contract import UnsupportedError
-from patches.order import products
+from patches.order import backend, products
 from tpcheck.errors import TpcheckError
-from tpcheck.run import provenance
+from tpcheck.run import resume
 
 A = torch.arange(6.0).view(2, 3)
 
@@ -19,25 +19,25 @@ A = torch.arange(6.0).view(2, 3)
 @pytest.fixture(autouse=True)
 def back_to_any_device() -> Iterator[None]:
     yield
-    products.keep_to(None)
+    backend.pin_device(None)
 
 
 def test_product_on_another_device_than_the_run_was_patched_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_kept", "cuda")
+    monkeypatch.setattr(backend, "_pinned", "cuda")
     with pytest.raises(UnsupportedError, match=r"on cpu in a run that was patched for cuda.*CUDA_VISIBLE_DEVICES"):
         products.product(A, A.t())
     with pytest.raises(UnsupportedError):
-        products.tree_product(A, A.t(), 2)
+        products.product(A, A.t(), leaves=2)
     with pytest.raises(UnsupportedError):
         products.add_product(torch.zeros(2, 2), A, A.t())
-    products.keep_to("cpu")
+    backend.pin_device("cpu")
     assert products.product(A, A.t()).equal(A @ A.t())
 
 
 @pytest.mark.skipif(find_spec("triton") is not None, reason="Triton is installed here")
 def test_gpu_without_triton_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="need Triton"):
-        products.keep_to("cuda")
+        backend.pin_device("cuda")
 
 
 def test_operands_on_two_devices_are_refused() -> None:
@@ -58,6 +58,6 @@ def test_run_does_not_go_on_with_products_of_another_kind(told: bool) -> None:
     data = {"digest": "d"}
     exact, tensor_cores = {"leaf": "exact"}, {"kernel": "gemm_gpu", "family": "sm_90"}
     before = {"data": data, "config": {"strategy": "tree"}, **({"products": exact} if told else {})}
-    assert provenance.continued(before, {"data": data, "products": exact}, 3)["history"][0]["until_step"] == 3
+    assert resume.continued(before, {"data": data, "products": exact}, 3)["history"][0]["until_step"] == 3
     with pytest.raises(TpcheckError, match="of another kind, .*exact.*sm_90"):
-        provenance.continued(before, {"data": data, "products": tensor_cores}, 3)
+        resume.continued(before, {"data": data, "products": tensor_cores}, 3)

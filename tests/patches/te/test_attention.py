@@ -15,7 +15,7 @@ from tests.support import plain_megatron
 from tests.support.head_by_head import Spoilt, attention
 from tests.support.megatron_runs import differences
 from tests.support.ranks import on_ranks
-from tpcheck.config import parse_run
+from tpcheck.config.load import parse_run
 from tpcheck.doctor import attention as doctor_attention
 
 CALLS: list[int] = []

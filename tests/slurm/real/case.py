@@ -86,7 +86,7 @@ class Case:
         )
 
     def jobs(self, cell: str) -> list[str]:
-        """What Slurm calls the jobs that `cell` was ever handed in with."""
+        """What Slurm calls the jobs that `cell` was ever submitted with."""
         submitted = [each for each in submissions.read(self.out) if cell in each.cells]
         return [element for each in submitted if (element := each.element(cell))]
 

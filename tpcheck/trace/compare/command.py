@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tpcheck.errors import TpcheckError
-from tpcheck.trace.compare.estimate import SEEDS, Estimate, open_noise, open_trace
+from tpcheck.trace.compare.estimate import Estimate, open_noise, open_trace
 from tpcheck.trace.compare.judge import Comparison, Row, Verdict, judge
 from tpcheck.trace.compare.reader import Trace
 from tpcheck.trace.compare.vocabulary import along_vocabulary, cut_alike, padding
@@ -25,23 +26,27 @@ EXIT_CODES: dict[Verdict, int] = {
 }  # fmt: skip
 
 
-def compare(a: Path, b: Path, seeds: int = SEEDS) -> Comparison:
+def compare(a: Path, b: Path, nudge: Callable[[Path], None] | None = None) -> Comparison:
     """Judge the trace B by the trace A; each is a run with a trace, or a trace.
 
-    Where A is a run of `tpcheck train`, its nudged runs are made if they are missing; a bare trace is expected to
-    have them beside its ranks, as `noise-1`, `noise-2` …
+    A's nudged runs are expected in it, as `noise-1`, `noise-2` …; `nudge(a)` may make them.
     """
     left, right = open_trace(a), open_trace(b)
     _require_comparable(left, right)
-    noise = open_noise(a, left, seeds)
+    if nudge is not None:
+        nudge(a)
+    noise = open_noise(a, left)
     vocabulary = cut_alike(left, right, noise)
     return judge(left, right, Estimate(left, noise), vocabulary)
 
 
-def command(a: Path, b: Path, *, seeds: int, show_all: bool, as_json: bool, report: Path | None) -> int:
+def command(
+    a: Path, b: Path, *, nudge: Callable[[Path], None], show_all: bool, as_json: bool, report: Path | None
+) -> int:
+    """Print the judgement of the run B by the run A; its exit code."""
     from tpcheck.trace.compare.text import lines
 
-    comparison = compare(a, b, seeds)
+    comparison = compare(a, b, nudge)
     if report is not None:
         from tpcheck.trace.compare.report import write
 

@@ -11,28 +11,21 @@ Where A is a run of `tpcheck train`, missing ones are made here.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from tpcheck.config import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
-from tpcheck.files.names import CHECKPOINTS, TRACE
+from tpcheck.files.names import TRACE
 from tpcheck.trace.compare.metrics import Distance, distance
 from tpcheck.trace.compare.reader import Key, Logical, Trace
-from tpcheck.trace.compare.sign_flips import turned
+from tpcheck.trace.compare.sign_flips import sign_flip_distance
 
-__all__ = ["GRADIENT_NORM", "ROUNDING", "SEEDS", "Estimate", "open_noise", "open_trace"]
+__all__ = ["GRADIENT_NORM", "ROUNDING", "Estimate", "open_noise", "open_trace"]
 
-SEEDS = 3
 # Half a unit in the last place, relative: what storing a number in the dtype costs, whatever was computed.
 ROUNDING = {"bfloat16": 2.0**-9, "float16": 2.0**-12, "float32": 2.0**-24, "float64": 2.0**-53}
 GRADIENT_NORM = 64 * ROUNDING["float32"]
@@ -92,7 +85,10 @@ class Estimate:
         w, m = self.reference.logical_or_none(earlier), self.reference.logical_or_none(average)
         if w is None or m is None or not a.bits.shape == w.bits.shape == m.bits.shape:
             return Distance(0.0, 0.0)
-        now, past = turned(w.values(), a.values(), m.values(), self.of(average, m).overall), self.of(earlier, w)
+        now, past = (
+            sign_flip_distance(w.values(), a.values(), m.values(), self.of(average, m).overall),
+            self.of(earlier, w),
+        )
         # An update is at most in proportion to the gradients, so that another clip coefficient scales it no more.
         update = distance(w, a)
         scaled = Distance(*(self.clipped * one for one in (update.overall, update.peak)))
@@ -109,14 +105,9 @@ def open_trace(path: Path) -> Trace:
     return Trace(path / TRACE if (path / TRACE).is_dir() else path)
 
 
-def open_noise(path: Path, reference: Trace, seeds: int = SEEDS) -> list[Trace]:
-    """The nudged runs of the reference at `path`; those of a tpcheck run are made if they are not there."""
+def open_noise(path: Path, reference: Trace) -> list[Trace]:
+    """The traces of the reference at `path` run again, nudged: its folders `noise-1`, `noise-2` …"""
     found = sorted(folder for folder in path.glob("noise-*") if folder.is_dir())
-    if len(found) < seeds and result_dir.is_result(path):
-        made = {_folder(path, seed) for seed in range(1, seeds + 1)} - set(found)
-        for folder in sorted(made):
-            _run_again(path, folder, max(reference.steps))
-        found = sorted({*found, *made})
     traces = [_open_nudged(folder, path) for folder in found]
     seen: set[int] = set()
     for trace in traces:
@@ -140,36 +131,3 @@ def _open_nudged(folder: Path, path: Path) -> Trace:
         raise TpcheckError(
             f"{folder}, a nudged run, is not whole: remove it, and it is made again ({error})"
         ) from error
-
-
-def _folder(path: Path, seed: int) -> Path:
-    return path / f"noise-{seed}"
-
-
-def _run_again(path: Path, folder: Path, last_step: int) -> None:
-    from tpcheck.run.launch import launch
-
-    settings: dict[str, Any] = result_dir.read_manifest(path)["config"]
-    seed = int(folder.name.rpartition("-")[2])
-    changes = {"output": str(folder), "steps": last_step + 1, "stop_after": None, "checkpoint_every": 0}
-    config = parse_run({**settings, **changes, "trace": {**settings["trace"], "perturb": seed}}, str(path))
-    print(f"running {path} again with every rounding nudged, seed {seed}", file=sys.stderr)
-    with _stdout_to_stderr():
-        code = launch(config)
-    if code:
-        raise TpcheckError(f"{folder}: the nudged run failed, see its log.txt")
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """What a run says of its progress is not what `tpcheck compare` has been asked for."""
-    sys.stdout.flush()
-    saved = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(saved, 1)
-        os.close(saved)

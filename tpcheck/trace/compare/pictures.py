@@ -14,13 +14,17 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from tpcheck.sweep.plot import COLOURS, FAINT, INK
+from tpcheck.pages.colours import COLOURS, FAINT, INK
 from tpcheck.trace.compare.judge import Comparison, Row
 from tpcheck.trace.module_names import role_of
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from tpcheck.checkpoint.tiling import Array, Index, Part, tiles
+from tpcheck.checkpoint.tiling import Array, Index, Tile, tiles
 from tpcheck.checkpoint.ulp import FLOATS, values
 from tpcheck.checkpoint.unpickle import ITEMSIZE
 from tpcheck.errors import TpcheckError
@@ -150,7 +150,7 @@ class Trace:
             whole[place] = (
                 encoded(np.sum([values(a, dtype) for _, a in held], axis=0), dtype) if partial else held[0][1]
             )
-        if not tiles([Part(offset, array) for (offset, _), array in whole.items()], shape):
+        if not tiles([Tile(offset, array) for (offset, _), array in whole.items()], shape):
             return f"its boxes do not add up to {list(shape)}"
         bits = np.empty(shape, next(iter(whole.values())).dtype)
         for (offset, size), array in whole.items():

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from tpcheck.files import result_dir
-from tpcheck.sweep import report
+from tpcheck.pages import html
 from tpcheck.trace.compare import pictures
 from tpcheck.trace.compare.judge import Comparison, Row
 from tpcheck.trace.compare.text import layout, padded, sentence, what
@@ -40,7 +40,7 @@ def write(comparison: Comparison, a: Path, b: Path, path: Path) -> None:
         (pictures.heat_map(comparison), "the error of each module in each layer"),
     )
     figures = "".join(
-        f"<figure>{report.image(png, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
+        f"<figure>{html.image(png, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
         for png, caption in drawn
         if png
     )
@@ -56,7 +56,7 @@ def write(comparison: Comparison, a: Path, b: Path, path: Path) -> None:
 {f"<p>Vocabulary: {escape(text)}.</p>" if (text := padded(comparison)) else ""}
 {_unmapped(comparison)}
 <details><summary>All {len(comparison.rows)} tensors</summary>{_numbers(comparison.rows)}</details>"""
-    path.write_text(report.document("Rounding or bug?", body, STYLE), encoding="utf-8")
+    path.write_text(html.document("Rounding or bug?", body, STYLE), encoding="utf-8")
 
 
 def _unmapped(comparison: Comparison) -> str:

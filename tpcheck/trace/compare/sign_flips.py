@@ -14,13 +14,13 @@ import torch
 from tpcheck.checkpoint.tiling import Array
 from tpcheck.trace.compare.metrics import Distance
 
-__all__ = ["turned"]
+__all__ = ["sign_flip_distance"]
 
 POSSIBLE = 1e-4  # probability from which on a turn is allowed for
 
 
-def turned(before: Array, after: Array, average: Array, noise: float) -> Distance:
-    """How far turned elements take `after` from itself.
+def sign_flip_distance(before: Array, after: Array, average: Array, noise: float) -> Distance:
+    """How far the updates whose sign rounding may decide take `after` from itself.
 
     Args:
         before, after: the weights on both sides of the update.

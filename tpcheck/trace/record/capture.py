@@ -44,7 +44,7 @@ class Capture:
         self.recorded: list[int] = []
         self.inside: list[str] = []  # modules that are running, the innermost last
         self.calls: Counter[tuple[str, str]] = Counter()
-        self.chunks = chunks_of(models, rules.grid)
+        self.chunks = chunks_of(models, rules.layout)
         self.begun: Counter[int] = Counter()  # microbatches of this step, by the chunk's stage
         self.stages: dict[str, int] = {}  # by name
         self.parameters = Parameters(self.chunks, rules, self._record, options.perturb)
@@ -149,7 +149,7 @@ class Capture:
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for key, value in (*enumerate(args), *kwargs.items()):
             if isinstance(value, torch.Tensor) and value.dim() >= 2 and not value.dtype.is_floating_point:
-                index = self.batch.number * self.rules.grid.dp + self.rules.grid.dp_rank
+                index = self.batch.number * self.rules.layout.dp + self.rules.layout.dp_rank
                 self._record("input", f"input {key}", whole(value).batch(0, index))
 
     def _watch_dropout(self) -> None:
@@ -224,7 +224,7 @@ class Capture:
                 seed = (self.step, batch.number, kind, name, call)
                 gradient = nudge(gradient, spawn(self.options.perturb, *seed))
             shards = cut(name, module, gradient, batch)
-            self._record(kind, name, shards, batch, call, self.rules.grid.gradients)
+            self._record(kind, name, shards, batch, call, self.rules.layout.grad_scale)
             return gradient
 
         return record
@@ -266,5 +266,5 @@ class Capture:
         if stage := self.stages.get(name):
             record["stage"] = stage
         if batch is not None:
-            record["microbatch"] = batch.number * self.rules.grid.dp + self.rules.grid.dp_rank
+            record["microbatch"] = batch.number * self.rules.layout.dp + self.rules.layout.dp_rank
         self.writer.add(record, replace(shards, scale=scale).every(self.options.sample))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from tpcheck.trace.module_names import canonical
-from tpcheck.trace.record.rank_layout import Grid
+from tpcheck.trace.record.rank_layout import RankLayout
 
 __all__ = ["Chunk", "chunks_of"]
 
@@ -72,10 +72,10 @@ class Chunk:
         }
 
 
-def chunks_of(models: Sequence[torch.nn.Module], grid: Grid) -> list[Chunk]:
+def chunks_of(models: Sequence[torch.nn.Module], layout: RankLayout) -> list[Chunk]:
     """The parts of a model that this rank trains."""
     return [
-        Chunk(model, number * grid.pp + grid.pp_rank, _end(model, "pre_process"), _end(model, "post_process"))
+        Chunk(model, number * layout.pp + layout.pp_rank, _end(model, "pre_process"), _end(model, "post_process"))
         for number, model in enumerate(models)
     ]
 

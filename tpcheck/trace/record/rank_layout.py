@@ -16,13 +16,17 @@ import torch.distributed as dist
 from tpcheck.errors import TpcheckError
 from tpcheck.trace.record.deepspeed import autotp_of
 
-__all__ = ["Grid", "grid_of", "megatron_config"]
+__all__ = ["RankLayout", "megatron_config", "rank_layout_of"]
 
 
 @dataclass(frozen=True)
-class Grid:
-    """A rank's coordinates. `gradients` is what a rank's activation gradients are multiplied by to be the whole
-    batch's: each rank's loss is a mean over its own samples only."""
+class RankLayout:
+    """A rank's coordinates.
+
+    Attributes:
+        grad_scale: factor from this rank's activation gradients to the global batch's: a rank's loss is a mean over
+            its own samples only.
+    """
 
     rank: int = 0
     world: int = 1
@@ -33,16 +37,17 @@ class Grid:
     pp_rank: int = 0
     pp: int = 1
     sequence_parallel: bool = False
-    gradients: float = 1.0
+    grad_scale: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        fields = asdict(self)
+        return {**fields, "gradients": fields.pop("grad_scale")}
 
 
-def grid_of(models: Sequence[torch.nn.Module]) -> Grid:
+def rank_layout_of(models: Sequence[torch.nn.Module]) -> RankLayout:
     """This rank's place, found out from the process groups and the models."""
     if not (dist.is_available() and dist.is_initialized()):
-        return Grid()
+        return RankLayout()
     megatron = sys.modules.get("megatron.core.parallel_state")
     config = megatron_config(models)
     if megatron and config is not None and megatron.model_parallel_is_initialized():
@@ -50,16 +55,16 @@ def grid_of(models: Sequence[torch.nn.Module]) -> Grid:
     rank, world = dist.get_rank(), dist.get_world_size()
     if (autotp := autotp_of(models)) is not None:
         tp_rank, tp_size = autotp
-        return Grid(rank, world, tp_rank, tp_size, rank // tp_size, world // tp_size, gradients=tp_size / world)
+        return RankLayout(rank, world, tp_rank, tp_size, rank // tp_size, world // tp_size, grad_scale=tp_size / world)
     mesh = _mesh(models)
     if mesh is None:
-        return Grid(rank, world, dp_rank=rank, dp=world, gradients=1 / world)
+        return RankLayout(rank, world, dp_rank=rank, dp=world, grad_scale=1 / world)
     tp = next((name for name in mesh.mesh_dim_names or () if "tp" in name), None)
     if tp is None:
-        return Grid(rank, world, dp_rank=rank, dp=world, gradients=1 / world)
+        return RankLayout(rank, world, dp_rank=rank, dp=world, grad_scale=1 / world)
     tp_rank, tp_size = mesh.get_local_rank(tp), mesh.size(mesh.mesh_dim_names.index(tp))
     # Ranks of a mesh are in row-major order, tensor parallelism innermost.
-    return Grid(rank, world, tp_rank, tp_size, rank // tp_size, world // tp_size, gradients=tp_size / world)
+    return RankLayout(rank, world, tp_rank, tp_size, rank // tp_size, world // tp_size, grad_scale=tp_size / world)
 
 
 def megatron_config(models: Sequence[torch.nn.Module]) -> Any:
@@ -72,7 +77,7 @@ def megatron_config(models: Sequence[torch.nn.Module]) -> Any:
     return None
 
 
-def _megatron(state: Any, config: Any) -> Grid:
+def _megatron(state: Any, config: Any) -> RankLayout:
     for name in ("context_parallel_size", "expert_model_parallel_size"):
         if (size := getattr(config, name, 1)) != 1:
             raise TpcheckError(f"{name}={size} is not traced: only tensor, data and pipeline parallelism are")
@@ -82,7 +87,7 @@ def _megatron(state: Any, config: Any) -> Grid:
         raise TpcheckError(f"recompute_granularity={config.recompute_granularity} in a pipeline of {pp} is not traced: "
                            "trace without it, or without a pipeline")  # fmt: skip
     dp = state.get_data_parallel_world_size()
-    return Grid(
+    return RankLayout(
         dist.get_rank(),
         dist.get_world_size(),
         state.get_tensor_model_parallel_rank(),

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from tpcheck.trace.record.deepspeed import autotp_activation, autotp_parameter
-from tpcheck.trace.record.rank_layout import Grid, megatron_config
+from tpcheck.trace.record.rank_layout import RankLayout, megatron_config
 from tpcheck.trace.record.shards import Shards, whole
 
 __all__ = ["Batch", "Rules"]
@@ -64,11 +64,11 @@ class Batch:
 
 
 class Rules:
-    """What `tensor`, met in `module`, is a part of. The rank's `grid` and the models decide."""
+    """What `tensor`, met in `module`, is a part of. The rank's `layout` and the models decide."""
 
-    def __init__(self, models: Sequence[torch.nn.Module], grid: Grid) -> None:
-        self.grid, self.config = grid, megatron_config(models)
-        self.ranges = _flat_ranges(models, grid)
+    def __init__(self, models: Sequence[torch.nn.Module], layout: RankLayout) -> None:
+        self.layout, self.config = layout, megatron_config(models)
+        self.ranges = _flat_ranges(models, layout)
 
     def output(self, name: str, module: torch.nn.Module, tensor: torch.Tensor, batch: Batch) -> Shards:
         return self._activation(self._rule(name, module, tensor, 0), 0, module, tensor, batch)
@@ -85,15 +85,15 @@ class Rules:
         """`values` are the parameter's, or like it in shape and cut."""
         if hasattr(values, "device_mesh"):
             return _placed(values)
-        shards, grid = whole(values), self.grid
+        shards, layout = whole(values), self.layout
         if hasattr(parameter, "ds_is_replaced_module"):
-            return autotp_parameter(parameter, shards, grid.tp_rank)
+            return autotp_parameter(parameter, shards, layout.tp_rank)
         if not getattr(parameter, "tensor_model_parallel", False):
             return shards
         dim: int = parameter.partition_dim  # type: ignore[attr-defined]
         if dim == 0 and "linear_fc1." in name and self.config is not None and self.config.gated_linear_unit:
-            return shards.gated(dim, grid.tp_rank, grid.tp)
-        return shards.cut(dim, grid.tp_rank, grid.tp, "row" if dim else "column")
+            return shards.gated(dim, layout.tp_rank, layout.tp)
+        return shards.cut(dim, layout.tp_rank, layout.tp, "row" if dim else "column")
 
     def updated(self, name: str, parameter: torch.nn.Parameter, values: torch.Tensor) -> Shards:
         """`values` are what this rank's optimizer has for the parameter: like it, or the flat range it updates."""
@@ -129,32 +129,32 @@ class Rules:
     ) -> Shards:
         if hasattr(tensor, "device_mesh"):
             placed = _placed(tensor)
-            return _batched(placed, tensor.to_local(), batch, self.grid)  # type: ignore[attr-defined]
+            return _batched(placed, tensor.to_local(), batch, self.layout)  # type: ignore[attr-defined]
         if rule and rule[0] == "t":
             rule, tensor = rule[1:], tensor.transpose(0, 1)
-        shards, grid = whole(tensor), self.grid
+        shards, layout = whole(tensor), self.layout
         if rule is None or len(rule) != tensor.dim():
             if not tensor.dim():  # a loss; each microbatch has its own
-                return whole(tensor.reshape(1)).batch(0, batch.number * grid.dp + grid.dp_rank)
+                return whole(tensor.reshape(1)).batch(0, batch.number * layout.dp + layout.dp_rank)
             if hasattr(module, "tp_world_size"):
-                shards = autotp_activation(module, shards, which, grid.tp_rank)
+                shards = autotp_activation(module, shards, which, layout.tp_rank)
             else:
-                shards = replace(_column_of_dtensor(shards, module, grid), assumed=grid.tp > 1)
-            return _batched(shards, tensor, batch, grid)
+                shards = replace(_column_of_dtensor(shards, module, layout), assumed=layout.tp > 1)
+            return _batched(shards, tensor, batch, layout)
         for dim, letter in enumerate(rule):
             if letter == "B":
-                shards = shards.batch(dim, batch.number * grid.dp + grid.dp_rank)
-            elif letter == "S" and grid.sequence_parallel:
-                shards = shards.cut(dim, grid.tp_rank, grid.tp, "sequence")
+                shards = shards.batch(dim, batch.number * layout.dp + layout.dp_rank)
+            elif letter == "S" and layout.sequence_parallel:
+                shards = shards.cut(dim, layout.tp_rank, layout.tp, "sequence")
             elif letter == "H":
-                shards = shards.cut(dim, grid.tp_rank, grid.tp, "column")
+                shards = shards.cut(dim, layout.tp_rank, layout.tp, "column")
             elif letter == "G":
-                shards = shards.gated(dim, grid.tp_rank, grid.tp)
+                shards = shards.gated(dim, layout.tp_rank, layout.tp)
             elif letter == "K":
-                groups = min(self.config.num_query_groups or self.config.num_attention_heads, grid.tp)
-                shards = shards.cut(dim, grid.tp_rank * groups // grid.tp, groups, "key/value heads")
+                groups = min(self.config.num_query_groups or self.config.num_attention_heads, layout.tp)
+                shards = shards.cut(dim, layout.tp_rank * groups // layout.tp, groups, "key/value heads")
                 # The heads of every rank that holds a copy add to its gradient.
-                shards = replace(shards, partial=groups < grid.tp)
+                shards = replace(shards, partial=groups < layout.tp)
         return shards
 
 
@@ -171,28 +171,28 @@ def _placed(tensor: Any) -> Shards:
     return Shards(tuple(tensor.shape), parts, words, partial)
 
 
-def _column_of_dtensor(shards: Shards, module: torch.nn.Module, grid: Grid) -> Shards:
+def _column_of_dtensor(shards: Shards, module: torch.nn.Module, layout: RankLayout) -> Shards:
     """A linear layer whose DTensor weight is cut by rows (out-features) gives a plain tensor cut in features."""
     weight: Any = getattr(module, "weight", None)
-    if grid.tp == 1 or not hasattr(weight, "placements") or weight.dim() != 2 or not len(shards.shape):
+    if layout.tp == 1 or not hasattr(weight, "placements") or weight.dim() != 2 or not len(shards.shape):
         return shards
-    if shards.shape[-1] != weight.shape[0] and shards.shape[-1] == weight.shape[0] // grid.tp:
-        return shards.cut(-1, grid.tp_rank, grid.tp, "column")
+    if shards.shape[-1] != weight.shape[0] and shards.shape[-1] == weight.shape[0] // layout.tp:
+        return shards.cut(-1, layout.tp_rank, layout.tp, "column")
     return shards
 
 
-def _batched(shards: Shards, local: torch.Tensor, batch: Batch, grid: Grid) -> Shards:
+def _batched(shards: Shards, local: torch.Tensor, batch: Batch, layout: RankLayout) -> Shards:
     """With the batch where the sides of the model's input say it is; first if both orders fit."""
     sides = tuple(local.shape[:2])
-    index = batch.number * grid.dp + grid.dp_rank
+    index = batch.number * layout.dp + layout.dp_rank
     if sides[:1] == (batch.samples,) and (len(sides) == 1 or sides[1] == batch.length or sides[0] != batch.length):
         return shards.batch(0, index)
-    if len(sides) == 2 and sides[1] == batch.samples and sides[0] in (batch.length, batch.length // grid.tp):
+    if len(sides) == 2 and sides[1] == batch.samples and sides[0] in (batch.length, batch.length // layout.tp):
         return shards.batch(1, index)
     return replace(shards, alone=True)
 
 
-def _flat_ranges(models: Sequence[torch.nn.Module], grid: Grid) -> dict[torch.nn.Parameter, tuple[int, int]]:
+def _flat_ranges(models: Sequence[torch.nn.Module], layout: RankLayout) -> dict[torch.nn.Parameter, tuple[int, int]]:
     """Under Megatron's distributed optimizer, which flat range of each parameter this rank reduces and updates."""
     ranges = {}
     model: Any  # Megatron's DDP keeps its buckets where Module has a method
@@ -202,8 +202,8 @@ def _flat_ranges(models: Sequence[torch.nn.Module], grid: Grid) -> dict[torch.nn
         for buffer in model.buffers:
             for parameter, (start, stop, number) in buffer.param_index_map.items():
                 bucket = buffer.buckets[number]
-                size = bucket.grad_data.numel() // grid.dp
-                first = bucket.offset + grid.dp_rank * size
+                size = bucket.grad_data.numel() // layout.dp
+                first = bucket.offset + layout.dp_rank * size
                 low, high = max(start, first), min(stop, first + size)
                 ranges[parameter] = (low - start, max(low, high) - start)
     return ranges

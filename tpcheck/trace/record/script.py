@@ -18,9 +18,10 @@ from types import ModuleType
 from typing import Any
 
 from patches.imports import when_imported
+from tpcheck.config.load import parse_trace
 from tpcheck.errors import TpcheckError
 from tpcheck.files.names import RANK
-from tpcheck.trace import Options, trace
+from tpcheck.trace.record.recording import record
 
 __all__ = ["LOOP", "STEPS", "trace_script"]
 
@@ -40,9 +41,7 @@ def trace_script(path: str | Path, steps: Collection[int] = STEPS, perturb: int 
 
     Raises TpcheckError where the folder holds a trace, and where the script ends without a step that was wanted.
     """
-    options = Options(steps=steps, perturb=perturb)
-    if not steps:
-        raise TpcheckError("no step to trace: name some by their numbers from 0")
+    options = parse_trace({"steps": steps, "perturb": perturb})
     folder = Path(path, f"noise-{perturb}") if perturb else Path(path)
     if any(folder.glob(f"rank-*/{RANK}")):
         raise TpcheckError(f"{folder} holds a trace already: name another folder, or remove it")
@@ -79,7 +78,7 @@ class _Loop:
         def train_step(*args: Any, **kwargs: Any) -> Any:
             if not self.made:
                 model = signature.bind(*args, **kwargs).arguments["model"]
-                self.trace.enter_context(trace(self.folder, model, steps=self.steps, perturb=self.perturb))
+                self.trace.enter_context(record(self.folder, model, steps=self.steps, perturb=self.perturb))
             answer = original(*args, **kwargs)
             self.made += 1
             if self.made > max(self.steps):

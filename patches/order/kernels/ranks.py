@@ -12,7 +12,6 @@ the two changes no bit: the additions are those of `order.tree.tree_sum`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,32 +20,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patches.contract import UnsupportedError
-from patches.order.collectives import WAY_OUT, Pending
-from patches.order.exact.products import rounded
-from patches.order.kernels.pairs import on, power_of_two
-from patches.order.kernels.variant import Variant
+from patches.contract import WITHOUT_SYMMETRIC_MEMORY, UnsupportedError
+from patches.order.handle import AsyncResult
+from patches.order.kernels.pairs import DTYPES, INTERPRETED, on, power_of_two, rounded
 
-__all__ = ["begin_reading_peers", "rounded_tree_sum", "sum_of_peers", "variants"]
+__all__ = ["begin_reading_peers", "check_symmetric_memory", "rounded_tree_sum", "sum_of_peers"]
 
 BLOCK, WARPS = 1024, 4
-MOST = 16  # parts that one launch holds in registers, a power of two; of more, subtrees of so many are summed first
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+MAX_PARTS = 16  # that one launch holds in registers, a power of two; of more, subtrees of so many are summed first
 
 
 def rounded_tree_sum(parts_tN: Tensor, dtype: torch.dtype, divide_by: int = 1) -> Tensor:
     """`tree_sum` of float32 `parts_tN` [t, N] over t, divided by a whole number, rounded once to `dtype`: [N]."""
     parts_tN = parts_tN.contiguous()
-    while len(parts_tN) > MOST:
-        parts_tN = torch.stack([_launch(subtree, parts_tN.shape[1]) for subtree in parts_tN.split(MOST)])
+    while len(parts_tN) > MAX_PARTS:
+        parts_tN = torch.stack([_launch(subtree, parts_tN.shape[1]) for subtree in parts_tN.split(MAX_PARTS)])
     return _launch(parts_tN, parts_tN.shape[1], dtype, divide_by)
 
 
 def sum_of_peers(addresses_t: Tensor, start: int, size: int, dtype: torch.dtype, divide_by: int = 1) -> Tensor:
     """The same of elements start … start+size-1 of the float32 buffers at `addresses_t`, int64 and 16-byte aligned."""
-    if len(addresses_t) > MOST:
-        raise ValueError(f"{len(addresses_t)} ranks are too many to read from at once: {MOST} at most")
+    if len(addresses_t) > MAX_PARTS:
+        raise ValueError(f"{len(addresses_t)} ranks are too many to read from at once: {MAX_PARTS} at most")
     return _launch(addresses_t, size, dtype, divide_by, start)
 
 
@@ -65,7 +60,7 @@ def _launch(parts: Tensor, size: int, dtype: torch.dtype = torch.float32, divide
     return out if out.dtype == dtype else rounded(out, dtype)
 
 
-def begin_reading_peers(root: Tensor, group: dist.ProcessGroup, dtype: torch.dtype, divide_by: int = 1) -> Pending:
+def begin_reading_peers(root: Tensor, group: dist.ProcessGroup, dtype: torch.dtype, divide_by: int = 1) -> AsyncResult:
     """`begin_reduce_scatter` over symmetric memory: each rank reads its slice in its peers' buffers.
 
         this stream    copy of root │                  │ use of the slice
@@ -74,6 +69,7 @@ def begin_reading_peers(root: Tensor, group: dist.ProcessGroup, dtype: torch.dty
     The first barrier says that every root is there, the second that all were read. Written after the documentation and
     source of torch 2.11 to 2.13, and not run yet: it needs two GPUs that reach each other.
     """
+    check_symmetric_memory(root.device)
     size, rank, share = group.size(), group.rank(), root.numel() // group.size()
     # Buffers are kept: few sizes, however many shapes.
     buffer, handle, addresses_t = _buffer(group, power_of_two(root.numel()), root.device)
@@ -91,7 +87,21 @@ def begin_reading_peers(root: Tensor, group: dist.ProcessGroup, dtype: torch.dty
         out.record_stream(torch.cuda.current_stream(root.device))
         return out.view(root.shape[0] // size, *root.shape[1:])
 
-    return finish
+    return AsyncResult(finish)
+
+
+def check_symmetric_memory(device: torch.device) -> None:
+    """Raise `UnsupportedError` where torch can tell that ranks cannot read each other's memory."""
+    try:
+        from torch.distributed import _symmetric_memory
+    except ImportError as error:
+        raise UnsupportedError(
+            f"symmetric_memory=True: torch {torch.__version__} has none: {WITHOUT_SYMMETRIC_MEMORY}"
+        ) from error
+    if _symmetric_memory.get_backend(device) is None:
+        raise UnsupportedError(
+            f"symmetric_memory=True: torch has no backend of it for {device}: {WITHOUT_SYMMETRIC_MEMORY}"
+        )
 
 
 @functools.cache
@@ -104,10 +114,10 @@ def _buffer(group: dist.ProcessGroup, count: int, device: torch.device) -> tuple
         handle = _symmetric_memory.rendezvous(buffer, group)
     except RuntimeError as error:
         raise UnsupportedError(
-            f"symmetric_memory=True: the ranks cannot read each other's memory ({error}): {WAY_OUT}"
+            f"symmetric_memory=True: the ranks cannot read each other's memory ({error}): {WITHOUT_SYMMETRIC_MEMORY}"
         ) from error
     if 0 in handle.buffer_ptrs:
-        raise UnsupportedError(f"symmetric_memory=True: the ranks are on several nodes: {WAY_OUT}")
+        raise UnsupportedError(f"symmetric_memory=True: the ranks are on several nodes: {WITHOUT_SYMMETRIC_MEMORY}")
     offset = buffer.data_ptr() - handle.buffer_ptrs[handle.rank]  # torch's addresses are those of whole allocations
     addresses_t = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device) + offset
     return buffer, handle, addresses_t
@@ -147,25 +157,3 @@ def _subtree(parts, size, index, inside, FIRST: tl.constexpr, RANKS: tl.constexp
         return tl.load(tl.multiple_of(part, 16) + index, mask=inside, other=0.0)
     else:
         return tl.load(parts + tl.full((), FIRST, tl.int64) * size + index, mask=inside, other=0.0)
-
-
-def variants() -> Iterator[Variant]:
-    """Sums over 2 to 16 ranks, of either kind of parts, as a training step launches them."""
-    aligned = [["tt.divisibility", 16]]
-    for peers in (False, True):
-        for dtype in ("bf16", "fp32"):
-            for ranks in (2, 4, 8, MOST):
-                constexprs = {"RANKS": ranks, "PEERS": peers, "DIVIDE": False, "BLOCK": BLOCK}
-                yield Variant(
-                    name=f"tree_sum of {ranks} {'peers' if peers else 'parts'} {dtype}",
-                    kernel=tree_sum_kernel,
-                    signature={
-                        "parts": "*i64" if peers else "*fp32",
-                        "out": f"*{dtype}",
-                        **dict.fromkeys(("size", "start", "divide_by"), "i32"),
-                        **dict.fromkeys(constexprs, "constexpr"),
-                    },
-                    constexprs=constexprs,
-                    attrs={(argument,): aligned for argument in range(4)},
-                    num_warps=WARPS,
-                )

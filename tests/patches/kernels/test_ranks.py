@@ -12,10 +12,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not on the path: make test-kernels")
 
-from patches.order.exact.products import rounded
-from patches.order.kernels import collectives
-from patches.order.kernels.collectives import BLOCK, MOST, rounded_tree_sum, sum_of_peers, variants
+from patches.order.exact import rounded
+from patches.order.kernels import ranks as kernels
+from patches.order.kernels.ranks import BLOCK, MAX_PARTS, rounded_tree_sum, sum_of_peers
 from patches.order.tree import tree_sum
+from tests.patches.kernels.variants import of_ranks
 from tests.support.bits import bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,7 +44,7 @@ def expected(x: Tensor, dtype: torch.dtype, divide_by: int) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")  # numpy's, in the interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("ranks", (1, 2, 3, 4, 5, 6, 7, 8, 12, MOST, MOST + 1, 6 * MOST + 5))
+@pytest.mark.parametrize("ranks", (1, 2, 3, 4, 5, 6, 7, 8, 12, MAX_PARTS, MAX_PARTS + 1, 6 * MAX_PARTS + 5))
 def test_one_pass_has_the_bits_of_the_tree_sum(device, ranks, dtype):
     for size in (1, 7, BLOCK, 2 * BLOCK + 13):
         x = parts(ranks, size)
@@ -53,7 +54,7 @@ def test_one_pass_has_the_bits_of_the_tree_sum(device, ranks, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
-@pytest.mark.parametrize("ranks", (2, 3, 8, MOST))
+@pytest.mark.parametrize("ranks", (2, 3, 8, MAX_PARTS))
 def test_parts_read_through_addresses_give_the_same_bits(device, ranks):
     x = parts(ranks, 3 * BLOCK + 5)
     buffers = [part.to(device).clone() for part in x]
@@ -74,16 +75,17 @@ def test_reading_peers_scatters_as_sending_does(device, shape, monkeypatch):
         buffer[: root.numel()] = root.flatten().to(device)
     addresses = torch.tensor([buffer.data_ptr() for buffer in buffers], device=device)
     handle = SimpleNamespace(barrier=lambda: barriers.append(buffers[2][: roots[2].numel()].cpu().clone()))
-    monkeypatch.setattr(collectives, "_buffer", lambda group, count, device: (buffers[2], handle, addresses))
+    monkeypatch.setattr(kernels, "_buffer", lambda group, count, device: (buffers[2], handle, addresses))
     if device.type == "cpu":
         stream = SimpleNamespace(wait_stream=lambda other: None)
-        monkeypatch.setattr(collectives, "_aside", lambda device: stream)
+        monkeypatch.setattr(kernels, "check_symmetric_memory", lambda device: None)
+        monkeypatch.setattr(kernels, "_aside", lambda device: stream)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
         monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
     buffers[2].fill_(math.nan)  # this rank puts its own root there
     group = SimpleNamespace(size=lambda: ranks, rank=lambda: 2)
-    got = collectives.begin_reading_peers(roots[2].to(device), group, torch.bfloat16)()
+    got = kernels.begin_reading_peers(roots[2].to(device), group, torch.bfloat16).wait()
     want = rounded(tree_sum(roots), torch.bfloat16).chunk(ranks)[2]
     assert got.shape == want.shape and torch.equal(bits(got.cpu()), bits(want))
     assert len(barriers) == 2 and torch.equal(barriers[0], roots[2].flatten())
@@ -96,10 +98,10 @@ def test_nothing_is_summed_to_nothing(device):
 def test_uncovered_sums_are_refused(device):
     with pytest.raises(TypeError, match="float32 is summed and rounded to one of"):
         rounded_tree_sum(torch.ones(2, 4, device=device), torch.float64)
-    with pytest.raises(ValueError, match=f"too many to read from at once: {MOST} at most"):
-        sum_of_peers(torch.zeros(MOST + 1, dtype=torch.int64, device=device), 0, 4, torch.float32)
+    with pytest.raises(ValueError, match=f"too many to read from at once: {MAX_PARTS} at most"):
+        sum_of_peers(torch.zeros(MAX_PARTS + 1, dtype=torch.int64, device=device), 0, 4, torch.float32)
 
 
 def test_variants_differ_and_have_names_of_their_own():
-    found = list(variants())
+    found = list(of_ranks())
     assert len({variant.name for variant in found}) == len(found) == 16

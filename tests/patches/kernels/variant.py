@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Variant"]
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -33,3 +31,20 @@ class Variant:
     expects: str = ""
     families: tuple[int, ...] = (90, 100)
     fp_fusion: bool = True
+
+
+def variant(
+    name: str, kernel: Any, types: dict[str, str], constexprs: dict[str, Any], warps: int, divisible: str = ""
+) -> Variant:
+    """A variant of a kernel that sums by pairs.
+
+    Args:
+        types: argument to Triton type; arguments named neither here nor in `constexprs` are i32.
+        divisible: arguments that are multiples of 16, separated by spaces, besides pointers.
+    """
+    signature = dict.fromkeys(kernel.arg_names, "i32") | types | dict.fromkeys(constexprs, "constexpr")
+    wide = set(divisible.split()) | {argument for argument, kind in types.items() if kind[0] == "*"}
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {
+        (i,): [["tt.divisibility", 16]] for i, argument in enumerate(signature) if argument in wide
+    }
+    return Variant(name, kernel, signature, constexprs, attrs, num_warps=warps, fp_fusion=False)

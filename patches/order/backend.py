@@ -1,0 +1,176 @@
+"""What computes on a device: `exact` on a CPU, `kernels` on a GPU. Nothing else asks which.
+
+CPU    exact leaves and sums in torch: the bits are those of any CPU, BLAS and thread count
+CUDA   Triton kernels of one fixed order: the bits are those of one architecture family
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from patches.contract import UnsupportedError
+from patches.order import exact
+from patches.order.handle import AsyncResult
+
+__all__ = ["Backend", "CrossEntropy", "backend", "check", "pin_device", "product_backend"]
+
+
+class CrossEntropy(Protocol):
+    """The functions of `kernels.cross_entropy`: R rows, V columns, L leaves, C chunks of a leaf."""
+
+    def exponentials(self, z_RV: Tensor, leaves: int) -> tuple[Tensor, Tensor]: ...
+
+    def joined(self, tops_RLC: Tensor, sums_RLC: Tensor, top_R: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+    def logits_gradient(
+        self, z_RV: Tensor, target_R: Tensor, top_R: Tensor, total_R: Tensor, dloss_R: Tensor
+    ) -> Tensor: ...
+
+
+class Backend(Protocol):
+    """What `exact` and `kernels` both have: functions whose bits follow from operands and `leaves` alone."""
+
+    def check(self, device: torch.device) -> None:
+        """Try on this very `device` that products keep the contract; `UnsupportedError` if they don't."""
+
+    def provenance(self) -> Mapping[str, Any]:
+        """What the bits depend on besides the operands, for the manifest."""
+
+    def product(
+        self, a_MK: Tensor, b_KN: Tensor, leaves: int = 1, pieces: int = 1, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """The tree over `leaves` products, rounded once to `dtype`; leaf j takes its share of each of K's `pieces`.
+
+        Args:
+            a_MK: [M, K], or of one leaf [..., M, K]; float32, bfloat16 or float16, any strides.
+            b_KN: [K, N] or [..., K, N], same dtype.
+            pieces: 2 where K holds [gate | up]: leaf j is gate[j] ∪ up[j].
+        """
+
+    def add_product(self, into: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+        """into += a·b, one addition in float32 per element."""
+
+    def row_sums(self, x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
+        """Σx over `dims`, not yet rounded to a tensor's dtype."""
+
+    def tree_of_sums(self, x: Tensor, dim: int, leaves: int, exact_dims: tuple[int, ...] = ()) -> Tensor:
+        """float32 root of the tree over `leaves` sums along `dim`; `exact_dims` are summed inside every leaf."""
+
+    def rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """`x` rounded to `dtype`, with every zero +0 and every NaN the canonical one."""
+
+    def softmax(self, x: Tensor, dim: int, dtype: torch.dtype, log: bool = False) -> Tensor:
+        """Softmax of `x` along `dim`, or its logarithm, in `dtype`."""
+
+    def softmax_gradient(self, dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype, log: bool = False) -> Tensor:
+        """The gradient that `dy` gives the input of `y = softmax(…)`, or of its logarithm, in `dtype`."""
+
+    def normalised(
+        self, x: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, centered: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Rows of `x` normalised, in its dtype, and each row's mean (None unless `centered`) and rstd, [.., 1]."""
+
+    def input_gradient(self, dy: Tensor, x: Tensor, gamma: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
+        """The gradient that `dy` gives the input `x` of `normalised`, in its dtype."""
+
+    def tree_of_gamma_gradients(
+        self, dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, dim: int, leaves: int,
+        exact_dims: tuple[int, ...],
+    ) -> Tensor:  # fmt: skip
+        """float32 root of `tree_of_sums` of dy·x̂; the last dimension alone is kept."""
+
+    def euclidean_norm(
+        self, tensors: Sequence[Tensor], device: torch.device, all_reduce: Callable[[Tensor, Any], None]
+    ) -> float:
+        """√Σx² over the tensors of all ranks, whatever their order and cut.
+
+        Args:
+            all_reduce: reduces a tensor on `device` over the ranks, in place, by a `ReduceOp`.
+        """
+
+    def rounded_tree_sum(self, parts_tN: Tensor, dtype: torch.dtype, divide_by: int = 1) -> Tensor:
+        """`tree_sum` of float32 [t, N] over t, divided, rounded once to `dtype`: [N]."""
+
+    def begin_reading_peers(
+        self, root: Tensor, group: dist.ProcessGroup, dtype: torch.dtype, divide_by: int = 1
+    ) -> AsyncResult:
+        """`begin_reduce_scatter` over symmetric memory; `UnsupportedError` where there is none."""
+
+    def check_symmetric_memory(self, device: torch.device) -> None:
+        """Raise `UnsupportedError` where torch can tell that ranks cannot read each other's memory."""
+
+    @property
+    def cross_entropy(self) -> CrossEntropy | None:
+        """How to compute the softmax again for backward; None where it is kept."""
+
+    @property
+    def embedding_gradient(self) -> Callable[[Tensor, Tensor, int, torch.dtype], Tensor] | None:
+        """[rows, H] in a dtype, of dy [T, H] and ids [T]: each row's own tokens summed; None where ATen's does so."""
+
+
+@cache
+def _kernels() -> Backend:
+    try:
+        from patches.order import kernels
+    except ImportError as error:
+        raise UnsupportedError(
+            f"products on a GPU need Triton ({error}): install the version that torch {torch.__version__} asks for"
+        ) from error
+    return kernels
+
+
+_BACKENDS: dict[str, Callable[[], Backend]] = {"cpu": lambda: exact, "cuda": _kernels}
+_pinned: str | None = None
+
+
+def backend(device: torch.device) -> Backend:
+    """What computes on `device`; on one of another kind, torch does as on a CPU.
+
+    Raises:
+        UnsupportedError: it is a GPU, and Triton is missing.
+    """
+    return _BACKENDS.get(device.type, _BACKENDS["cpu"])()
+
+
+def pin_device(kind: str | None) -> None:
+    """Refuse products on any other kind of device from now on: "cpu", "cuda", or None for no such promise.
+
+    Raises:
+        UnsupportedError: nothing computes there.
+    """
+    global _pinned
+    if kind is not None:
+        backend(torch.device(kind))
+    _pinned = kind
+
+
+def product_backend(*operands: Tensor) -> Backend:
+    """What multiplies `operands`, once it has been tried on their device.
+
+    Raises:
+        ValueError: they lie on different kinds of devices.
+        UnsupportedError: they lie on another kind than training was patched for.
+    """
+    kinds = {x.device.type for x in operands}
+    if len(kinds) > 1:
+        raise ValueError(f"operands of one product lie on different devices: {', '.join(sorted(kinds))}")
+    (kind,) = kinds
+    if _pinned not in (None, kind):
+        way_out = ', or set CUDA_VISIBLE_DEVICES="" to train on CPU' if kind == "cpu" else ""
+        raise UnsupportedError(
+            f"a product on {kind} in a run that was patched for {_pinned}: move its operands to {_pinned}{way_out}"
+        )
+    check(operands[0].device)
+    return backend(operands[0].device)
+
+
+@cache
+def check(device: torch.device) -> None:
+    """Try on this very `device`, once, that products keep the contract; raise `UnsupportedError` if they don't."""
+    backend(device).check(device)

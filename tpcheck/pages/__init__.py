@@ -1,0 +1,1 @@
+"""What reports have in common: pieces of HTML pages, colours of pictures."""

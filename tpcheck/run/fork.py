@@ -1,0 +1,165 @@
+"""Ranks forked from this process after one import, and what becomes of them.
+
+    fork_ranks ── fork tp * pp * dp ranks ── wait
+                        └─ the first that fails takes the others with it
+
+A forked rank leads its own process group and dies with its parent, so nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tpcheck.errors import TpcheckError
+from tpcheck.files.json_files import write_object
+from tpcheck.files.names import LOG
+from tpcheck.run import exit_reason
+from tpcheck.run.place import Place
+from tpcheck.run.prepared import Prepared
+from tpcheck.run.rank import SIGNALS, run_rank
+
+__all__ = ["fork_ranks"]
+
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 1.0  # for the other ranks to say why they fail, before they are killed
+PR_SET_PDEATHSIG = 1
+
+
+def fork_ranks(prepared: Prepared, start: int) -> int:
+    """Train in ranks forked from here, from step `start` on; their exit code. Bad input that a rank found is raised."""
+    ranks: dict[int, int] = {}
+    world_size = prepared.config.world_size
+    with tempfile.TemporaryDirectory(prefix="tpcheck-") as scratch, _forwarded_signals(ranks):
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            for rank in range(world_size):
+                place = Place(rank, world_size, rank, f"file://{scratch}/store")
+                ranks[rank] = _fork(prepared, place, start, Path(scratch))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return _supervise(ranks, Path(scratch), Path(prepared.config.output) / LOG)
+
+
+@contextlib.contextmanager
+def _forwarded_signals(ranks: dict[int, int]) -> Iterator[None]:
+    """While this lasts, a request to stop goes to every rank; a second Ctrl-C ends them at once."""
+    interrupted = False
+
+    def forward(number: int, frame: object) -> None:
+        nonlocal interrupted
+        if number == signal.SIGINT:
+            if interrupted:
+                raise KeyboardInterrupt
+            interrupted = True
+        for pid in ranks.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _fork(prepared: Prepared, place: Place, start: int, scratch: Path) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        _die_with_parent()
+        os.register_at_fork(after_in_child=_die_with_parent)
+        place.announce()
+        if "lo" in (name for _, name in socket.if_nameindex()):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        code = _run_reported(prepared, place, start, scratch)
+    finally:
+        os._exit(code)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _run_reported(prepared: Prepared, place: Place, start: int, scratch: Path) -> int:
+    """Run a rank; why it fails goes to a file of its own in `scratch`."""
+    try:
+        run_rank(prepared, place, start)
+        return 0
+    except TpcheckError as error:
+        report = {"refused": True, "why": str(error)}
+    except BaseException as error:
+        report = {"refused": False, "why": exit_reason.one_line(error)}
+    write_object(scratch / f"rank-{place.rank}.json", {"time": time.time(), **report})
+    return 1
+
+
+def _supervise(ranks: dict[int, int], scratch: Path, log: Path) -> int:
+    """Wait for all ranks; when one fails, end the others. Bad input that a rank found is raised here."""
+    waiting, failed, deadline = dict(ranks), {}, float("inf")
+    try:
+        while waiting and time.monotonic() < deadline:
+            for rank, pid in list(waiting.items()):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if not ended:
+                    continue
+                del waiting[rank]
+                if status:
+                    failed[rank] = os.waitstatus_to_exitcode(status)
+                    _kill_group(pid)
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            time.sleep(POLL_SECONDS)
+    finally:
+        for pid in waiting.values():
+            _kill_group(pid)
+            os.waitpid(pid, 0)
+    if not failed:
+        return 0
+    reports = {rank: _report(scratch, rank, code) for rank, code in failed.items()}
+    rank = min(reports, key=lambda rank: (reports[rank]["order"], reports[rank].get("time", 0.0)))
+    if reports[rank].get("refused"):
+        raise TpcheckError(reports[rank]["why"])
+    message = f"rank {rank} {reports[rank]['why']}"
+    if waiting:
+        message += f" (the {len(waiting)} ranks still running were ended)"
+    with open(log, "a", encoding="utf-8") as file:
+        print(f"[launch] {message}", file=file)
+    print(f"tpcheck: {message}; see {log}", file=sys.stderr)
+    if failed[rank] < 0:
+        return 128 - failed[rank]  # as a shell says it
+    exit_reason.record("failed", reports[rank]["why"])
+    return 1
+
+
+def _report(scratch: Path, rank: int, code: int) -> dict[str, Any]:
+    """Why a rank ended; a lower `order` is nearer to the cause: the others often fail because it did."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return {"order": 2 if code == -signal.SIGABRT else 0, "why": f"was killed by {name}"}
+    try:
+        report = json.loads((scratch / f"rank-{rank}.json").read_text())
+    except (OSError, ValueError):
+        return {"order": 3, "why": f"ended with exit code {code}"}
+    return {"order": 1, **report, "why": report["why"] if report["refused"] else f"failed: {report['why']}"}
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)

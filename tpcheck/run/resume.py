@@ -1,0 +1,88 @@
+"""From where a run may go on: only settings that do not change what is computed may differ from the run's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tpcheck.checkpoint.reader import Checkpoint
+from tpcheck.config.differences import settings_differences
+from tpcheck.config.schema import RunConfig
+from tpcheck.errors import TpcheckError
+from tpcheck.files import result_dir
+from tpcheck.run.provenance import versions
+
+__all__ = ["continued", "resume_point"]
+
+MAY_CHANGE = {
+    "tp",
+    "pp",
+    "vpp",
+    "dp",
+    "sequence_parallel",
+    "distributed_optimizer",
+    "recompute",
+    "gradient_accumulation_fusion",
+    "symmetric_memory",
+    "micro_batch_size",
+    "threads",
+    "steps",
+    "stop_after",
+    "trace",
+    "checkpoint_every",
+    "output",
+}
+
+
+def continued(before: dict[str, Any], now: dict[str, Any], step: int) -> dict[str, Any]:
+    """The manifest of a run that goes on from `step`; what it was before is kept in `history`."""
+    if before["data"]["digest"] != now["data"]["digest"]:
+        raise TpcheckError(
+            f"the data have changed since this run began (digest {before['data']['digest'][:12]}, now "
+            f"{now['data']['digest'][:12]}): restore them, or start a new run in another output"
+        )
+    products = result_dir.products(before)
+    if products != now["products"]:
+        raise TpcheckError(
+            f"this run's products were of another kind, {_short(products, now['products'])}, here they are "
+            f"{_short(now['products'], products)}: resume on what it began on, or start a new run"
+        )
+    past = {key: value for key, value in before.items() if key not in ("format", "history", "data")}
+    return {**now, "history": [*before.get("history", []), {**past, "until_step": step}]}
+
+
+def resume_point(config: RunConfig, resume: bool) -> int:
+    """The step whose checkpoint this run goes on from, 0 to begin; refuses what would spoil an earlier run."""
+    output = Path(config.output)
+    if not result_dir.is_result(output):
+        return 0
+    if not resume:
+        raise TpcheckError(f"{output} holds a run already: go on with --resume, or name another output")
+    before = result_dir.read_manifest(output)["config"]
+    now = config.model_dump(mode="json")
+    differing = {name.partition(".")[0] for name in settings_differences(before, now, ignore=_may_change())}
+    for key in [key for key in now if key in differing]:
+        raise TpcheckError(
+            f"{output} was trained with {key}={_short(before.get(key), now[key])}, not "
+            f"{_short(now[key], before.get(key))}: resume with the same {key}, or name another output"
+        )
+    saved = result_dir.checkpoints(output)
+    step = saved[-1][0] if saved else 0
+    if step > config.steps:
+        raise TpcheckError(f"{output} is at step {step} already, beyond steps={config.steps}")
+    if step:
+        Checkpoint(result_dir.checkpoint_path(output, step))  # refuses a damaged one
+    return step
+
+
+def _may_change() -> set[str]:
+    # megatron-core 0.14 saves the distributed optimizer's state flattened, and loads it only so.
+    saved_flat = versions().get("megatron-core", "").startswith("0.14.")
+    return MAY_CHANGE - {"distributed_optimizer"} if saved_flat else MAY_CHANGE
+
+
+def _short(value: Any, other: Any) -> Any:
+    """Only the entries of a section that differ from those of the other one."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        return {key: value[key] for key in value if value[key] != other.get(key)}
+    return value

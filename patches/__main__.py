@@ -14,20 +14,21 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import torch.distributed as dist
 
 import patches
+from patches.contract import Attention, Strategy
 
 BAD_INPUT = 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m patches", description="Run a Megatron script with the patches in.")
-    parser.add_argument("--strategy", choices=("tree", "gather", "stock"), default="tree")
+    parser.add_argument("--strategy", choices=(*get_args(Strategy), "stock"), default="tree")
     parser.add_argument("--leaves", type=int, default=8, help="leaves of the tree, a power of two (default 8)")
-    parser.add_argument("--attention", choices=("unfused", "flash", "fused"), default="unfused")
+    parser.add_argument("--attention", choices=get_args(Attention), default="unfused")
     parser.add_argument("--symmetric-memory", action="store_true", help="ranks read each other's sums: the same bits")
     parser.add_argument("--trace", type=Path, metavar="OUT", help="record training steps there, for tpcheck compare")
     parser.add_argument("--steps", metavar="N,N", help="with --trace: which, from 0 at the first (default 0,1)")

@@ -12,7 +12,7 @@ meet() {
     this=${this:-$SLURM_JOB_ID}
     # A port for every start, so that what a lost node still runs cannot join. What the shell that submitted this had
     # been told of ranks is not meant for them.
-    unset RANK LOCAL_RANK WORLD_SIZE TPCHECK_STORE
+    unset RANK LOCAL_RANK WORLD_SIZE
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     MASTER_PORT=$((20000 + (SLURM_JOB_ID * 31 + restart) % 12000))
     export MASTER_ADDR MASTER_PORT

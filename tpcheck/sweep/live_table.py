@@ -20,7 +20,7 @@ from tpcheck.sweep.completeness import digests_of
 from tpcheck.sweep.spec import Cell
 from tpcheck.sweep.verdict import SHORT
 
-__all__ = ["Board", "State", "progress"]
+__all__ = ["LiveTable", "State", "progress"]
 
 State = Literal["waiting", "running", "complete", "failed", "stopped"]
 STYLE: dict[State, str] = {
@@ -34,7 +34,7 @@ HEADINGS = ("cell", "state", "step", "loss", "tokens/s", "seconds", "model", "op
 REFRESH_SECONDS = 1.0
 
 
-class Board:
+class LiveTable:
     """Shows every cell's state; a context manager that owns the screen while it is open."""
 
     def __init__(self, cells: Sequence[Cell], console: Console) -> None:
@@ -47,7 +47,7 @@ class Board:
         self.drawn = 0.0
         self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> LiveTable:
         if self.live:
             self.live.start()
         return self

@@ -29,7 +29,7 @@ from tpcheck.sweep import conclude
 from tpcheck.sweep.completeness import digests_of, is_complete, only_one
 from tpcheck.sweep.failure import explain
 from tpcheck.sweep.jobs import Job, LocalRunner, Machine, Resources, Task
-from tpcheck.sweep.live_table import Board
+from tpcheck.sweep.live_table import LiveTable
 from tpcheck.sweep.spec import Cell, Sweep, load_sweep
 from tpcheck.sweep.stored_spec import write_run, write_sweep
 
@@ -62,24 +62,24 @@ def _run(sweep: Sweep, todo: Sequence[Cell], console: Console) -> None:
             )
     runner = LocalRunner(jobs, machine)
     failed: list[Job] = []
-    with Board(sweep.cells, console) as board:
+    with LiveTable(sweep.cells, console) as table:
         for cell in sweep.cells:
             if cell.name not in cells:
-                board.set(cell.name, "complete")
+                table.set(cell.name, "complete")
         try:
-            for job in runner.run(tasks, started=lambda job: board.set(job.task.name, "running")):
-                board.tick()
+            for job in runner.run(tasks, started=lambda job: table.set(job.task.name, "running")):
+                table.tick()
                 if job and digests_of(cells[job.task.name]):
-                    board.set(job.task.name, "complete")
+                    table.set(job.task.name, "complete")
                 elif job:
-                    board.set(job.task.name, "failed")
+                    table.set(job.task.name, "failed")
                     failed.append(job)
         except KeyboardInterrupt:
             console.print("stopping: running cells save and exit; call again to go on (Ctrl-C again: kill them)")
             names = [job.task.name for job in runner.running]
             runner.stop()
             for name in names:
-                board.set(name, "stopped")
+                table.set(name, "stopped")
             raise
     for job in failed:
         console.print(explain(job, cells[job.task.name]), markup=False, highlight=False, soft_wrap=True)

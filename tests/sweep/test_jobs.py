@@ -108,9 +108,9 @@ def test_stop_kills_what_does_not_answer_with_all_its_children(tmp_path: Path) -
 def test_a_cell_counts_as_running_after_its_sweep_was_killed(tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path
-from tpcheck.sweep.jobs import LocalRunner, Machine, Need, Task
+from tpcheck.sweep.jobs import LocalRunner, Machine, Resources, Task
 folder = Path({str(tmp_path)!r})
-task = Task("t", ("sh", "-c", f"touch {{folder}}/ready; sleep 4"), folder / "t.lock", Need(1, 0, 0.1))
+task = Task("t", ("sh", "-c", f"touch {{folder}}/ready; sleep 4"), folder / "t.lock", Resources(1, 0, 0.1))
 list(LocalRunner(folder / "jobs", Machine(1, (), 8)).run([task], lambda job: None))
 """
     sweep = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)

@@ -19,6 +19,7 @@ which ATen adds in index order at every shape on a CPU (on a GPU, `ops.embedding
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from inspect import signature
@@ -114,7 +115,7 @@ class LocalInvariance:
 
     def _own_kernel(self, name: str) -> Kernel:
         kernel = torch.library.get_kernel(f"aten::{name}", self._key)
-        return lambda *args, **kwargs: kernel.call_boxed(self._keys, *args, **kwargs)
+        return functools.partial(kernel.call_boxed, self._keys)
 
 
 def _forms(name: str) -> Iterator[tuple[str, bool, bool]]:
@@ -147,8 +148,10 @@ def _dispatching(own: Kernel, value: Kernel, is_out: bool, is_inplace: bool, one
     """An override: `value` where all tensors are of covered dtypes (the same one if need be), else ATen's `own`."""
 
     def override(*args: Any, **kwargs: Any) -> Any:
+        if args[0].dtype not in DTYPES:  # most calls: of float64, by sums and products themselves
+            return own(*args, **kwargs)
         dtypes = {arg.dtype for arg in args if isinstance(arg, Tensor)}
-        if not dtypes or not dtypes <= DTYPES or (one_dtype and len(dtypes) > 1) or not _floating(kwargs):
+        if not dtypes <= DTYPES or (one_dtype and len(dtypes) > 1) or not _floating(kwargs):
             return own(*args, **kwargs)
         if is_out:
             target = kwargs.pop("out", None)

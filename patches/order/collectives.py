@@ -2,6 +2,7 @@
 
 rank r's root ──all-to-all──▶ everybody's slice r ──tree sum, one rounding──▶ slice r ──all-gather──▶ all
                                                                  reduce-scatter semantics stop here ┘
+small roots   ──all-gather──▶ everybody's whole root ──the same sum on every rank
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ __all__ = [
     "tree_all_reduce",
     "tree_reduce_scatter",
 ]
+
+# Bytes of a root up to which a second collective costs more than the first one's excess: on gloo and two cores one
+# takes 0.6 of the time of two up to here, and as much as two at four times the size.
+SMALL = 1 << 18
 
 
 def tree_all_reduce(root: Tensor, group: dist.ProcessGroup, dtype: torch.dtype, divide_by: int = 1) -> Tensor:
@@ -43,6 +48,9 @@ def begin_all_reduce(
 ) -> AsyncResult:
     """`tree_all_reduce`, whose roots begin to travel."""
     flat = root.reshape(-1)
+    if flat.nbytes <= SMALL and not symmetric:
+        roots = begin_all_gather(flat, group)
+        return AsyncResult(lambda: _rounded_sum(roots.wait(), group.size(), dtype, divide_by).view(root.shape))
     padding = -flat.numel() % group.size()
     if padding:
         flat = torch.cat([flat, flat.new_zeros(padding)])

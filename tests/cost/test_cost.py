@@ -19,11 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from patches.megatron.first_step import require_agreement
 from patches.ops.sharded import Shards
+from patches.order import collectives
 from patches.order.exact import products
 from tests.support.ranks import on_ranks
 from tpcheck.cli import main
 from tpcheck.config.load import parse_run
 from tpcheck.config.schema import RunConfig
+from tpcheck.cost import terms
 from tpcheck.cost.terms import LEGEND, STRATEGIES, step, symbols, total
 from tpcheck.run.model import build_model, build_optimizer, train_step, transformer_config
 from tpcheck.run.train import enable_patches
@@ -75,6 +77,8 @@ class Counting(TorchDispatchMode):
                 self.counts.held += 2 * whole
             elif not self.tree:
                 self.counts.held += whole
+            elif not self.counts.held:  # an all-gather of the roots themselves
+                self.counts.held += whole + whole // group.size()
 
 
 def count_product(counts: Counts, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -140,12 +144,26 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_step_does_what_the_formulas_say(case, strategy):
-    config = run(strategy, **case)
-    terms = step(config)
+    check_step(run(strategy, **case))
+
+
+@pytest.mark.parametrize("sp", (False, True))
+def test_a_step_whose_roots_are_large_does_what_the_formulas_say(sp, monkeypatch):
+    monkeypatch.setattr(collectives, "SMALL", 0)
+    monkeypatch.setattr(terms, "SMALL_ROOT", 0)
+    check_step(run("tree", tp=4, sp=sp, model=GPT2))
+
+
+def test_a_root_is_as_small_as_the_patches_have_it() -> None:
+    assert terms.SMALL_ROOT == collectives.SMALL
+
+
+def check_step(config: RunConfig) -> None:
+    account = step(config)
     for counts in on_ranks(config.tp, counted, config):
-        assert counts.flops == pytest.approx(total(terms, "flops", strategy), abs=0.5)
-        assert counts.bytes == pytest.approx(total(terms, "bytes", strategy), abs=0.5)
-        assert counts.buffers == total(terms, "memory", strategy)
+        assert counts.flops == pytest.approx(total(account, "flops", config.strategy), abs=0.5)
+        assert counts.bytes == pytest.approx(total(account, "bytes", config.strategy), abs=0.5)
+        assert counts.buffers == total(account, "memory", config.strategy)
 
 
 def test_gather_multiplies_a_third_of_the_layers_products_on_every_rank() -> None:

@@ -27,7 +27,7 @@ __all__ = ["LEGEND", "STRATEGIES", "Quantity", "Strategy", "Term", "step", "symb
 Quantity = Literal["flops", "bytes", "memory"]
 
 LOCAL: tuple[Strategy, ...] = ("stock", "tree")  # who multiplies what a rank holds, and no more
-PATCHED: tuple[Strategy, ...] = ("gather", "tree")
+SMALL_ROOT = 1 << 18  # bytes: patches.order.collectives.SMALL
 
 LEGEND = {
     "t": "TP size",
@@ -65,7 +65,7 @@ def step(config: RunConfig) -> list[Term]:
     """All terms of one step of `config`, whose own strategy does not matter."""
     known = symbols(config)
     terms: list[Term] = []
-    for quantity, lines in (("flops", _flops()), ("bytes", _bytes(config)), ("memory", _memory(config))):
+    for quantity, lines in (("flops", _flops()), ("bytes", _bytes(config, known)), ("memory", _memory(config, known))):
         for what, strategies, formula in lines:
             terms.append(Term(quantity, what, strategies, formula, evaluate(formula, known)))  # type: ignore[arg-type]
     return terms
@@ -102,7 +102,7 @@ def symbols(config: RunConfig) -> dict[str, float]:
 
 
 def evaluate(formula: str, known: dict[str, float]) -> float:
-    return float(eval(_compiled(formula), {"__builtins__": {}}, known))  # formulas stand in this file alone
+    return float(eval(_compiled(formula), {"__builtins__": {}}, known))  # formulas are of this file alone
 
 
 @functools.cache
@@ -133,19 +133,19 @@ def _flops() -> Lines:
     yield "attention backward", STRATEGIES, "8·n·L·T·s·q/t"
 
 
-def _bytes(config: RunConfig) -> Lines:
+def _bytes(config: RunConfig, known: dict[str, float]) -> Lines:
     if config.tp == 1:
         return
     sp, model = config.sequence_parallel, config.model
     yield from _embedding_bytes(sp, model)
-    yield from _sharded_sum_bytes(sp)
+    yield from _sharded_sum_bytes(sp, known)
     if sp:
         yield "proj, fc2 backward: all-gather of dy", STRATEGIES, "2·n·L·ρ·T·h·e"
         yield "QKV, fc1 forward: all-gather of x", STRATEGIES, "2·n·r·L·ρ·T·h·e"
         yield "QKV, fc1 wgrad: all-gather of x", STRATEGIES, "2·n·L·ρ·T·h·e"
         yield "output layer forward, wgrad: all-gather of x", STRATEGIES, "2·n·ρ·T·h·e"
-    yield from _cross_entropy_bytes()
-    yield from _parameter_sum_bytes(sp, model)
+    yield from _cross_entropy_bytes(known)
+    yield from _parameter_sum_bytes(sp, model, known)
     if model.num_query_groups < config.tp:
         yield from _shared_group_bytes(model)
 
@@ -159,7 +159,21 @@ def _embedding_bytes(sp: bool, model: ModelConfig) -> Lines:
         yield "embedding backward: all-gather", STRATEGIES, "n·ρ·T·h·e"
 
 
-def _sharded_sum_bytes(sp: bool) -> Lines:
+def _is_small(elements: str, known: dict[str, float]) -> bool:
+    """Whether ranks send each other so small a float32 root whole, instead of adding a slice each."""
+    return evaluate(f"{elements}·4", known) <= SMALL_ROOT
+
+
+def _tree_all_reduce(name: str, count: str, elements: str, known: dict[str, float], e: str = "e") -> Lines:
+    """What the tree's sum over ranks moves, `count` times, for a root of so many `elements`."""
+    if _is_small(elements, known):
+        yield f"{name}: all-gather of float32 roots", ("tree",), f"{count}·(t-1)·{elements}·4"
+    else:
+        yield f"{name}: all-to-all of float32 roots", ("tree",), f"{count}·ρ·{elements}·4"
+        yield f"{name}: all-gather of the result", ("tree",), f"{count}·ρ·{elements}·{e}"
+
+
+def _sharded_sum_bytes(sp: bool, known: dict[str, float]) -> Lines:
     """Row-parallel forward and column-parallel dgrad: what stock all-reduces, or reduce-scatters under SP."""
     for name, count, operands in (
         ("proj, fc2 forward", "2·n·r·L", ("n·r·L·ρ·T·(q+f)·e", "n·r·L·ρ·(q+f)·h·e")),
@@ -172,32 +186,33 @@ def _sharded_sum_bytes(sp: bool) -> Lines:
             yield f"{name}: all-reduce", ("stock",), f"{count}·2·ρ·T·h·e"
         yield f"{name}: all-gather of activations", ("gather",), operands[0]
         yield f"{name}: all-gather of weights", ("gather",), operands[1]
-        yield f"{name}: all-to-all of float32 roots", ("tree",), f"{count}·ρ·T·h·4"
-        if not sp:
-            yield f"{name}: all-gather of the result", ("tree",), f"{count}·ρ·T·h·e"
+        if sp:
+            yield f"{name}: all-to-all of float32 roots", ("tree",), f"{count}·ρ·T·h·4"
+        else:
+            yield from _tree_all_reduce(name, count, "T·h", known)
 
 
-def _cross_entropy_bytes() -> Lines:
+def _cross_entropy_bytes(known: dict[str, float]) -> Lines:
     yield "cross-entropy: all-reduce of maximum and target", STRATEGIES, "2·n·2·ρ·T·4"
     yield "cross-entropy: all-reduce of the sum", ("stock",), "n·2·ρ·T·4"
     yield "cross-entropy: all-gather of exponentials", ("gather",), "n·ρ·T·V·4"
-    yield "cross-entropy: all-to-all of roots, all-gather", ("tree",), "n·ρ·T·(4+4)"
+    yield from _tree_all_reduce("cross-entropy", "n", "T", known, e="4")
 
 
-def _parameter_sum_bytes(sp: bool, model: ModelConfig) -> Lines:
+def _parameter_sum_bytes(sp: bool, model: ModelConfig, known: dict[str, float]) -> Lines:
     """Gradients that sum over spread tokens or heads: stock adds a step's float32 gradients, the patches each one."""
     if sp:
         yield "norms: all-reduce of gradients", ("stock",), "2·ρ·(2·L+1)·c·h·4"
         yield "norms: all-gather of dy·norm(x)", ("gather",), "n·(2·L+1)·ρ·T·h·(4+(c-1)·e)"
-        yield "norms: all-to-all of roots, all-gather", ("tree",), "n·(2·L+1)·c·ρ·h·(4+e)"
+        yield from _tree_all_reduce("norms", "n·(2·L+1)·c", "h", known)
     if model.qk_layernorm:
         yield "q/k-layernorm: all-reduce of gradients", ("stock",), "2·ρ·2·L·c·d·4"
         yield "q/k-layernorm: all-gather of dy·norm(x)", ("gather",), "n·L·ρ·T·(q+k)·(4+(c-1)·e)"
-        yield "q/k-layernorm: all-to-all of roots, all-gather", ("tree",), "n·2·L·c·ρ·d·(4+e)"
+        yield from _tree_all_reduce("q/k-layernorm", "n·2·L·c", "d", known)
     if sp and model.bias:
         yield "proj, fc2 bias: all-reduce of gradients", ("stock",), "2·ρ·2·L·h·4"
         yield "proj, fc2 bias: all-gather of dy", ("gather",), "n·2·L·ρ·T·h·e"
-        yield "proj, fc2 bias: all-to-all of roots, all-gather", ("tree",), "n·2·L·ρ·h·(4+e)"
+        yield from _tree_all_reduce("proj, fc2 bias", "n·2·L", "h", known)
 
 
 def _shared_group_bytes(model: ModelConfig) -> Lines:
@@ -209,10 +224,11 @@ def _shared_group_bytes(model: ModelConfig) -> Lines:
         yield "shared KV groups backward: all-gather of roots", ("tree",), "2·n·L·ρ·T·k·4"
 
 
-def _memory(config: RunConfig) -> Lines:
+def _memory(config: RunConfig, known: dict[str, float]) -> Lines:
     if config.tp == 1:
         return
-    yield "float32 root of a sharded sum, roots received", ("tree",), "2·T·h·4"
+    received = "(1+t)" if _is_small("T·h", known) and not config.sequence_parallel else "2"
+    yield "float32 root of a sharded sum, roots received", ("tree",), f"{received}·T·h·4"
     yield "output layer dgrad: gathered dlogits and weight", ("gather",), "T·V·e+V·h·e"
     yield "fc1 dgrad: gathered gradients and weight", ("gather",), "T·g·f·e+g·f·h·e"
     yield "cross-entropy: gathered exponentials", ("gather",), "T·V·4"

@@ -182,8 +182,8 @@ def _norm(x: Tensor, dim: int) -> Tensor:
     if x.stride(dim) == 1:
         return torch.linalg.vector_norm(x, 2, dim)
     if x.numel() <= BLOCK:
-        return x.square().sum(dim).sqrt_()
-    squares = (part.square().sum(dim) for part in x.split(max(1, BLOCK * x.shape[dim] // x.numel()), dim))
+        return (x * x).sum(dim).sqrt_()
+    squares = ((part * part).sum(dim) for part in x.split(max(1, BLOCK * x.shape[dim] // x.numel()), dim))
     total = next(squares)
     for part in squares:
         total.add_(part)
@@ -199,8 +199,8 @@ def _other_norms(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def _units(norm: Tensor, x: Tensor) -> Tensor:
     """Norms of the rows of `x` (dtype in SHORT) in units that divide all numbers of the row."""
     digits, exponent = SHORT[x.dtype]
-    # Less one, zero is the largest, and ends as infinity; a power of two counts as half of itself.
-    least = x.view(torch.int16).bitwise_and(0x7FFF).sub_(1).bitwise_and_(0x7FFF).amin(-1).bitwise_and_(exponent)
+    # Less one, either zero is the largest, and ends as infinity; a power of two counts as half of itself.
+    least = x.view(torch.int16).sub(1).bitwise_and_(0x7FFF).amin(-1).bitwise_and_(exponent)
     return (norm / least.view(x.dtype)).mul_(2.0**digits)
 
 

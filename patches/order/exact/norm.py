@@ -18,7 +18,7 @@ def normalised(
     """y in the dtype of `x`, and each row's mean (None unless `centered`) and rstd, float64 [.., 1]."""
     mean = _row_mean(x.to(torch.float64, copy=True)) if centered else None
     wide = minus_mean(x, mean)
-    rstd = 1.0 / torch.sqrt(_row_mean(wide.square()) + eps)
+    rstd = 1.0 / torch.sqrt(_row_mean(wide * wide) + eps)
     y = (wide * rstd).float() * gamma.float()
     return rounded(y if beta is None else y + beta.float(), x.dtype), mean, rstd
 

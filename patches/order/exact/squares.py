@@ -48,7 +48,8 @@ def sum_of_squares(tensors: Sequence[Tensor], largest: float) -> Tensor:
     out = torch.zeros(SLICES, dtype=torch.float64, device=device)
     shifts = [largest * largest * 1.5 * 2.0 ** (FLOAT64_BITS - 1 - BITS * (i + 1)) for i in range(SLICES)]
     for piece in _pieces(tensors):
-        squares, parts = piece.double().square_(), []
+        wide, parts = piece.double(), []
+        squares = wide.mul_(wide)
         for shift in shifts:
             head = (squares + shift).sub_(shift)
             squares.sub_(head)

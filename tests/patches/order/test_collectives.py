@@ -17,7 +17,8 @@ from patches.contract import Contract, UnsupportedError
 from patches.ops import linear
 from patches.ops.linear import GradSink, column_parallel
 from patches.ops.sharded import Shards
-from patches.order.collectives import begin_all_gather, begin_all_reduce, begin_reduce_scatter
+from patches.order import collectives
+from patches.order.collectives import begin_all_gather, begin_all_reduce, begin_reduce_scatter, tree_all_reduce
 from tests.support.ranks import on_ranks
 
 
@@ -38,7 +39,9 @@ def many_at_once() -> list[Tensor]:
     return [result.wait() for result in pending]
 
 
-def test_sums_under_way_keep_what_they_send():
+@pytest.mark.parametrize("small", (1 << 18, 0))
+def test_sums_under_way_keep_what_they_send(small, monkeypatch):
+    monkeypatch.setattr(collectives, "SMALL", small)
     x = [contribution(rank) for rank in range(4)]
     for rank, found in enumerate(on_ranks(4, many_at_once)):
         for n in range(1, 20):
@@ -84,13 +87,25 @@ def events_of_a_backward(strategy: Any, sp: bool) -> list[str]:
     return events
 
 
-@pytest.mark.parametrize("sp", (False, True))
-def test_dgrad_travels_while_wgrad_is_computed(sp):
-    events = on_ranks(2, events_of_a_backward, "tree", sp)[0]
-    if sp:
-        assert events == ["gather", "roots sent", "wait", "wgrad", "wait"]
-    else:
-        assert events == ["roots sent", "wgrad", "wait", "gather", "wait"]
+@pytest.mark.parametrize(("sp", "small", "expected"), [
+    (True, 1 << 18, "gather, roots sent, wait, wgrad, wait"),
+    (False, 1 << 18, "gather, wgrad, wait"),
+    (False, 0, "roots sent, wgrad, wait, gather, wait"),
+])  # fmt: skip
+def test_dgrad_travels_while_wgrad_is_computed(sp, small, expected, monkeypatch):
+    monkeypatch.setattr(collectives, "SMALL", small)
+    assert ", ".join(on_ranks(2, events_of_a_backward, "tree", sp)[0]) == expected
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_small_roots_and_large_ones_have_the_same_sum(dtype, monkeypatch):
+    def total() -> Tensor:
+        return tree_all_reduce(contribution(dist.get_rank()), dist.group.WORLD, dtype, divide_by=3)
+
+    small = on_ranks(4, total)
+    monkeypatch.setattr(collectives, "SMALL", 0)
+    large = on_ranks(4, total)
+    assert all(torch.equal(x, small[0]) for x in [*small, *large])
 
 
 def test_symmetric_memory_is_refused_where_there_is_no_gpu():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from patches.ops.sharded import Shards
 from patches.order.backend import backend
+from patches.order.handle import AsyncResult
 from patches.order.x_hat import x_hat
 
 __all__ = ["HEADS", "TOKENS", "norm"]
@@ -52,22 +53,23 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, gamma, mean, rstd = ctx.saved_tensors
         dx = dgamma = dbeta = None
+        whole = tuple(d for d in range(x.dim() - 1) if d != ctx.leaf_dim)
+        # Roots travel while dx is computed.
+        if ctx.needs_input_grad[1]:
+            dgamma = _begin_gamma_gradient(dy, x, mean, rstd, gamma.dtype, ctx.leaf_dim, whole, ctx.shards)
+        if ctx.has_beta and ctx.needs_input_grad[2]:
+            dbeta = ctx.shards.begin_sum_over(dy, ctx.leaf_dim, gamma.dtype, whole)
         if ctx.needs_input_grad[0]:
             dx = backend(x.device).input_gradient(dy, x, gamma, mean, rstd)
-        whole = tuple(d for d in range(x.dim() - 1) if d != ctx.leaf_dim)
-        if ctx.needs_input_grad[1]:
-            dgamma = _gamma_gradient(dy, x, mean, rstd, gamma.dtype, ctx.leaf_dim, whole, ctx.shards)
-        if ctx.has_beta and ctx.needs_input_grad[2]:
-            dbeta = ctx.shards.sum_over(dy, ctx.leaf_dim, gamma.dtype, whole)
-        return dx, dgamma, dbeta, None, None, None, None
+        return dx, dgamma and dgamma.wait(), dbeta and dbeta.wait(), None, None, None, None
 
 
-def _gamma_gradient(
+def _begin_gamma_gradient(
     dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, dtype: torch.dtype, leaf_dim: int,
     whole: tuple[int, ...], shards: Shards,
-) -> Tensor:  # fmt: skip
+) -> AsyncResult:  # fmt: skip
     """Σ dy·x̂."""
     if shards.contract.strategy == "gather":
-        return shards.sum_over(dy.float() * x_hat(x, mean, rstd), leaf_dim, dtype, whole)
+        return shards.begin_sum_over(dy.float() * x_hat(x, mean, rstd), leaf_dim, dtype, whole)
     root = backend(x.device).tree_of_gamma_gradients(dy, x, mean, rstd, leaf_dim, shards.leaves, whole)
-    return shards.reduce_root(root, dtype)
+    return shards.begin_reduce_root(root, dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patches.contract import Contract
 from patches.order.backend import backend
-from patches.order.collectives import all_gather, begin_all_reduce, begin_reduce_scatter
+from patches.order.collectives import all_gather, begin_all_gather, begin_all_reduce, begin_reduce_scatter
 from patches.order.handle import AsyncResult
 from patches.order.products import product
 
@@ -73,7 +73,7 @@ class Shards:
             return AsyncResult.of(out.chunk(self.size)[self.rank].contiguous() if scatter else out)
         if self.size == 1:
             return AsyncResult.of(product(a_TtK, b_tKN, self.leaves, pieces, dtype))
-        return self._begin_reducing(product(a_TtK, b_tKN, self.leaves, pieces), dtype, scatter)
+        return self.begin_reduce_root(product(a_TtK, b_tKN, self.leaves, pieces), dtype, scatter)
 
     def sum_over(self, x: Tensor, dim: int, dtype: torch.dtype, exact_dims: tuple[int, ...] = ()) -> Tensor:
         """Σx over the sharded `dim` of all ranks, rounded once to `dtype`: the other dimensions, on every rank.
@@ -81,17 +81,24 @@ class Shards:
         Args:
             exact_dims: dimensions that every rank holds whole, and that are summed with it.
         """
+        return self.begin_sum_over(x, dim, dtype, exact_dims).wait()
+
+    def begin_sum_over(self, x: Tensor, dim: int, dtype: torch.dtype, exact_dims: tuple[int, ...] = ()) -> AsyncResult:
+        """`sum_over`, whose part across ranks is under way while the caller computes something else."""
         compute = backend(x.device)
         if self.contract.strategy == "gather":
-            whole = all_gather(x, self.group, dim % x.dim())
-            return compute.rounded(compute.row_sums(whole, (dim, *exact_dims)).float(), dtype)
-        return self.reduce_root(compute.tree_of_sums(x, dim, self.leaves, exact_dims), dtype)
+            whole = begin_all_gather(x, self.group, dim % x.dim())
+            return AsyncResult(
+                lambda: compute.rounded(compute.row_sums(whole.wait(), (dim, *exact_dims)).float(), dtype)
+            )
+        return self.begin_reduce_root(compute.tree_of_sums(x, dim, self.leaves, exact_dims), dtype)
 
     def reduce_root(self, root: Tensor, dtype: torch.dtype) -> Tensor:
         """The tree's upper levels: the float32 roots of all ranks summed, rounded once to `dtype`, in their shape."""
-        return self._begin_reducing(root, dtype, scatter=False).wait()
+        return self.begin_reduce_root(root, dtype).wait()
 
-    def _begin_reducing(self, root: Tensor, dtype: torch.dtype, scatter: bool) -> AsyncResult:
+    def begin_reduce_root(self, root: Tensor, dtype: torch.dtype, scatter: bool = False) -> AsyncResult:
+        """`reduce_root`, or this rank's slice of it along dimension 0 if `scatter`, whose roots begin to travel."""
         if self.group is None:
             return AsyncResult.of(backend(root.device).rounded(root, dtype))
         begin = begin_reduce_scatter if scatter else begin_all_reduce

@@ -121,7 +121,7 @@ def count_patches(counts: Counts) -> None:
         return call
 
     products.exact_product = product_of(products.exact_product)
-    for name in ("begin_product", "sum_over"):
+    for name in ("begin_product", "begin_sum_over"):
         setattr(Shards, name, with_buffers(getattr(Shards, name)))
 
 

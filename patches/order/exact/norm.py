@@ -25,7 +25,7 @@ def normalised(
 
 def input_gradient(dy: Tensor, x: Tensor, gamma: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
     """dx in the dtype of `x`."""
-    hat, g = x_hat(x, mean, rstd), (dy.float() * gamma.float()).double()
+    hat, g = x_hat(x, mean, rstd).double(), (dy.float() * gamma.float()).double()
     of_g = None if mean is None else _row_mean(g.clone())
 
     def dx(of_products: Tensor) -> Tensor:

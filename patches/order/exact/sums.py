@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from patches.order.exact.brackets import UNIT, at_once
+from patches.order.exact.brackets import AT_ONCE, UNIT, at_once
 from patches.order.exact.slices import sliced_sum
 from patches.order.tree import cuts, sum_of_pairs, tree_sum
 
@@ -18,10 +19,27 @@ __all__ = ["exact_sum", "rounded_sum", "sum_bounds", "tree_of_sums"]
 def tree_of_sums(x: Tensor, dim: int, leaves: int, exact_dims: tuple[int, ...] = ()) -> Tensor:
     """float32 root of the tree over `leaves` sums along `dim`; `exact_dims` are summed inside every leaf."""
     dim, *exact = (d % x.dim() for d in (dim, *exact_dims))
-    if at_once(x.shape[dim], leaves, x.numel() // max(1, x.shape[dim])):
+    size = x.shape[dim]
+    if at_once(size, leaves, x.numel() // max(1, size)):
         x_L = x.unflatten(dim, (leaves, -1)).movedim(dim, 0)
         return sum_of_pairs(rounded_sum(x_L, [d + 1 for d in (dim, *exact)]))
+    if 0 < x.numel() <= AT_ONCE:
+        x_L = _padded_leaves(x.movedim(dim, 0), leaves)
+        return sum_of_pairs(rounded_sum(x_L, [1, *(d + 1 + (d < dim) for d in exact)]))
     return tree_sum(rounded_sum(x.narrow(dim, lo, hi - lo), (dim, *exact)) for lo, hi in cuts(x.shape[dim], leaves))
+
+
+def _padded_leaves(x: Tensor, leaves: int) -> Tensor:
+    """The leaves of dimension 0, [leaves, length, ...], as long as the longest: the others end in zeros."""
+    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[_places(len(x), leaves)]
+
+
+@lru_cache
+def _places(size: int, leaves: int) -> Tensor:
+    """Which elements make up every leaf, [leaves, length]; `size` where it has no more."""
+    edges = torch.tensor(cuts(size, leaves))
+    places = edges[:, :1] + torch.arange(int((edges[:, 1] - edges[:, 0]).max()))
+    return torch.where(places < edges[:, 1:], places, size)
 
 
 def exact_sum(x: Tensor, dims: int | Sequence[int], keepdim: bool = False) -> Tensor:

@@ -16,7 +16,7 @@ from patches.order.exact.squares import sum_of_squares
 from patches.order.exact.sums import exact_sum, tree_of_sums
 from patches.order.tree import cuts, tree_sum
 from tests.support.bits import same_bits
-from tests.support.operands import DTYPES, KINDS, cases, operands, values
+from tests.support.operands import DTYPES, HARD, KINDS, cases, operands, values
 
 any_case = cases(KINDS, st.integers(0, 300))
 
@@ -170,6 +170,25 @@ def test_tree_of_sums_has_same_bits_at_every_split_over_ranks(seed, tokens, leav
     for tp in (t for t in (1, 2, 4, 8) if t <= leaves):
         roots = [tree_of_sums(part, 0, leaves // tp, (1,)) for part in x.chunk(tp)]
         assert torch.equal(whole, tree_sum(roots))
+
+
+@given(
+    kind=st.sampled_from(HARD),
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    dim=st.integers(0, 3),
+    others=st.sets(st.integers(0, 3)),
+    leaves=st.sampled_from((1, 2, 4, 8)),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=100, deadline=None)
+def test_leaves_of_any_length_are_summed_as_if_one_by_one(kind, shape, dim, others, leaves, dtype, seed):
+    x = values(kind, (*shape, 2), dtype, seed)[..., 0]
+    dim %= x.dim()
+    exact_dims = tuple(d for d in sorted(others) if d < x.dim() and d != dim)
+    parts = [x.narrow(dim, lo, hi - lo) for lo, hi in cuts(shape[dim], leaves)]
+    one_by_one = tree_sum(exact_sum(part, (dim, *exact_dims)).float() for part in parts)
+    assert same_bits(tree_of_sums(x, dim, leaves, exact_dims), one_by_one)
 
 
 def test_tree_sum_adds_adjacent_pairs():

@@ -8,10 +8,10 @@ it, a GPU computes it again from the logits and a few numbers per token and leaf
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from patches.ops.sharded import Shards
@@ -36,24 +36,32 @@ def cross_entropy(logits_sbV: Tensor, target_sb: Tensor, shards: Shards) -> Tens
     return loss
 
 
+def _over_ranks(top: Tensor, picked: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
+    """Maximum and target's logit of every row in the whole vocabulary, in one collective.
+
+    Args:
+        top: maximum over this rank's share, float32.
+        picked: the target's logit, 0 where it is another rank's: their sum is one number among zeros.
+    """
+    if shards.size == 1:
+        return top, picked
+    tops, picks = all_gather(torch.stack([top, picked]).unsqueeze(0), shards.group).unbind(1)
+    return tops.amax(0), functools.reduce(torch.add, picks.unbind())
+
+
 class _KeptSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, shards: Shards) -> Tensor:
         z = logits.float()
-        top = z.amax(-1)
-        if shards.size > 1:
-            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shards.group)
-        z = z - top.unsqueeze(-1)
         local, elsewhere = shards.local(target, z.shape[-1])
         local = local.masked_fill(elsewhere, 0).unsqueeze(-1)
         picked = z.gather(-1, local).squeeze(-1).masked_fill(elsewhere, 0.0)
-        if shards.size > 1:
-            dist.all_reduce(picked, group=shards.group)
-        weights = torch.exp(z)
+        top, picked = _over_ranks(z.amax(-1), picked, shards)
+        weights = torch.exp(z - top.unsqueeze(-1))
         total = shards.sum_over(weights, -1, torch.float32)
         ctx.save_for_backward(weights.div_(total.unsqueeze(-1)), local, elsewhere)
         ctx.dtype = logits.dtype
-        return torch.log(total) - picked
+        return torch.log(total) - (picked - top)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
@@ -72,10 +80,7 @@ class _RecomputedSoftmax(torch.autograd.Function):
         picked = picked.float().masked_fill_(elsewhere, 0.0)
         gather = shards.contract.strategy == "gather"
         tops, sums = compute.exponentials(all_gather(z_TV, shards.group, 1) if gather else z_TV, shards.leaves)
-        top = tops.amax((1, 2))
-        if shards.size > 1:
-            dist.all_reduce(picked, group=shards.group)
-            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shards.group)
+        top, picked = _over_ranks(tops.amax((1, 2)), picked, shards)
         root = compute.joined(tops, sums, top)[1]
         total = backend(root.device).rounded(root, torch.float32) if gather else shards.reduce_root(root, torch.float32)
         ctx.save_for_backward(z_TV, local_T, top, total)

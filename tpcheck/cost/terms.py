@@ -193,7 +193,8 @@ def _sharded_sum_bytes(sp: bool, known: dict[str, float]) -> Lines:
 
 
 def _cross_entropy_bytes(known: dict[str, float]) -> Lines:
-    yield "cross-entropy: all-reduce of maximum and target", STRATEGIES, "2·n·2·ρ·T·4"
+    yield "cross-entropy: all-reduce of maximum and target", ("stock",), "2·n·2·ρ·T·4"
+    yield "cross-entropy: all-gather of maximum and target", ("gather", "tree"), "2·n·(t-1)·T·4"
     yield "cross-entropy: all-reduce of the sum", ("stock",), "n·2·ρ·T·4"
     yield "cross-entropy: all-gather of exponentials", ("gather",), "n·ρ·T·V·4"
     yield from _tree_all_reduce("cross-entropy", "n", "T", known, e="4")

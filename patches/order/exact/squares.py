@@ -16,7 +16,7 @@ __all__ = ["euclidean_norm", "sum_of_squares"]
 # A grid on which 2^37 squares of 16 bits sum exactly; 5 slices keep 80 bits below the largest.
 BITS = 16
 SLICES = 5
-CHUNK = 1 << 16
+CHUNK = 1 << 15
 
 
 def euclidean_norm(tensors: Sequence[Tensor], device: torch.device, all_reduce: Callable[[Tensor, Any], None]) -> float:

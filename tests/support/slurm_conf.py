@@ -44,8 +44,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 DefMemPerCPU=500
 GresTypes=gpu
-# Quick decisions.
-SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
+# Quick decisions. A launch that fails, as it may on a busy machine, is tried again instead of held for an operator.
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1,nohold_on_prolog_fail
 KillWait=5
 SlurmctldTimeout=10
 SlurmdTimeout=10

@@ -154,6 +154,8 @@ class Case:
         for file in sorted(self.out.rglob("*")):
             if file.is_file() and file.suffix in (".txt", ".out", ".err", ".jsonl", ".sh") and "code" not in file.parts:
                 parts.append(f"--- {file.relative_to(self.out)}\n{file.read_text(errors='replace')[-3000:]}")
+        for log in sorted((self.cluster.folder / "log").glob("*.log")):
+            parts.append(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}")
         return "\n".join(parts)
 
 

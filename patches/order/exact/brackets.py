@@ -27,7 +27,7 @@ from torch import Tensor
 
 from patches.order.exact.slices import FLOAT64_BITS, log2_ceil, matmul, on_grid, product_bits, rounded, sliced_product
 
-__all__ = ["UNIT", "at_once", "bracketed_product"]
+__all__ = ["SHORT", "UNIT", "at_once", "bracketed_product", "least_power"]
 
 UNIT = 2.0**-FLOAT64_BITS
 BLOCK = 1 << 16  # elements that are bracketed at once: they stay in a core's cache
@@ -35,8 +35,12 @@ AT_ONCE = 1 << 18  # elements of several products that are taken together: small
 FEW, SHARE = 64, 1 / 256  # elements of a result that are worth looking at one by one
 WIDE = 1 / 4  # of all rows and columns that are worth being looked at apart
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-# Of dtypes with few digits: those after the point, and the bits of the exponent.
-SHORT = {torch.bfloat16: (7, 0x7F80), torch.float16: (10, 0x7C00)}
+# Dtypes with few digits: how many after the point, and the bits of the exponent.
+SHORT = {
+    torch.bfloat16: (7, torch.tensor(0x7F80, dtype=torch.int16)),
+    torch.float16: (10, torch.tensor(0x7C00, dtype=torch.int16)),
+}
+ONE = torch.ones((), dtype=torch.int16)  # numbers of Python would be made into tensors at every call
 
 
 def at_once(size: int, leaves: int, results: int) -> bool:
@@ -63,11 +67,12 @@ class _Product:
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
         self.a, self.b = a.double(), b.double()
-        self.plain, _, self.exact = _limits(a.shape[-1])
+        self.plain, _, exact = _limits(a.shape[-1])
         self.y = matmul(self.a, self.b)
         self.norms = _norm(self.a, -1), _norm(self.b, -2)
         self.units: tuple[Tensor, Tensor] | None = None
         if a.dtype == b.dtype and a.dtype in SHORT:
+            self.exact = exact / 4.0 ** SHORT[a.dtype][0]
             self.units = _units(self.norms[0], a), _units(self.norms[1], b.mT)
 
     def rounded(self, dtype: torch.dtype) -> Tensor:
@@ -197,11 +202,14 @@ def _other_norms(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _units(norm: Tensor, x: Tensor) -> Tensor:
-    """Norms of the rows of `x` (dtype in SHORT) in units that divide all numbers of the row."""
-    digits, exponent = SHORT[x.dtype]
-    # Less one, either zero is the largest, and ends as infinity; a power of two counts as half of itself.
-    least = x.view(torch.int16).sub(1).bitwise_and_(0x7FFF).amin(-1).bitwise_and_(exponent)
-    return (norm / least.view(x.dtype)).mul_(2.0**digits)
+    """Norms of the rows of `x` over their `least_power`."""
+    return norm / least_power(x)
+
+
+def least_power(x: Tensor) -> Tensor:
+    """Per row of `x`, dtype in SHORT, a power of two whose 2^-digits divides all numbers; infinite if all are 0."""
+    # Less one, either zero is infinity, which is never the least; a power of two counts as half of itself.
+    return x.view(torch.int16).sub(ONE).bitwise_and_(SHORT[x.dtype][1]).amin(-1).view(x.dtype)
 
 
 def _bracket(out: Tensor, y: Tensor, margin: Tensor) -> Tensor | None:

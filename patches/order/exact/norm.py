@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from patches.order.exact.brackets import SHORT, UNIT, least_power
 from patches.order.exact.slices import rounded, sliced_sum
 from patches.order.exact.sums import sum_bounds, tree_of_sums
 from patches.order.x_hat import minus_mean, x_hat
@@ -18,7 +19,9 @@ def normalised(
     """y in the dtype of `x`, and each row's mean (None unless `centered`) and rstd, float64 [.., 1]."""
     mean = _row_mean(x.to(torch.float64, copy=True)) if centered else None
     wide = minus_mean(x, mean)
-    rstd = 1.0 / torch.sqrt(_row_mean(wide * wide) + eps)
+    squares = wide * wide
+    exact = _exact_mean(squares, x) if mean is None and x.dtype in SHORT else None
+    rstd = 1.0 / torch.sqrt((_row_mean(squares) if exact is None else exact) + eps)
     y = (wide * rstd).float() * gamma.float()
     return rounded(y if beta is None else y + beta.float(), x.dtype), mean, rstd
 
@@ -47,6 +50,16 @@ def tree_of_gamma_gradients(
 ) -> Tensor:
     """float32 root of `tree_of_sums` of dy·x̂."""
     return tree_of_sums(dy.float() * x_hat(x, mean, rstd), dim, leaves, exact_dims)
+
+
+def _exact_mean(squares: Tensor, x: Tensor) -> Tensor | None:
+    """`_row_mean` of the squares of `x`, dtype in SHORT, where no addition can round; None where one might."""
+    total = squares.sum(-1)
+    least = least_power(x).double()
+    units = total / (least * least)  # the last digit of a square is 4^-digits of one
+    if not units.numel() or not float(units.amax()) < 0.99 / UNIT / 4.0 ** SHORT[x.dtype][0]:
+        return None
+    return total.div_(x.shape[-1]).unsqueeze(-1)
 
 
 def _row_mean(x: Tensor) -> Tensor:

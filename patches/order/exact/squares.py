@@ -48,10 +48,10 @@ def sum_of_squares(tensors: Sequence[Tensor], largest: float) -> Tensor:
     out = torch.zeros(SLICES, dtype=torch.float64, device=device)
     shifts = [largest * largest * 1.5 * 2.0 ** (FLOAT64_BITS - 1 - BITS * (i + 1)) for i in range(SLICES)]
     for piece in _pieces(tensors):
-        wide, parts = piece.double(), []
-        squares = wide.mul_(wide)
+        wide, parts = piece.to(torch.float64, copy=True), []
+        squares, head = wide.mul_(wide), torch.empty_like(wide)
         for shift in shifts:
-            head = (squares + shift).sub_(shift)
+            torch.add(squares, shift, out=head).sub_(shift)
             squares.sub_(head)
             parts.append(head.sum())
         out.add_(torch.stack(parts))
@@ -64,8 +64,12 @@ def _pieces(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
     for tensor in tensors:
         for piece in tensor.detach().reshape(-1).split(CHUNK) if tensor.numel() else ():
             if held and (piece.dtype != held[0].dtype or sum(map(len, held)) + len(piece) > CHUNK):
-                yield torch.cat(held)
+                yield _joined(held)
                 held = []
             held.append(piece)
     if held:
-        yield torch.cat(held)
+        yield _joined(held)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -164,3 +164,16 @@ def test_norm_and_its_gradient_are_made_of_exact_sums(shape, kind, centered, dty
     dx = g - hat * mean_of(g * hat)
     want = rounded((dx - mean_of(g) if centered else dx) * scale, dtype)
     assert same_bits(norm.input_gradient(dy, x, gamma, mean, rstd), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@given(small=st.integers(0, 60), size=st.integers(2, 300), seed=st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_mean_of_squares_is_exact_where_a_plain_sum_rounds(dtype, small, size, seed):
+    small = min(small, 8 if dtype == torch.float16 else 60)
+    x = torch.cat(
+        [values("normal", (3, 1), dtype, seed), values("normal", (3, size), dtype, seed + 1) * 2.0**-small], 1
+    )
+    squares = x.double().square()
+    mean = norm._exact_mean(squares, x)
+    assert mean is None or torch.equal(mean, sliced_sum(squares).unsqueeze(-1) / (size + 1))

@@ -29,6 +29,7 @@ from tpcheck.errors import TpcheckError
 from tpcheck.files.json_files import readable_lines
 from tpcheck.files.lock import is_locked
 from tpcheck.files.names import CANCELLED, EXIT_REASONS, LOCK, LOG
+from tpcheck.files.records import EndRecord
 from tpcheck.sweep import conclude
 from tpcheck.sweep.completeness import digests_of
 from tpcheck.sweep.live_table import progress
@@ -183,7 +184,8 @@ def _why(state: CellState, job: str, job_state: JobState | None, said: str) -> s
 
 def _said(cell: Cell, log: Path | None) -> str:
     """Why a run failed: what the rank that failed first has left, or else the last line of the log."""
-    failed = [end["why"] for end in readable_lines(cell.path / EXIT_REASONS) if end.get("kind") == "failed"]
+    ends = readable_lines(cell.path / EXIT_REASONS, EndRecord)
+    failed = [end["why"] for end in ends if end["kind"] == "failed" and "why" in end]
     if failed:
         return str(failed[0])[:REASON]
     lines = log.read_text(errors="replace").splitlines() if log and log.exists() else []

@@ -19,6 +19,7 @@ from typing import Any
 from tpcheck.errors import TpcheckError
 from tpcheck.files.json_files import append_line, readable_lines
 from tpcheck.files.names import ATTEMPTS, SUBMISSIONS
+from tpcheck.files.records import AttemptRecord, Record
 
 __all__ = ["Attempt", "Submission", "attempts", "latest", "read", "record"]
 
@@ -79,7 +80,7 @@ def read(output: Path) -> list[Submission]:
         TpcheckError: another version of tpcheck has written them, or somebody has changed them.
     """
     found: dict[str, Submission] = {}
-    for line in readable_lines(output / SUBMISSIONS):
+    for line in readable_lines(output / SUBMISSIONS, Record):
         if line.get("format") != FORMAT:
             raise TpcheckError(
                 f"{output / SUBMISSIONS} has format {line.get('format')!r}, this tpcheck reads format {FORMAT}"
@@ -117,8 +118,5 @@ def latest(submissions: Sequence[Submission]) -> dict[str, Submission]:
 def attempts(cell: Path) -> list[Attempt]:
     """How often Slurm has started the cell, the oldest first."""
     names = [field.name for field in dataclasses.fields(Attempt)]
-    return [
-        Attempt(**{name: line[name] for name in names})
-        for line in readable_lines(cell / ATTEMPTS)
-        if all(name in line for name in names)
-    ]
+    lines = readable_lines(cell / ATTEMPTS, AttemptRecord)
+    return [Attempt(**{name: line[name] for name in names}) for line in lines]

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["TpcheckError"]
+import reprlib
+
+__all__ = ["LETTERS", "TpcheckError", "shown"]
+
+LETTERS = 80  # of a value in a message
 
 
 class TpcheckError(Exception):
     """Bad input. The message says what was found, where, and what to do about it."""
+
+
+def shown(value: object) -> str:
+    """`value` as Python writes it, shortened: whatever it is, what a user gave never floods a message."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= LETTERS else f"{text[: LETTERS - 3]}..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, LETTERS, LETTERS

@@ -131,3 +131,62 @@ def test_a_damaged_archive_is_read_or_refused_but_never_crashes(data: st.DataObj
     )
     with contextlib.suppress(TpcheckError):
         load_archive(memoryview(broken), "x")
+
+
+def test_a_tuple_that_stands_for_more_than_the_file_holds_is_refused() -> None:
+    nested: Any = ()
+    for _ in range(40):
+        nested = (nested, nested)
+    with pytest.raises(TpcheckError, match="a tuple of more than"):
+        load_pickle(pickle.dumps(nested), "x")
+    # As a key it would be hashed while it is read.
+    key = pickle.dumps(nested).removesuffix(pickle.STOP)
+    with pytest.raises(TpcheckError, match="a tuple of more than"):
+        load_pickle(pickle.EMPTY_DICT + key + pickle.NONE + pickle.SETITEM + pickle.STOP, "x")
+
+
+def test_no_pickle_changes_what_the_next_one_is_read_with() -> None:
+    function = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    state = pickle.dumps((None, {"__defaults__": ()})).removesuffix(pickle.STOP)
+    with pytest.raises(TpcheckError, match="changes a function"):
+        load_pickle(function + state + pickle.BUILD + pickle.STOP, "x")
+    assert isinstance(load_archive(saved(torch.ones(2)), "x"), Stored)
+
+
+def test_what_a_pickle_wants_to_be_imported_is_told(tmp_path: Path) -> None:
+    names: set[str] = set()
+    load_pickle(pickle.dumps([OrderedDict(), Shell(tmp_path / "x")]), "x", names)
+    assert names == {"collections.OrderedDict", "posix.system"}
+
+
+@given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_of_a_tensor_is_seen(at: float, bit: int) -> None:
+    tensor = torch.arange(1000.0)
+    whole = bytearray(saved({"a": tensor}))
+    start = bytes(whole).index(raw(tensor))
+    whole[start + int(at * 4000)] ^= 1 << bit
+    with pytest.raises(TpcheckError, match="not those that were written"):
+        load_archive(memoryview(bytes(whole)), "x")
+
+
+def test_an_archive_without_checksums_is_read() -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        view = saved(torch.arange(5))
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert load_archive(view, "x").shape == (5,)
+
+
+def test_what_grows_when_it_is_unpacked_is_refused() -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("archive/data.pkl", pickle.dumps(b"0" * (1 << 24)))
+    with pytest.raises(TpcheckError, match="is compressed"):
+        load_archive(memoryview(packed.getvalue()), "x")
+
+
+def test_a_list_nested_beyond_any_stack_is_read(tmp_path: Path) -> None:
+    deep = pickle.EMPTY_LIST * 100_000 + pickle.APPEND * 99_999 + pickle.STOP
+    assert isinstance(load_pickle(deep, "x"), list)

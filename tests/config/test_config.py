@@ -136,3 +136,42 @@ def test_unreadable_run_files_are_refused(tmp_path: Path, text: str | None, word
 def test_reading_a_run_file_does_not_import_torch() -> None:
     code = "import sys, tpcheck.run.launch; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join(f'*{a}' for _ in range(10))}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (BOMB, "aliases written out"),
+        ("a: " + "[" * 1500 + "]" * 1500, "deep"),
+        ("a: &a [*a]", "an alias inside of what it stands for"),
+        ("steps: 3\nsteps: 4", "the key 'steps' is given twice"),
+        ("a: " + "x" * (1 << 21), "letters"),
+        ("steps: 2026-13-45", "month must be in"),
+        ("model: {preset: [qwen3-tiny]}", r"unknown preset \['qwen3-tiny'\]"),
+        ("steps: true", "steps is not a matter of true"),
+        ("optimizer: {lr: .inf}", "optimizer.lr: Input should be a finite number"),
+        ("leaves: 1048576", "leaves: Input should be less than or equal to 1024"),
+        ("model: {preset: qwen3-tiny, head_dim: 17}", "head_dim=17 is odd"),
+        ("output: ''", "names no directory"),
+        ('output: "a\\0b"', "names no directory"),
+        ("output: /", "the root of all files"),
+        (f"output: {'x' * 5000}", "5000 letters"),
+        (f"dtype: {'x' * 10000}", "dtype: Input should be 'bf16' or 'fp32', not 'xxx"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_a_short_line(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(TpcheckError, match=words) as refused:
+        load_run(tmp_path / "run.yaml")
+    assert len(str(refused.value).replace(str(tmp_path), "")) < 300
+
+
+def test_anchors_and_merged_mappings_are_settings(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("optimizer: &o {lr: 1.0e-4}\nsteps: &n 3\nseed: *n\n")
+    config = load_run(tmp_path / "run.yaml")
+    assert (config.optimizer.lr, config.steps, config.seed) == (1e-4, 3, 3)

@@ -106,7 +106,7 @@ def test_a_manifest_whose_products_are_damaged_is_refused(tmp_path: Path) -> Non
     of = sweep(tmp_path, matrix={"strategy": ["tree"], "tp": [1, 2]})
     for cell in of.cells:
         finish(cell, products="exact")
-    with pytest.raises(TpcheckError, match="'products' should be an object, found 'exact'"):
+    with pytest.raises(TpcheckError, match="'products': Input should be a valid dictionary, not 'exact'"):
         judge(of)
 
 

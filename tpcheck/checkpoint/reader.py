@@ -32,10 +32,17 @@ import numpy as np
 
 from tpcheck.checkpoint.tiling import Array, Index, Tile, boxes_of_range, row_major, tiles
 from tpcheck.checkpoint.unpickle import ITEMSIZE, Inert, Stored, load_archive, load_pickle
-from tpcheck.errors import TpcheckError
+from tpcheck.errors import TpcheckError, shown
 
 __all__ = ["Checkpoint", "LogicalTensor"]
 
+# Classes that are data, in the index and objects that torch and megatron-core write.
+HARMLESS = re.compile(
+    r"torch\.(Size|{dtypes}|\w+Storage|serialization\._get_layout|_utils\._rebuild_(tensor_v[23]|parameter)"
+    r"|distributed\.checkpoint\.(filesystem\._StorageInfo|(metadata|planner)\.\w+))"
+    r"|collections\.(OrderedDict|defaultdict)|_codecs\.encode|argparse\.Namespace|pathlib\.\w*Path"
+    r"|builtins\.(set|frozenset|list|dict|tuple|bytearray|int|float|complex|slice)".format(dtypes="|".join(ITEMSIZE))
+)
 # Where megatron-core from 0.19 on has what older ones write into common.pt.
 COMMON_STATE = "common_state/shard_0_1"
 # The float32 weights that are trained: the distributed optimizer saves them as `param`, the other as this.
@@ -86,13 +93,14 @@ class Checkpoint:
         self.path = path
         _require_torch_dist(path)
         self._maps: dict[str, memoryview] = {}
-        metadata = load_pickle((path / ".metadata").read_bytes(), f"{path}/.metadata")
+        self.names: set[str] = set()  # what the index asks to be imported
+        metadata = load_pickle((path / ".metadata").read_bytes(), f"{path}/.metadata", self.names)
         try:
             self.tensors, self.objects = _contents(metadata)
         except TpcheckError as error:
             raise TpcheckError(f"{path}/.metadata: {error}") from error
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise TpcheckError(f"{path}/.metadata is not a torch_dist index ({error!r}): damaged") from error
+            raise TpcheckError(f"{path}/.metadata is not a torch_dist index ({shown(error)}): damaged") from error
         self._require_whole_files()
 
     def blocks(self, tensor: LogicalTensor) -> Iterator[memoryview]:
@@ -106,10 +114,29 @@ class Checkpoint:
         for array in row_major(parts):
             yield memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
+    def require_loadable(self, share: int = 0, shares: int = 1) -> None:
+        """Refuse what must not be given to torch's own reader, which runs what a pickle asks for, and damaged bytes.
+
+        Args:
+            share, shares: look at this one of so many equal parts of the tensors' bytes, as one of as many ranks.
+        """
+        for name, item in self.objects.items():
+            where = f"{self.path}/{item.file}, {name}"
+            load_archive(self._view(item), where, self.names)
+        if strange := sorted(name for name in self.names if not HARMLESS.fullmatch(name)):
+            raise TpcheckError(
+                f"{self.path} would run {', '.join(map(shown, strange[:3]))} when it is loaded, which no checkpoint "
+                "needs: use another one"
+            )
+        items = dict.fromkeys(chunk.item for tensor in self.tensors.values() for chunk in tensor.chunks)
+        for item in sorted(items)[share::shares]:
+            load_archive(self._view(item), f"{self.path}/{item.file}, byte {item.position}")
+
     def common(self) -> tuple[Any, memoryview]:
         """What all ranks shared, tensors as `Stored` in the bytes that come with it; None where nothing was."""
         file = self.path / "common.pt"
         if file.exists():
+            _require_file(file)
             view = memoryview(file.read_bytes())
             return load_archive(view, str(file)), view
         if item := self.objects.get(COMMON_STATE):
@@ -123,7 +150,7 @@ class Checkpoint:
         view = self._view(chunk.item)
         stored = load_archive(view, where)
         if not isinstance(stored, Stored) or stored.dtype != tensor.dtype:
-            raise TpcheckError(f"{where}: expected a plain {tensor.dtype} tensor, found {stored!r:.200}: not supported")
+            raise TpcheckError(f"{where}: expected a plain {tensor.dtype} tensor, found {shown(stored)}: not supported")
         size = ITEMSIZE[stored.dtype]
         kind = f"u{size}" if size <= 8 else f"V{size}"
         strides = [stride * size for stride in stored.strides]
@@ -200,7 +227,7 @@ def _items(storage_data: dict[Inert, Inert]) -> dict[tuple[str, Index | None], I
 
 def _index(value: Any) -> Index:
     if not isinstance(value, tuple) or not all(type(number) is int and number >= 0 for number in value):
-        raise ValueError(f"{value!r:.80} where numbers are due")
+        raise ValueError(f"{shown(value)} where numbers are due")
     return value
 
 
@@ -240,10 +267,19 @@ def _require_torch_dist(path: Path) -> None:
 
 def _backend(path: Path) -> Any:
     file = path / "metadata.json"
+    if not file.exists():
+        return None
+    _require_file(file)
     try:
-        return json.loads(file.read_bytes())["sharded_backend"] if file.exists() else None
-    except (ValueError, TypeError, KeyError) as error:
-        raise TpcheckError(f"{file} does not name a checkpoint format ({error!r}): damaged") from error
+        return json.loads(file.read_bytes())["sharded_backend"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise TpcheckError(f"{file} does not name a checkpoint format ({shown(error)}): damaged") from error
+
+
+def _require_file(file: Path) -> None:
+    """Refuse a pipe, which would be waited for, and whatever else is no plain file."""
+    if not file.is_file():
+        raise TpcheckError(f"{file} is not a file: copy the checkpoint again")
 
 
 def _diagnosis(inside: list[str]) -> str:

@@ -31,6 +31,8 @@ def check(config: RunConfig) -> None:
     must_divide("num_query_groups", model.num_query_groups, "num_attention_heads", model.num_attention_heads, "")
     if model.num_query_groups % tp and tp % model.num_query_groups:
         problems.append(f"tp={tp} and num_query_groups={model.num_query_groups}: one must be a multiple of the other")
+    if model.positions == "rope" and model.head_dim % 2:
+        problems.append(f"head_dim={model.head_dim} is odd: rotary positions turn pairs")
     if config.sequence_parallel:
         must_divide("tp", tp, "seq_length", config.seq_length, "sequence_parallel cuts the sequence")
     problems += _of_the_pipeline(config)

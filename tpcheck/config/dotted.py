@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tpcheck.errors import TpcheckError
+from tpcheck.errors import LETTERS, TpcheckError, shown
 
 __all__ = ["flat", "put"]
 
@@ -28,7 +28,7 @@ def put(settings: dict[str, Any], name: str, value: Any, said: str) -> None:
         if inner is None:
             inner = {}
         if not isinstance(inner, dict):
-            raise TpcheckError(f"{said!r}: {section} is a value, it has no keys")
+            raise TpcheckError(f"{shown(said)}: {section[:LETTERS]} is a value, it has no keys")
         target[section] = target = inner
     target[key] = value
 

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import ValidationError
 
 from tpcheck.config.check import check
 from tpcheck.config.dotted import put
 from tpcheck.config.presets import PRESETS
 from tpcheck.config.schema import RunConfig, TraceConfig
-from tpcheck.errors import TpcheckError
+from tpcheck.config.yaml_text import parse_yaml
+from tpcheck.errors import TpcheckError, shown
 
 __all__ = ["load_run", "load_run_or_preset", "override", "parse_run", "parse_trace", "read_yaml", "unknown_key"]
 
@@ -45,11 +45,13 @@ def load_run_or_preset(target: str, overrides: Sequence[str], of_preset: Mapping
 def read_yaml(path: Path) -> Any:
     """What the YAML file at `path` holds."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # the second for what is not UTF-8, or no path
         raise TpcheckError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    except (yaml.YAMLError, ValueError) as error:  # the second for dates that no calendar has
-        raise TpcheckError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    try:
+        return parse_yaml(text)
+    except ValueError as error:
+        raise TpcheckError(f"{path} is not YAML that can be settings: {error}") from error
 
 
 def unknown_key(location: Sequence[str | int], where: str, allowed: Sequence[str]) -> str:
@@ -86,11 +88,11 @@ def override(settings: dict[str, Any], assignment: str) -> None:
     """Change the key that `key=value` or `nested.key=value` names; the value is YAML."""
     name, equals, text = assignment.partition("=")
     if not equals or not name:
-        raise TpcheckError(f"{assignment!r} is not an override: write key=value, for example tp=4")
+        raise TpcheckError(f"{shown(assignment)} is not an override: write key=value, for example tp=4")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise TpcheckError(f"the value in {assignment!r} is not YAML") from error
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise TpcheckError(f"the value in {shown(assignment)} is not YAML") from error
     put(settings, name, value, said=assignment)
 
 
@@ -103,7 +105,8 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         preset = f", or name a preset ({', '.join(PRESETS)})" if first["loc"][0] == "model" else ""
         return f"{where} is missing: give it{preset}"
-    found = "" if first["type"] == "value_error" or isinstance(first["input"], dict) else f", not {first['input']!r}"
+    told = first["type"] == "value_error" or isinstance(first["input"], dict)
+    found = "" if told else f", not {shown(first['input'])}"
     prefix = f"{where}: " if where else ""
     return f"{prefix}{first['msg'].removeprefix('Value error, ')}{found}"
 

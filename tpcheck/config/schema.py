@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from tpcheck.config.presets import PRESETS
 from tpcheck.config.strategies import Strategy
+from tpcheck.errors import shown
 
 __all__ = [
     "KINDS",
@@ -17,16 +19,25 @@ __all__ = [
     "OptimizerConfig",
     "RunConfig",
     "TraceConfig",
+    "directory",
 ]
 
+PATH, NAME = 1000, 200  # letters of an output, and bytes of a part of it, with room for what is put inside
 VOCAB_MULTIPLE = 128  # never a function of the tensor-parallel size
 KINDS = ("start", "input", "out", "mask", "again", "dout", "din", "grad", "clip", "weight", "state")  # of a record
 
 
 class Section(BaseModel):
-    """A part of the run file; unknown keys are refused."""
+    """A part of the run file; unknown keys are refused, and so are truth values and infinities for numbers."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"{info.field_name} is not a matter of {str(value).lower()}")
+        return value
 
 
 class ModelConfig(Section):
@@ -46,7 +57,7 @@ class ModelConfig(Section):
     activation: Literal["swiglu", "gelu"]
     bias: bool
     positions: Literal["rope", "learned"]
-    rope_base: int = Field(gt=0)
+    rope_base: int = Field(gt=0, le=10**12)
     max_positions: int = Field(gt=0)
     init_std: float = Field(gt=0)
     tied: bool
@@ -59,8 +70,8 @@ class ModelConfig(Section):
             given = {"preset": given}
         if not isinstance(given, Mapping) or given.get("preset") is None:
             return given
-        if given["preset"] not in PRESETS:
-            raise ValueError(f"unknown preset {given['preset']!r}: use one of {', '.join(PRESETS)}")
+        if not isinstance(given["preset"], str) or given["preset"] not in PRESETS:
+            raise ValueError(f"unknown preset {shown(given['preset'])}: use one of {', '.join(PRESETS)}")
         return {**PRESETS[given["preset"]], **given}
 
     @property
@@ -102,16 +113,16 @@ class TraceConfig(Section):
     @classmethod
     def _are_numbers(cls, steps: Any) -> Any:
         if steps is not None and not (isinstance(steps, Collection) and steps and all(map(_is_number, steps))):
-            raise ValueError(f"steps={steps!r}: name them by numbers from 0, as in steps=[0, 1]")
+            raise ValueError(f"steps={shown(steps)}: name them by numbers from 0, as in steps=[0, 1]")
         return steps if steps is None else list(steps)
 
     @field_validator("modules", "kinds", mode="before")
     @classmethod
     def _are_lists(cls, names: Any, info: ValidationInfo) -> Any:
         if not isinstance(names, Sequence) or isinstance(names, str):
-            raise ValueError(f"{info.field_name}={names!r}: use a list, [{names!r}]")
+            raise ValueError(f"{info.field_name}={shown(names)}: use a list, [{shown(names)}]")
         if unknown := [name for name in names if info.field_name == "kinds" and name not in KINDS]:
-            raise ValueError(f"kinds={unknown}: use some of {', '.join(KINDS)}")
+            raise ValueError(f"kinds={shown(unknown)}: use some of {', '.join(KINDS)}")
         if not names and info.field_name == "modules":
             raise ValueError("modules=[]: name at least one pattern, or leave modules out for all of them")
         return list(names)
@@ -120,10 +131,25 @@ class TraceConfig(Section):
     @classmethod
     def _is_in_range(cls, number: Any, info: ValidationInfo) -> Any:
         if info.field_name == "sample" and not (_is_number(number) and number):
-            raise ValueError(f"sample={number!r}: use a number from 1, which records everything")
+            raise ValueError(f"sample={shown(number)}: use a number from 1, which records everything")
         if not _is_number(number):
-            raise ValueError(f"perturb={number!r}: use 0, or a seed above it")
+            raise ValueError(f"perturb={shown(number)}: use 0, or a seed above it")
         return number
+
+
+def directory(path: str) -> str:
+    """`path`, where results can go.
+
+    Raises:
+        ValueError: they can't, on any machine.
+    """
+    if not path or "\0" in path:
+        raise ValueError(f"output={shown(path)} names no directory: use one such as results/run")
+    if Path(path).is_absolute() and len(Path(path).parts) == 1:
+        raise ValueError(f"output={path} is the root of all files: name a directory in it")
+    if len(path) > PATH or any(len(part.encode()) > NAME for part in Path(path).parts):
+        raise ValueError(f"output={shown(path)} has {len(path)} letters: use at most {NAME} a name and {PATH} in all")
+    return path
 
 
 def _is_number(value: object) -> bool:
@@ -135,7 +161,7 @@ class RunConfig(Section):
 
     model: ModelConfig = Field(default_factory=lambda: ModelConfig.model_validate("qwen3-tiny"))
     strategy: Strategy = "tree"
-    leaves: int = Field(8, gt=0)
+    leaves: int = Field(8, gt=0, le=1024)
     layers: Literal["te", "local"] | None = None  # Transformer Engine's or Megatron's; null: te on a GPU that has it
     attention: Literal["unfused", "flash", "fused"] | None = None  # null: unfused; in a stock run what TE chooses
     symmetric_memory: bool = False  # ranks read each other's sums instead of sending them; the same bits
@@ -160,6 +186,11 @@ class RunConfig(Section):
     trace: TraceConfig | None = None
     checkpoint_every: int = Field(0, ge=0)  # 0: only at the end
     output: str = "results/run"
+
+    @field_validator("output")
+    @classmethod
+    def _is_a_directory(cls, output: str) -> str:
+        return directory(output)
 
     @model_validator(mode="after")
     def _decide_decay_steps(self) -> RunConfig:

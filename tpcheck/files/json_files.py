@@ -5,13 +5,15 @@ Whole files are replaced by `os.replace` of a synced neighbour; each kind of fil
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tpcheck.errors import TpcheckError
+from tpcheck.errors import TpcheckError, shown
+from tpcheck.files.records import Record
 
 __all__ = ["Json", "append_line", "read_lines", "read_object", "readable_lines", "sync", "write_lines", "write_object"]
 
@@ -23,20 +25,17 @@ def write_object(file: Path, value: Mapping[str, Any]) -> None:
     _replace(file, json.dumps(value, indent=1) + "\n")
 
 
-def read_object(file: Path, format: int, required: Mapping[str, type]) -> Json:
-    """The object in `file`, which must have this format and hold `required` keys of these types."""
+def read_object(file: Path, format: int, record: type[Record]) -> Json:
+    """The object in `file`, which must have this format and be a `record`."""
     if not file.exists():
         raise TpcheckError(f"{file.parent} has no {file.name}: not a result directory, or a run that never started")
-    value = _parse(file.read_bytes(), str(file))
+    value = _parse(_bytes(file), str(file))
     if value.get("format") != format:
         raise TpcheckError(
-            f"{file} has format {value.get('format')!r}, this tpcheck reads format {format}: "
+            f"{file} has format {shown(value.get('format'))}, this tpcheck reads format {format}: "
             "use the tpcheck that wrote it, or train the run again"
         )
-    for key, kind in required.items():
-        if not isinstance(value.get(key), kind):
-            raise TpcheckError(f"{file}: {key!r} should be a {kind.__name__}, found {value.get(key)!r}")
-    return value
+    return record.require(value, str(file))
 
 
 def append_line(file: Path, value: Mapping[str, Any]) -> None:
@@ -52,26 +51,24 @@ def append_line(file: Path, value: Mapping[str, Any]) -> None:
         sync(file.parent)
 
 
-def read_lines(file: Path) -> list[Json]:
-    """The objects in `file`, none where it is missing; an unfinished last line, which a kill leaves, is left out."""
-    text = file.read_bytes()[: _whole(file)] if file.exists() else b""
-    return [_parse(line, f"{file}:{number}") for number, line in enumerate(text.splitlines(), 1)]
+def read_lines(file: Path, record: type[Record]) -> list[Json]:
+    """The objects in `file`, each a `record`, none where it is missing.
+
+    An unfinished last line, which a kill leaves, is left out.
+    """
+    lines = _bytes(file)[: _whole(file)].splitlines() if file.exists() else []
+    places = ((line, f"{file}:{number}") for number, line in enumerate(lines, 1))
+    return [record.require(_parse(line, where), where) for line, where in places]
 
 
-def readable_lines(file: Path) -> list[Json]:
-    """The objects in a file that many processes add to; lines that a kill or a full disk cut short are passed over."""
-    try:
-        text = file.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+def readable_lines(file: Path, record: type[Record]) -> list[Json]:
+    """Those of a file that many processes add to; what a kill or a full disk cut short is passed over."""
+    if not file.exists():
         return []
     found = []
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
+    for line in _bytes(file).decode(errors="replace").splitlines():
+        with contextlib.suppress(TpcheckError):
+            found.append(record.require(_parse(line.encode(), str(file)), str(file)))
     return found
 
 
@@ -99,6 +96,13 @@ def _replace(file: Path, text: str) -> None:
     sync(file.parent)
 
 
+def _bytes(file: Path) -> bytes:
+    """What `file` holds: a plain file, since a pipe would be waited for."""
+    if not file.is_file():
+        raise TpcheckError(f"{file} is not a file: restore it or train the run again")
+    return file.read_bytes()
+
+
 def _whole(file: Path) -> int:
     """Bytes of `file` up to and with its last line end."""
     with open(file, "rb") as text:
@@ -113,7 +117,7 @@ def _parse(text: bytes, where: str) -> Json:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise TpcheckError(f"{where} is not JSON ({error}): restore it or train the run again") from error
+        raise TpcheckError(f"{where} is not JSON ({shown(error)}): restore it or train the run again") from error
     if not isinstance(value, dict):
         raise TpcheckError(f"{where} holds a {type(value).__name__}, not an object: not written by tpcheck")
     return value

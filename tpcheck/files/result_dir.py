@@ -18,6 +18,7 @@ from typing import Any
 from tpcheck.errors import TpcheckError
 from tpcheck.files.json_files import Json, append_line, read_lines, read_object, write_lines, write_object
 from tpcheck.files.names import CHECKPOINTS, DIGESTS, MANIFEST, STEPS
+from tpcheck.files.records import DigestsRecord, ManifestRecord, StepRecord
 
 __all__ = [
     "append_step",
@@ -45,10 +46,7 @@ def is_result(path: Path) -> bool:
 
 def read_manifest(path: Path) -> Json:
     """The run's manifest, with at least its resolved `config`."""
-    found = read_object(path / MANIFEST, MANIFEST_FORMAT, {"config": dict})
-    if not isinstance(found.get("products"), dict | None):
-        raise TpcheckError(f"{path / MANIFEST}: 'products' should be an object, found {found['products']!r}")
-    return found
+    return read_object(path / MANIFEST, MANIFEST_FORMAT, ManifestRecord)
 
 
 def products(manifest: Mapping[str, Any]) -> Json | None:
@@ -64,7 +62,7 @@ def read_digests(path: Path) -> Json | None:
     """The digests of the last step that a run has come to the end of; None of one that never has."""
     if not (path / DIGESTS).exists():
         return None
-    return read_object(path / DIGESTS, DIGESTS_FORMAT, {"step": int, "model": str, "tensors": dict})
+    return read_object(path / DIGESTS, DIGESTS_FORMAT, DigestsRecord)
 
 
 def final_digests(path: Path, steps: int) -> Json | None:
@@ -79,12 +77,11 @@ def write_digests(path: Path, digests: Mapping[str, Any]) -> None:
 
 def read_steps(path: Path) -> list[Json]:
     """The steps on record, in order; an unfinished last line, which a kill leaves, is left out."""
-    records = read_lines(path / STEPS)
+    records = read_lines(path / STEPS, StepRecord)
     for before, record in zip([None, *records], records, strict=False):
-        step, expected = record.get("step"), before["step"] + 1 if before else record.get("step")
-        if not isinstance(step, int) or step != expected:
-            wanted = "a number" if expected is None else expected
-            raise TpcheckError(f"{path / STEPS}: step {step!r} stands where {wanted} should; train the run again")
+        step, expected = record["step"], before["step"] + 1 if before else record["step"]
+        if step != expected:
+            raise TpcheckError(f"{path / STEPS}: step {step} stands where {expected} should; train the run again")
     return records
 
 

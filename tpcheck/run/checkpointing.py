@@ -38,6 +38,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException  # which is no Exception
 
+from tpcheck.checkpoint.reader import Checkpoint
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.files.json_files import sync
@@ -99,11 +100,12 @@ def _write(state: dict[str, Any], folder: Path) -> None:
 
 
 def load(path: Path, step: int, pieces: Sequence[Any], optimizer: Any) -> None:
-    """Fill model and optimizer from the checkpoint at `path`; every rank calls this."""
+    """Fill model and optimizer from the checkpoint at `path`; every rank calls this and looks at a part first."""
     try:
+        Checkpoint(path).require_loadable(dist.get_rank(), dist.get_world_size())
         _load(path, step, pieces, optimizer)
-    except TpcheckError:
-        raise
+    except TpcheckError as error:
+        raise TpcheckError(f"{error} (without {path}, the run goes on from what was saved before)") from error
     except (Exception, CheckpointException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise TpcheckError(f"{path} does not load into this model: {reason[:300]}") from error

@@ -13,6 +13,7 @@ from typing import Any
 from tpcheck.config.schema import RunConfig
 from tpcheck.files.json_files import read_object
 from tpcheck.files.names import CODE
+from tpcheck.files.records import CodeRecord
 
 __all__ = ["CODE_FORMAT", "cpu_name", "describe", "git", "versions"]
 
@@ -54,7 +55,7 @@ def versions() -> dict[str, str]:
 def _code(package: Path) -> dict[str, Any] | None:
     """The commit that runs; of a copy made at submission (see slurm/snapshot.py), what it was made from."""
     if (package.parent / CODE).exists():
-        copied = read_object(package.parent / CODE, CODE_FORMAT, {"digest": str})
+        copied = read_object(package.parent / CODE, CODE_FORMAT, CodeRecord)
         return {key: value for key, value in copied.items() if key != "format"}
     return git(package)
 

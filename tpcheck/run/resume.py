@@ -36,9 +36,9 @@ MAY_CHANGE = {
 
 def continued(before: dict[str, Any], now: dict[str, Any], step: int) -> dict[str, Any]:
     """The manifest of a run that goes on from `step`; what it was before is kept in `history`."""
-    if before["data"]["digest"] != now["data"]["digest"]:
+    if (digest := (before.get("data") or {}).get("digest")) != now["data"]["digest"]:
         raise TpcheckError(
-            f"the data have changed since this run began (digest {before['data']['digest'][:12]}, now "
+            f"the data have changed since this run began (digest {str(digest)[:12]}, now "
             f"{now['data']['digest'][:12]}): restore them, or start a new run in another output"
         )
     products = result_dir.products(before)

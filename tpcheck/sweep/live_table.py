@@ -122,5 +122,5 @@ def progress(cell: Cell) -> tuple[str, str, str]:
     if not steps:
         return "", "", ""
     last = steps[-1]
-    speed = last["tokens"] / last["seconds"] if last.get("seconds") else 0.0
+    speed = last.get("tokens", 0) / last["seconds"] if last.get("seconds") else 0.0
     return f"{last['step']}/{cell.config.steps}", f"{last['loss']:.4f}", f"{speed:,.0f}"

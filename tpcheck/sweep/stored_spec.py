@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from tpcheck.config.load import parse_run
-from tpcheck.errors import TpcheckError
+from tpcheck.errors import TpcheckError, shown
 from tpcheck.files.json_files import read_object, write_object
 from tpcheck.files.names import RUN, SWEEP
+from tpcheck.files.records import SweepRecord
 from tpcheck.sweep.spec import Cell, Sweep
 
 __all__ = ["read_sweep", "write_run", "write_sweep"]
@@ -49,11 +50,11 @@ def write_run(cell: Cell, output: Path) -> Path:
 
 def read_sweep(output: Path) -> Sweep:
     """The sweep whose results are in `output`, wherever that directory is now."""
-    plan = read_object(output / SWEEP, FORMAT, {"name": str, "invariant": list, "cells": list})
+    plan = read_object(output / SWEEP, FORMAT, SweepRecord)
     try:
         cells = tuple(_cell(given, output) for given in plan["cells"])
     except (KeyError, TypeError, ValueError) as error:
-        raise TpcheckError(f"{output / SWEEP}: a cell is not as tpcheck writes it ({error!r})") from error
+        raise TpcheckError(f"{output / SWEEP}: a cell is not as tpcheck writes it ({shown(error)})") from error
     return Sweep(plan["name"], output, cells, tuple(plan["invariant"]))
 
 
@@ -62,6 +63,6 @@ def _cell(given: dict[str, Any], output: Path) -> Cell:
     if Path(name).name != name:
         raise ValueError(f"{name} is no name")
     if not isinstance(settings, dict) or not isinstance(group, dict):
-        raise TypeError(f"settings {settings!r}, group {group!r}")
+        raise TypeError("settings or group is no object")
     config = parse_run({**given["config"], "output": str(output / name)}, f"{output / SWEEP}, {name}")
     return Cell(name, settings, group, config, given["arch"])

@@ -17,12 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import ROOT
+from tests.support import BEFORE as DATA
 from tpcheck.cli import main
 from tpcheck.config.load import parse_run
 from tpcheck.files import result_dir
 
-DATA = ROOT / "tests" / "data" / "before"
 CELLS = ["stock-tp1", "stock-tp2", "tree-tp1", "tree-tp2"]
 VECTORS = "AVX512"  # what the CPU had; elementwise functions have other bits at another width
 LAST = "checkpoints/step-00000004"

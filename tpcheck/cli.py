@@ -94,12 +94,13 @@ def hash_(checkpoint: Path, tensors: bool, as_json: bool) -> int:
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @click.option("--all", "show_all", is_flag=True, help="List all tensors that differ, not only the first ten.")
+@click.option("--verify", is_flag=True, help="Digest the checkpoints anew, whatever is on record.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def diff(a: Path, b: Path, show_all: bool, as_json: bool) -> int:
+def diff(a: Path, b: Path, show_all: bool, verify: bool, as_json: bool) -> int:
     """Compare two result directories or two checkpoints: 0 identical, 1 different, 2 can't tell."""
     from tpcheck.checkpoint.diff_text import command
 
-    return command(a, b, show_all=show_all, as_json=as_json)
+    return command(a, b, show_all=show_all, verify=verify, as_json=as_json)
 
 
 @tpcheck.command()
@@ -196,11 +197,12 @@ def sweep(sweep: Path, overrides: tuple[str, ...], cluster: str | None, dry_run:
 
 @tpcheck.command()
 @click.argument("output", metavar="DIR", type=click.Path(path_type=Path))
-def verdict(output: Path) -> int:
+@click.option("--verify", is_flag=True, help="Digest the cells' last checkpoints anew, whatever is on record.")
+def verdict(output: Path, verify: bool) -> int:
     """Say which digests of the sweep in DIR agree, from what is there: 0 held, 1 broken, 2 cells are missing."""
     from tpcheck.sweep.conclude import command
 
-    return command(output)
+    return command(output, verify)
 
 
 @tpcheck.command()

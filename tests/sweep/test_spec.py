@@ -150,3 +150,25 @@ def test_results_that_have_moved_are_read_where_they_are_now(tmp_path: Path) -> 
     write_sweep(loaded)
     loaded.output.rename(tmp_path / "moved")
     assert read_sweep(tmp_path / "moved").cells[0].path == tmp_path / "moved" / loaded.cells[0].name
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"invariant": ["tpp"]}, "invariant: 'tpp' is no setting: did you mean tp?"),
+        ({"matrix": {"strategy": ["tree"], "threads": [1, 1.0]}}, "are the same run"),
+        ({"matrix": {"tp": [1, True]}}, "tp is not a matter of true"),
+        ({"matrix": {"data.path": ["a/b", "a/B"]}}, "would be one directory on some file systems"),
+        ({"output": "/"}, "the root of all files"),
+        ({"output": ""}, "names no directory"),
+    ],
+)
+def test_what_would_compare_nothing_is_refused(changes: dict[str, object], words: str, tmp_path: Path) -> None:
+    with pytest.raises(TpcheckError, match=words.replace("?", "[?]")):
+        sweep(tmp_path, **changes)
+
+
+def test_an_output_that_yaml_reads_as_something_else_is_refused(tmp_path: Path) -> None:
+    for text in ("", "true", "3"):
+        with pytest.raises(TpcheckError, match="names no directory"):
+            load_sweep(sweep_file(tmp_path), [f"output={text}"])

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.finished import begin, finish, sweep
+from tests.support import BEFORE, ROOT
+from tests.support.finished import begin, finish, sweep, sweep_file
+from tpcheck.cli import main
 from tpcheck.errors import TpcheckError
 from tpcheck.sweep import verdict
-from tpcheck.sweep.spec import Sweep
+from tpcheck.sweep.spec import Sweep, load_sweep
+from tpcheck.sweep.stored_spec import write_sweep
 
 
 def judge(of: Sweep) -> verdict.Verdict:
@@ -168,3 +176,106 @@ def test_an_optimizer_without_a_digest_is_not_called_equal(cells: Sweep) -> None
         found.sentence()
         == "HELD: tree: one digest each, of the model (there is none of the optimizer), over TP=1, 2, 4"
     )
+
+
+def test_a_cell_that_is_not_what_the_sweep_says_is_not_counted(cells: Sweep) -> None:
+    complete(cells)
+    shutil.rmtree(cells.cells[4].path)
+    shutil.copytree(cells.cells[3].path, cells.cells[4].path)  # tree-tp1 passes for tree-tp2
+    found = judge(cells)
+    assert found.exit_code == 2
+    assert found.sentence() == "no verdict: tree-tp2 can't be counted"
+    assert found.details() == [
+        "tree-tp2: was made with other settings (tp: 1 there, 2 now): train it again",
+    ]
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A copy of a finished sweep, with its checkpoints."""
+    shutil.unpack_archive(BEFORE / "states.tar.xz", tmp_path)
+    shutil.copytree(BEFORE / "before", tmp_path / "before", dirs_exist_ok=True)
+    return tmp_path / "before"
+
+
+def test_verifying_digests_every_checkpoint_anew(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verdict", str(old), "--verify"]) == 0
+    assert "by digests computed anew from the checkpoints" in capsys.readouterr().out
+    assert main(["diff", str(old / "tree-tp1"), str(old / "tree-tp2"), "--verify"]) == 0
+    assert "on record" not in capsys.readouterr().out
+    assert json.loads((old / "verdict.json").read_text())["verified"] is True
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone", "cut short"])
+def test_a_damaged_checkpoint_does_not_stay_silent(damage: str, old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = old / "tree-tp2/checkpoints/step-00000004"
+    shard = folder / "__0_0.distcp"
+    if damage == "gone":
+        shutil.rmtree(folder)
+    else:
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2 :: 1000] = bytes(len(content[len(content) // 2 :: 1000]))
+        shard.write_bytes(content if damage == "flipped" else content[:-1000])
+    assert main(["verdict", str(old), "--verify"]) == 2
+    out = " ".join(capsys.readouterr().out.split())
+    assert "no verdict: tree-tp2 can't be counted" in out
+    assert main(["diff", str(old / "tree-tp1"), str(old / "tree-tp2"), "--verify"]) == 2
+    capsys.readouterr()
+    assert main(["verdict", str(old)]) == 0  # a checkpoint that was deleted, or that only a full read finds damaged
+    out = " ".join(capsys.readouterr().out.split())
+    assert "by the digests on record" in out
+    assert ("tree-tp2: its checkpoint can't be read" in out) == (damage == "cut short")
+
+
+def test_a_digest_changed_by_hand_is_seen(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = old / "tree-tp2/digests.json"
+    digests = json.loads(file.read_text())
+    digests["tensors"]["model"]["output_layer.weight"]["digest"] = "0" * 64
+    file.write_text(json.dumps(digests))
+    for command in (["verdict", str(old)], ["diff", str(old / "tree-tp1"), str(old / "tree-tp2")]):
+        assert main(command) == 2
+        assert "model's digest is not that of the tensors that it lists" in capsys.readouterr().err
+
+
+def test_both_totals_changed_by_hand_are_seen_when_they_are_verified(old: Path, capsys: Any) -> None:
+    file = old / "tree-tp2/digests.json"
+    digests = {**json.loads(file.read_text()), "tensors": {"model": {}, "optimizer": {}}, "model": "0" * 64}
+    file.write_text(json.dumps(digests))
+    assert main(["verdict", str(old), "--verify"]) == 2
+    assert "can't be verified" in capsys.readouterr().out
+
+
+def test_a_reader_that_goes_away_is_no_broken_promise(old: Path) -> None:
+    command = [sys.executable, "-m", "tpcheck", "verdict", str(old)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout
+        process.stdout.close()
+        assert process.wait(300) == 141
+    assert json.loads((old / "verdict.json").read_text())["exit_code"] == 0
+
+
+def test_a_sweep_goes_on_when_its_reader_goes_away(tmp_path: Path) -> None:
+    file = sweep_file(tmp_path)
+    for cell in load_sweep(file).cells:
+        finish(cell)
+    command = [sys.executable, "-m", "tpcheck", "sweep", str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout
+        process.stdout.close()
+        assert process.wait(300) == 0
+
+
+def test_a_verdict_that_cannot_be_written_is_given(
+    cells: Sweep, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete(cells)
+    write_sweep(cells)
+
+    def refuse(*args: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(cells.output))
+
+    monkeypatch.setattr(verdict, "write_object", refuse)
+    assert main(["verdict", str(cells.output)]) == 0
+    told = capsys.readouterr()
+    assert "HELD" in told.out
+    assert f"not written: {cells.output}: Permission denied" in told.err

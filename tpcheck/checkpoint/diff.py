@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tpcheck.checkpoint.digest import PARTS, Digests, TensorDigest, digest_checkpoint
+from tpcheck.checkpoint.digest import PARTS, Digests, TensorDigest, digest_checkpoint, require_equal
 from tpcheck.checkpoint.reader import Checkpoint
 from tpcheck.checkpoint.ulp import Difference, compare
 from tpcheck.config.differences import settings_differences
+from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.files.names import DIGESTS
 
@@ -64,6 +65,7 @@ class Report:
     state: int | None = None
     compared: dict[str, int] = field(default_factory=dict)
     tensors: list[TensorDifference] = field(default_factory=list)
+    recorded: list[str] = field(default_factory=list)  # sides whose digests were not computed anew
     doubts: list[str] = field(default_factory=list)
     incomparable: bool = False
 
@@ -78,13 +80,17 @@ class Report:
         return ANSWERS[self.exit_code]
 
 
-def diff(a: Path, b: Path, digest: Digest = digest_checkpoint) -> Report:
+def diff(a: Path, b: Path, digest: Digest = digest_checkpoint, verify: bool = False) -> Report:
     """Compare two result directories, two checkpoints, or one of each.
 
     Args:
         digest: how a checkpoint is digested where no digests are on record.
+        verify: digest every checkpoint anew; what is on record must be equal.
+
+    Raises:
+        TpcheckError: a side can't be read; to verify, its checkpoint has gone, is damaged, or not what is on record.
     """
-    left, right = _Side(a), _Side(b)
+    left, right = _Side(a, verify), _Side(b, verify)
     report = Report(a, b, config=_config_differences(left.manifest, right.manifest))
     if left.is_result and right.is_result:
         _compare_steps(report, left.steps(), right.steps())
@@ -95,8 +101,8 @@ def diff(a: Path, b: Path, digest: Digest = digest_checkpoint) -> Report:
 class _Side:
     """A result directory, or a checkpoint by itself as the only state of a run of unknown steps."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, verify: bool) -> None:
+        self.path, self.verify = path, verify
         self.is_result = result_dir.is_result(path) and not (path / ".metadata").exists()
         self.manifest: Json = result_dir.read_manifest(path) if self.is_result else {}
         recorded = result_dir.read_digests(path) if self.is_result else None
@@ -112,9 +118,15 @@ class _Side:
         return {*self.checkpoints, *({self.recorded[0]} if self.recorded else ())}
 
     def digests(self, state: int | None, digest: Digest) -> Digests:
-        if self.recorded and self.recorded[0] == state:
-            return self.recorded[1]
-        return digest(self.checkpoints[state])
+        on_record = self.recorded[1] if self.recorded and self.recorded[0] == state else None
+        if on_record and not self.verify:
+            return on_record
+        if state not in self.checkpoints:
+            raise TpcheckError(f"{self.path} has no checkpoint of step {state} to verify its digests with")
+        found = digest(self.checkpoints[state])
+        if on_record:
+            require_equal(on_record, found, self.checkpoints[state])
+        return found
 
 
 def _config_differences(a: Json, b: Json) -> dict[str, tuple[Any, Any]]:
@@ -125,6 +137,7 @@ def _config_differences(a: Json, b: Json) -> dict[str, tuple[Any, Any]]:
         {
             **manifest["config"],
             "versions": manifest.get("versions") or {},
+            "code": result_dir.code(manifest),
             "data.digest": (manifest.get("data") or {}).get("digest"),
         }
         for manifest in (a, b)
@@ -156,6 +169,10 @@ def _compare_states(report: Report, left: _Side, right: _Side, digest: Digest) -
         return
     report.state = states[0] if states[0] == states[1] else None
     a, b = left.digests(states[0], digest), right.digests(states[1], digest)
+    sides = (("A", left, states[0]), ("B", right, states[1]))
+    report.recorded = [
+        label for label, side, state in sides if side.recorded and side.recorded[0] == state and not side.verify
+    ]
     differing: list[tuple[str, str, TensorDigest]] = []
     undigested = {label: d.notes for label, d in (("A", a), ("B", b)) if d.optimizer is None and d.notes}
     report.doubts.extend(f"{label}: {note}" for label, notes in undigested.items() for note in notes)

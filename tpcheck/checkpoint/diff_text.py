@@ -16,9 +16,9 @@ __all__ = ["command", "lines"]
 SHOWN = 10  # tensors, without --all
 
 
-def command(a: Path, b: Path, *, show_all: bool, as_json: bool) -> int:
+def command(a: Path, b: Path, *, show_all: bool, verify: bool, as_json: bool) -> int:
     """`tpcheck diff A B`."""
-    report = diff(a, b, digest_with_progress)
+    report = diff(a, b, digest_with_progress, verify)
     if as_json:
         print(json.dumps({"answer": report.answer, **dataclasses.asdict(report)}, indent=1, default=str))
     else:
@@ -39,6 +39,8 @@ def lines(report: Report, shown: int = SHOWN) -> Iterator[str]:
     elif report.steps:
         yield f"steps  all {report.steps} on both sides are equal"
     yield from _tensors(report, shown)
+    if report.recorded:
+        yield f"digests  of {' and '.join(report.recorded)} on record; --verify computes them anew from the checkpoints"
     for doubt in report.doubts:
         yield f"note  {doubt}"
     yield report.answer

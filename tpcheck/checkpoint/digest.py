@@ -31,7 +31,7 @@ from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.files.names import DIGESTS
 
-__all__ = ["PARTS", "Digests", "TensorDigest", "command", "digest_checkpoint", "digest_with_progress"]
+__all__ = ["PARTS", "Digests", "TensorDigest", "command", "digest_checkpoint", "digest_with_progress", "require_equal"]
 
 ALGORITHM = "blake3"
 PARTS = ("model", "optimizer")
@@ -78,9 +78,15 @@ class Digests:
                 }
                 for part in PARTS
             }
-            return cls(value["model"], value["optimizer"], tensors, tuple(value.get("notes", ())))
+            found = cls(value["model"], value["optimizer"], tensors, tuple(value.get("notes", ())))
         except (KeyError, TypeError, AttributeError) as error:
             raise TpcheckError(f"{where} does not hold digests ({error!r}): damaged") from error
+        for part, total in zip(PARTS, (found.model, found.optimizer), strict=True):
+            if total and tensors[part] and total != _total(tensors[part]):
+                raise TpcheckError(
+                    f"{where}: {part}'s digest is not that of the tensors that it lists: changed by hand"
+                )
+        return found
 
 
 def digest_checkpoint(path: Path, on_bytes: Callable[[int, int], None] | None = None) -> Digests:
@@ -117,6 +123,19 @@ def digest_checkpoint(path: Path, on_bytes: Callable[[int, int], None] | None = 
         {part: dict(sorted(by_name.items())) for part, by_name in tensors.items()},
         (*_notes(checkpoint, tensors), *_notes_on_weights(unlike, misplaced)),
     )
+
+
+def require_equal(recorded: Digests, found: Digests, checkpoint: Path) -> None:
+    """Refuse digests on record that are not those of the checkpoint."""
+    for part, was, now in zip(PARTS, (recorded.model, recorded.optimizer), (found.model, found.optimizer), strict=True):
+        if was != now:
+            strangers = sorted(
+                name for name, tensor in found.tensors[part].items() if recorded.tensors[part].get(name) != tensor
+            )
+            raise TpcheckError(
+                f"{checkpoint}: {part} has digest {str(now)[:12]}, on record is {str(was)[:12]}"
+                f"{f' (first of all {strangers[0]})' if strangers else ''}: one of them was changed"
+            )
 
 
 def digest_with_progress(path: Path) -> Digests:

@@ -24,6 +24,7 @@ __all__ = [
     "append_step",
     "checkpoint_path",
     "checkpoints",
+    "code",
     "final_digests",
     "is_result",
     "products",
@@ -52,6 +53,12 @@ def read_manifest(path: Path) -> Json:
 def products(manifest: Mapping[str, Any]) -> Json | None:
     """What the run's products were made of, None of a stock run; before manifests told, they were exact everywhere."""
     return manifest.get("products", None if manifest["config"].get("strategy") == "stock" else {"leaf": "exact"})
+
+
+def code(manifest: Mapping[str, Any]) -> str | None:
+    """What tells the code that made a run from other code: the digest of a copy, or a commit."""
+    git = manifest.get("git") or {}
+    return git.get("digest") or (f"{git.get('commit')}{' and changes' if git.get('dirty') else ''}" if git else None)
 
 
 def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,24 +18,44 @@ from tpcheck.sweep.stored_spec import read_sweep
 __all__ = ["command", "conclude", "console"]
 
 
-def command(output: Path) -> int:
-    """Judge the sweep whose results are in `output`."""
-    return conclude(read_sweep(output), console())
+def command(output: Path, verify: bool = False) -> int:
+    """Judge the sweep whose results are in `output`; to verify, by digests computed anew from its checkpoints."""
+    to = console()
+    code = conclude(read_sweep(output), to, verify)
+    if to.reader_is_gone:
+        raise BrokenPipeError
+    return code
 
 
-def console() -> Console:
+class ReportConsole(Console):
+    """A console whose reader may go away, as `head` does: what is under way goes on without one."""
+
+    reader_is_gone = False
+
+    def on_broken_pipe(self) -> None:
+        """rich would end the process with exit code 1, which says that a promise is broken."""
+        self.quiet = self.reader_is_gone = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def console() -> ReportConsole:
     """Where a sweep reports to; a pipe has no width, lines of a table need one."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return ReportConsole(width=None if sys.stdout.isatty() else 120)
 
 
-def conclude(sweep: Sweep, to: Console) -> int:
-    """Write and print the verdict on what the cells have left; its exit code."""
-    judged = verdict.judge(sweep)
-    verdict.write(judged, sweep.output)
+def conclude(sweep: Sweep, to: Console, verify: bool = False) -> int:
+    """Print and write the verdict on what the cells have left; its exit code."""
+    judged = verdict.judge(sweep, verify=verify)
     to.print(judged.table())
     for line in judged.details():
         to.print(line, markup=False, soft_wrap=True)
     to.print(judged.sentence(), markup=False, soft_wrap=True)
-    for made in report.write(sweep, judged):
-        to.print(f"{made}", markup=False, soft_wrap=True)
+    to.print(judged.evidence(), markup=False, soft_wrap=True)
+    try:
+        made = [verdict.write(judged, sweep.output), *report.write(sweep, judged)]
+    except OSError as error:  # a directory of somebody else's, a full disk: the verdict stands
+        print(f"not written: {error.filename or sweep.output}: {error.strerror}", file=sys.stderr)
+        return judged.exit_code
+    for file in made[1:]:
+        to.print(f"{file}", markup=False, soft_wrap=True)
     return judged.exit_code

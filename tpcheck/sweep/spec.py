@@ -14,6 +14,7 @@ A cell is named after its settings, `tree-tp2`. Cells that differ only in invari
 from __future__ import annotations
 
 import copy
+import difflib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -23,10 +24,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tpcheck.config.dotted import put
+from tpcheck.config.dotted import flat, put
 from tpcheck.config.load import override, parse_run, read_yaml
-from tpcheck.config.schema import RunConfig
-from tpcheck.errors import TpcheckError
+from tpcheck.config.schema import RunConfig, directory
+from tpcheck.errors import TpcheckError, shown
 
 __all__ = ["ARCH", "Cell", "Sweep", "label", "load_sweep", "only_size"]
 
@@ -109,14 +110,20 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), anywhere: bool = False
     file = _parse(read_yaml(path), path)
     archs = _forget_arch(file) if anywhere else ()
     base = _base(file, path)
-    output = Path(file.output or f"results/{file.name}")
+    given: Any = f"results/{file.name}" if file.output is None else file.output
     for text in overrides:
         key = text.partition("=")[0]
         if key in file.matrix:
             raise TpcheckError(f"{text}: {key} is what the matrix of {path} varies; edit it there, or use `exclude`")
         override(base, text)
         if key == "output":
-            output = Path(str(base["output"]))
+            given = base["output"]
+    if not isinstance(given, str):
+        raise TpcheckError(f"{path}: output={shown(given)} names no directory: quote it, or use another name")
+    try:
+        output = Path(directory(given))
+    except ValueError as error:
+        raise TpcheckError(f"{path}: {error}") from error
     return Sweep(file.name, output, tuple(_cells(file, base, output, path)), tuple(file.invariant), archs)
 
 
@@ -159,6 +166,11 @@ def _parse(content: Any, path: Path) -> SweepFile:
             raise TpcheckError(f"{path}: matrix.{key} is empty: give it at least one value, or leave the key out")
         if key == ARCH and not all(isinstance(value, str) for value in values):
             raise TpcheckError(f"{path}: matrix.arch holds {values}: name machines as the cluster's profile does")
+    known = {ARCH, *file.matrix, *flat(RunConfig().model_dump())}
+    if strangers := [name for name in file.invariant if name not in known]:
+        close = difflib.get_close_matches(strangers[0], sorted(known), n=1)
+        hint = f": did you mean {close[0]}?" if close else ": name settings of a run, or arch"
+        raise TpcheckError(f"{path}: invariant: {shown(strangers[0])} is no setting{hint}")
     for excluded in file.exclude:
         strangers = [key for key in excluded if key not in file.matrix]
         if strangers or not excluded:
@@ -177,7 +189,7 @@ def _explain(error: ValidationError) -> str:
         return f"{where} is missing: a sweep file needs name, base and matrix"
     if first["type"] == "too_short":
         return f"{where} is empty: name at least one setting and its values, as in tp: [1, 2]"
-    return f"{where}: {first['msg']}, not {first['input']!r}"
+    return f"{where}: {first['msg']}, not {shown(first['input'])}"
 
 
 def _base(file: SweepFile, path: Path) -> dict[str, Any]:
@@ -205,6 +217,11 @@ def _cells(file: SweepFile, base: Mapping[str, Any], output: Path, path: Path) -
             )
         config = _resolve(base, settings, output, path, name)
         arch = str(settings[ARCH]) if ARCH in settings else None
+        for other in cells.values():
+            if other.name.casefold() == name.casefold():
+                raise TpcheckError(f"{path}: {other.name} and {name} would be one directory on some file systems")
+            if other.arch == arch and other.config == config.model_copy(update={"output": other.config.output}):
+                raise TpcheckError(f"{path}: cells {other.name} and {name} are the same run: remove one of them")
         cells[name] = Cell(name, settings, _group(settings, file.invariant), config, arch)
     if unused:
         raise TpcheckError(f"{path}: exclude {unused[0]} matches no cell: correct it or remove it")

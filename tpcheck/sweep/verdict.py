@@ -6,24 +6,27 @@ Products of another kind (manifest.json: exact on a CPU, another GPU architectur
 
     exit code 0   every cell is complete, everything promised held
               1   cells of a promised group differ: the first step and the tensors are named
-              2   cells are missing, those of one family of GPUs ran with other products, or an optimizer was
-                  saved in a way that has no digest
+              2   cells are missing or not what the sweep says, those of one family of GPUs ran with other products,
+                  or an optimizer was saved in a way that has no digest
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.table import Table
 
+from tpcheck.checkpoint import digest as checkpoint
+from tpcheck.checkpoint.reader import Checkpoint
+from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.files.json_files import write_object
-from tpcheck.files.names import VERDICT
-from tpcheck.sweep.completeness import Digests, digests_of
+from tpcheck.files.names import DIGESTS, VERDICT
+from tpcheck.sweep.completeness import Digests, digests_of, other_settings
 from tpcheck.sweep.spec import Cell, Sweep, only_size
 
 __all__ = ["SHORT", "Group", "Verdict", "judge", "write"]
@@ -45,6 +48,8 @@ class Group:
     cells: Mapping[str, Digests | None]
     difference: tuple[str, ...] = ()  # where two of them part, in lines; only for what was promised
     mixed: bool = False  # cells that belong here ran with other products of the same family
+    refused: Mapping[str, str] = field(default_factory=dict)  # cells that are complete and can't count, and why
+    notes: tuple[str, ...] = ()  # what the digests on record do not tell
 
     @property
     def complete(self) -> list[Digests]:
@@ -75,6 +80,7 @@ class Verdict:
 
     sweep: str
     groups: tuple[Group, ...]
+    verified: bool = False
 
     @property
     def broken(self) -> list[Group]:
@@ -83,6 +89,10 @@ class Verdict:
     @property
     def missing(self) -> list[str]:
         return [name for group in self.groups for name in group.missing]
+
+    @property
+    def refused(self) -> dict[str, str]:
+        return {name: why for group in self.groups for name, why in group.refused.items()}
 
     @property
     def mixed(self) -> list[Group]:
@@ -100,6 +110,8 @@ class Verdict:
         """The verdict in one line."""
         if self.broken:
             return f"BROKEN: {_names(self.broken)} promised one digest and has several"
+        if self.refused:
+            return f"no verdict: {', '.join(self.refused)} can't be counted"
         if self.missing:
             return f"no verdict yet: {len(self.missing)} of {sum(len(g.cells) for g in self.groups)} cells are missing"
         if self.mixed:
@@ -140,9 +152,17 @@ class Verdict:
         """What a reader needs beyond the table: where promised groups differ, what is missing."""
         lines = [line for group in self.broken for line in group.difference]
         lines += [line for group in self.groups for line in group.undigested]
-        if self.missing:
-            lines.append(f"missing: {', '.join(self.missing)}")
+        lines += [f"{name}: {why}" for name, why in self.refused.items()]
+        lines += [line for group in self.groups for line in group.notes]
+        if missing := [name for name in self.missing if name not in self.refused]:
+            lines.append(f"missing: {', '.join(missing)}")
         return lines
+
+    def evidence(self) -> str:
+        """What the verdict rests on."""
+        if self.verified:
+            return "by digests computed anew from the checkpoints"
+        return "by the digests on record; --verify computes them anew from the checkpoints"
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -157,9 +177,11 @@ class Verdict:
                     "status": group.status,
                     "cells": {name: _digests_as_json(digests) for name, digests in group.cells.items()},
                     "difference": list(group.difference),
+                    **({"refused": dict(group.refused)} if group.refused else {}),
                 }
                 for group in self.groups
             ],
+            **({"verified": True} if self.verified else {}),
         }
 
 
@@ -167,10 +189,16 @@ def _digests_as_json(digests: Digests | None) -> dict[str, Any] | None:
     return {"model": digests.model, "optimizer": digests.optimizer} if digests else None
 
 
-def judge(sweep: Sweep, difference: Difference | None = None) -> Verdict:
-    """Compare what the cells left; `difference(a, b)` tells in a few lines where two result directories part."""
-    groups = [part for name, cells in sweep.groups() for part in _by_products(name, cells)]
-    return Verdict(sweep.name, tuple(_judge(*group, difference or _diff) for group in groups))
+def judge(sweep: Sweep, difference: Difference | None = None, verify: bool = False) -> Verdict:
+    """Compare what the cells left.
+
+    Args:
+        difference: of two result directories: tells in a few lines where they part.
+        verify: digest the cells' checkpoints anew.
+    """
+    found = {cell.name: _look(cell, verify) for cell in sweep.cells}
+    groups = [part for name, cells in sweep.groups() for part in _by_products(name, cells, found)]
+    return Verdict(sweep.name, tuple(_judge(*group, found, difference or _diff) for group in groups), verify)
 
 
 def write(verdict: Verdict, output: Path) -> Path:
@@ -179,7 +207,39 @@ def write(verdict: Verdict, output: Path) -> Path:
     return output / VERDICT
 
 
-def _by_products(name: str, cells: Sequence[Cell]) -> list[tuple[str, list[Cell], bool]]:
+@dataclass(frozen=True)
+class _Found:
+    """What a cell has left: digests, if it is complete and what the sweep says it is."""
+
+    digests: Digests | None = None
+    products: dict[str, Any] | None = None
+    refused: str = ""
+    note: str = ""
+
+
+def _look(cell: Cell, verify: bool) -> _Found:
+    digests = digests_of(cell)
+    if digests is None:
+        return _Found()
+    manifest = result_dir.read_manifest(cell.path)
+    products = result_dir.products(manifest)
+    if changes := other_settings(cell, manifest["config"]):
+        return _Found(refused=f"was made with other settings ({changes}): train it again")
+    recorded = checkpoint.Digests.from_json(result_dir.read_digests(cell.path) or {}, str(cell.path / DIGESTS))
+    state, note = result_dir.checkpoint_path(cell.path, cell.config.steps), ""
+    try:
+        if verify:
+            checkpoint.require_equal(recorded, checkpoint.digest_with_progress(state), state)
+        elif state.exists():
+            Checkpoint(state)
+    except TpcheckError as error:
+        if verify:
+            return _Found(refused=f"can't be verified: {error}")
+        note = f"{cell.name}: its checkpoint can't be read, its digests are on record: {error}"
+    return _Found(digests, products, note=note)
+
+
+def _by_products(name: str, cells: Sequence[Cell], found: Mapping[str, _Found]) -> list[tuple[str, list[Cell], bool]]:
     """A group's cells by the products that they ran with; one that is missing joins those of its arch.
 
     True where another kind is of the same family: nobody meant to part those.
@@ -187,7 +247,7 @@ def _by_products(name: str, cells: Sequence[Cell]) -> list[tuple[str, list[Cell]
     kinds: list[tuple[dict[str, Any], list[Cell]]] = []
     missing = []
     for cell in cells:
-        products = result_dir.products(result_dir.read_manifest(cell.path)) if digests_of(cell) else None
+        products = found[cell.name].products
         if products is None:
             missing.append(cell)
         elif alike := [members for kind, members in kinds if kind == products]:
@@ -215,8 +275,10 @@ def _distinct(products: dict[str, Any], all_kinds: Sequence[dict[str, Any]]) -> 
     return ", ".join([f"{family} products", *others])
 
 
-def _judge(name: str, cells: Sequence[Cell], mixed: bool, difference: Difference) -> Group:
-    found = {cell.name: digests_of(cell) for cell in cells}
+def _judge(
+    name: str, cells: Sequence[Cell], mixed: bool, looked: Mapping[str, _Found], difference: Difference
+) -> Group:
+    found = {cell.name: looked[cell.name].digests for cell in cells}
     promised = all(cell.promised for cell in cells)
     complete = [(cell, digests) for cell in cells if (digests := found[cell.name])]
     strangers = ((a, b) for (a, x), (b, y) in itertools.combinations(complete, 2) if x.differ(y))
@@ -224,7 +286,9 @@ def _judge(name: str, cells: Sequence[Cell], mixed: bool, difference: Difference
     if promised and (pair := next(strangers, None)):
         a, b = pair
         lines = (f"{name}: {a.name} and {b.name} differ", *(f"  {line}" for line in difference(a.path, b.path)))
-    return Group(name, promised, tuple(cell.variant for cell in cells), found, lines, mixed)
+    refused = {cell.name: looked[cell.name].refused for cell in cells if looked[cell.name].refused}
+    notes = tuple(looked[cell.name].note for cell in cells if looked[cell.name].note)
+    return Group(name, promised, tuple(cell.variant for cell in cells), found, lines, mixed, refused, notes)
 
 
 def _diff(a: Path, b: Path) -> Iterable[str]:

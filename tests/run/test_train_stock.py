@@ -23,6 +23,7 @@ from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.files.lock import is_locked
 from tpcheck.files.names import LOG
+from tpcheck.run import heartbeat
 from tpcheck.run.launch import launch
 from tpcheck.run.place import place_from_environment
 
@@ -135,11 +136,11 @@ def test_run_resumes_at_any_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
-def test_signal_saves_and_leaves_with_exit_code_0(tmp_path: Path, number: signal.Signals) -> None:
+def test_signal_saves_and_leaves_as_a_shell_says_it(tmp_path: Path, number: signal.Signals) -> None:
     with background(run(tmp_path / "run", tp=2, steps=10_000)) as (pid, wait):
         ranks = psutil.Process(pid).children(recursive=True)
         os.kill(pid, number)
-        assert wait() == 0
+        assert wait() == 128 + number
     assert gone(ranks)
     saved = result_dir.checkpoints(tmp_path / "run")[-1][0]
     assert [row["step"] for row in result_dir.read_steps(tmp_path / "run")][-1] == saved
@@ -156,7 +157,7 @@ def test_a_request_to_save_that_comes_before_anybody_can_hear_it_is_heard_after_
             code = launch(run(tmp_path / "run", tp=2, steps=10_000))
         finally:
             os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGUSR2
     assert [step for step, _ in result_dir.checkpoints(tmp_path / "run")] == [1]
 
 
@@ -176,6 +177,39 @@ def test_killed_rank_ends_the_run_soon_and_is_named(tmp_path: Path) -> None:
         assert time.monotonic() - began < 30
     assert gone(ranks)
     assert "[launch] rank 2 was killed by SIGKILL" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("beside", ["a stopped rank", "a rank that waits for one"])
+def test_sigterm_is_answered_whatever_ranks_do(tmp_path: Path, beside: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The one is found by its silence, the other by the step that does not end: each alone must be enough.
+    monkeypatch.setattr(heartbeat, "HURRIED" if beside == "a rank that waits for one" else "PATIENCE", 1e9)
+    saving = beside == "a stopped rank"  # a rank that waits for one to save together may wait for long
+    config = run(tmp_path / "run", tp=2, steps=10_000, checkpoint_every=int(saving))
+    with background(config) as (pid, wait):
+        ranks = psutil.Process(pid).children(recursive=True)
+        if saving:
+            wait_for(lambda: result_dir.checkpoints(tmp_path / "run"), 200)
+        ranks[1].suspend()
+        time.sleep(2)
+        began = time.monotonic()
+        os.kill(pid, signal.SIGTERM)
+        assert wait() == (1 if saving else 128 + signal.SIGTERM)
+        assert time.monotonic() - began < 200  # 30 s, on a machine that does nothing else
+    assert gone(ranks)
+    told = (tmp_path / "run" / "log.txt").read_text()
+    assert ("gives no sign of life" if saving else "the step has not ended") in told
+
+
+def test_a_rank_is_lost_after_its_silence_and_not_while_the_launcher_itself_stood_still() -> None:
+    pulse = heartbeat.Pulse(2)
+    for _ in range(10):
+        pulse.beat(0)
+        assert pulse.lost(0.05, is_stopping=False) == []  # however long the call took to come
+    assert pulse.lost(heartbeat.HURRIED, is_stopping=False) == []
+    pulse.beat(0)
+    assert pulse.lost(heartbeat.HURRIED, is_stopping=True) == [1]
+    assert pulse.lost(heartbeat.SILENCE, is_stopping=False) == [1]
+    assert pulse.lost(heartbeat.SILENCE, is_stopping=False) == [0, 1]
 
 
 def test_killed_launcher_leaves_no_rank_behind(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import os
 import traceback
 from typing import Literal
 
-__all__ = ["is_wanted", "one_line", "record", "record_error"]
+__all__ = ["Kind", "is_wanted", "one_line", "record", "record_error"]
 
 VARIABLE = "TPCHECK_ENDS"
 # What torch says when a peer, the network or a device has gone; DistError and its kin are asked by their names.

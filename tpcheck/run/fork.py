@@ -24,7 +24,9 @@ from typing import Any
 from tpcheck.errors import TpcheckError
 from tpcheck.files.json_files import write_object
 from tpcheck.files.names import LOG
+from tpcheck.files.result_dir import final_digests
 from tpcheck.run import exit_reason
+from tpcheck.run.heartbeat import ENDED, PATIENCE, Pulse
 from tpcheck.run.place import Place
 from tpcheck.run.prepared import Prepared
 from tpcheck.run.rank import SIGNALS, run_rank
@@ -40,41 +42,43 @@ def fork_ranks(prepared: Prepared, start: int) -> int:
     """Train in ranks forked from here, from step `start` on; their exit code. Bad input that a rank found is raised."""
     ranks: dict[int, int] = {}
     world_size = prepared.config.world_size
-    with tempfile.TemporaryDirectory(prefix="tpcheck-") as scratch, _forwarded_signals(ranks):
+    pulse = Pulse(world_size)
+    with tempfile.TemporaryDirectory(prefix="tpcheck-") as scratch, _forwarded_signals(ranks) as asked:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             for rank in range(world_size):
                 place = Place(rank, world_size, rank, f"file://{scratch}/store")
-                ranks[rank] = _fork(prepared, place, start, Path(scratch))
+                ranks[rank] = _fork(prepared, place, start, Path(scratch), pulse)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        return _supervise(ranks, Path(scratch), Path(prepared.config.output) / LOG)
+        code = _supervise(ranks, Path(scratch), Path(prepared.config.output) / LOG, pulse, asked)
+    stopped_early = asked and not final_digests(Path(prepared.config.output), prepared.config.steps)
+    return code or (128 + asked[0] if stopped_early else 0)
 
 
 @contextlib.contextmanager
-def _forwarded_signals(ranks: dict[int, int]) -> Iterator[None]:
-    """While this lasts, a request to stop goes to every rank; a second Ctrl-C ends them at once."""
-    interrupted = False
+def _forwarded_signals(ranks: dict[int, int]) -> Iterator[list[int]]:
+    """While this lasts, requests to stop, which are listed, go to every rank; a second Ctrl-C ends them at once."""
+    asked: list[int] = []
 
     def forward(number: int, frame: object) -> None:
-        nonlocal interrupted
-        if number == signal.SIGINT:
-            if interrupted:
-                raise KeyboardInterrupt
-            interrupted = True
+        if number == signal.SIGINT and number in asked:
+            raise KeyboardInterrupt
+        asked.append(number)
         for pid in ranks.values():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+                # A terminal's user has a second Ctrl-C, and Slurm its time limit: only SIGTERM has to be quick.
+                os.kill(pid, signal.SIGTERM if number == signal.SIGTERM else signal.SIGUSR2)
 
     before = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _fork(prepared: Prepared, place: Place, start: int, scratch: Path) -> int:
+def _fork(prepared: Prepared, place: Place, start: int, scratch: Path, pulse: Pulse) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -88,7 +92,7 @@ def _fork(prepared: Prepared, place: Place, start: int, scratch: Path) -> int:
         place.announce()
         if "lo" in (name for _, name in socket.if_nameindex()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        code = _run_reported(prepared, place, start, scratch)
+        code = _run_reported(prepared, place, start, scratch, pulse)
     finally:
         os._exit(code)
 
@@ -98,10 +102,10 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _run_reported(prepared: Prepared, place: Place, start: int, scratch: Path) -> int:
+def _run_reported(prepared: Prepared, place: Place, start: int, scratch: Path, pulse: Pulse) -> int:
     """Run a rank; why it fails goes to a file of its own in `scratch`."""
     try:
-        run_rank(prepared, place, start)
+        run_rank(prepared, place, start, pulse)
         return 0
     except TpcheckError as error:
         report = {"refused": True, "why": str(error)}
@@ -111,9 +115,10 @@ def _run_reported(prepared: Prepared, place: Place, start: int, scratch: Path) -
     return 1
 
 
-def _supervise(ranks: dict[int, int], scratch: Path, log: Path) -> int:
-    """Wait for all ranks; when one fails, end the others. Bad input that a rank found is raised here."""
+def _supervise(ranks: dict[int, int], scratch: Path, log: Path, pulse: Pulse, asked: list[int]) -> int:
+    """Wait for all ranks; when one fails or is lost, end the others. Bad input that a rank found is raised here."""
     waiting, failed, deadline = dict(ranks), {}, float("inf")
+    silent: list[int] = []
     try:
         while waiting and time.monotonic() < deadline:
             for rank, pid in list(waiting.items()):
@@ -125,26 +130,42 @@ def _supervise(ranks: dict[int, int], scratch: Path, log: Path) -> int:
                     failed[rank] = os.waitstatus_to_exitcode(status)
                     _kill_group(pid)
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            silent = [rank for rank in pulse.lost(POLL_SECONDS, bool(asked)) if rank in waiting]
+            if silent:
+                break
             time.sleep(POLL_SECONDS)
     finally:
         for pid in waiting.values():
             _kill_group(pid)
             os.waitpid(pid, 0)
+    if silent:
+        return _tell(
+            log, f"rank {silent[0]} gives no sign of life: it is stopped, or its machine hangs", waiting, "lost"
+        )
     if not failed:
         return 0
     reports = {rank: _report(scratch, rank, code) for rank, code in failed.items()}
     rank = min(reports, key=lambda rank: (reports[rank]["order"], reports[rank].get("time", 0.0)))
     if reports[rank].get("refused"):
         raise TpcheckError(reports[rank]["why"])
-    message = f"rank {rank} {reports[rank]['why']}"
-    if waiting:
-        message += f" (the {len(waiting)} ranks still running were ended)"
+    why = f"rank {rank} {reports[rank]['why']}"
+    if failed[rank] < 0:
+        _tell(log, why, waiting)
+        return 128 - failed[rank]  # as a shell says it
+    if failed[rank] == ENDED:
+        _tell(log, why, waiting)
+        return ENDED
+    return _tell(log, why, waiting, "failed")
+
+
+def _tell(log: Path, why: str, waiting: dict[int, int], kind: exit_reason.Kind | None = None) -> int:
+    """Say why the run has ended, in the log, on the screen and, as `kind`, to a batch script; its exit code."""
+    message = f"{why} (the {len(waiting)} ranks still running were ended)" if waiting else why
     with open(log, "a", encoding="utf-8") as file:
         print(f"[launch] {message}", file=file)
     print(f"tpcheck: {message}; see {log}", file=sys.stderr)
-    if failed[rank] < 0:
-        return 128 - failed[rank]  # as a shell says it
-    exit_reason.record("failed", reports[rank]["why"])
+    if kind:
+        exit_reason.record(kind, why)
     return 1
 
 
@@ -153,6 +174,8 @@ def _report(scratch: Path, rank: int, code: int) -> dict[str, Any]:
     if code < 0:
         name = signal.Signals(-code).name
         return {"order": 2 if code == -signal.SIGABRT else 0, "why": f"was killed by {name}"}
+    if code == ENDED:
+        return {"order": 2, "why": f"did not end its step within {PATIENCE:.0f} s of SIGTERM"}
     try:
         report = json.loads((scratch / f"rank-{rank}.json").read_text())
     except (OSError, ValueError):

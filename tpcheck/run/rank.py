@@ -13,6 +13,7 @@ from pathlib import Path
 from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files.names import LOG
+from tpcheck.run.heartbeat import Pulse, Watch
 from tpcheck.run.log_redirect import to_log
 from tpcheck.run.place import Place
 from tpcheck.run.prepared import Prepared
@@ -47,11 +48,12 @@ def prepare(config: RunConfig, before_forking: bool = False) -> Prepared:
     return Prepared(config, model, open_data(config))
 
 
-def run_rank(prepared: Prepared, place: Place, start: int | None) -> None:
+def run_rank(prepared: Prepared, place: Place, start: int | None, pulse: Pulse | None = None) -> None:
     """Train as the rank at `place`; all that is printed goes to the log, errors with their traceback.
 
     Args:
         start: the step to go on from, 0 to begin; None on a rank that asks rank 0.
+        pulse: where the launcher looks for signs of life.
 
     Raises:
         TpcheckError: bad input, also what the patches do not cover.
@@ -59,7 +61,7 @@ def run_rank(prepared: Prepared, place: Place, start: int | None) -> None:
     from patches import UnsupportedError
     from tpcheck.run.train import Stop, train
 
-    stop = Stop(SIGNALS)
+    stop = Stop(SIGNALS, Watch(place.rank, pulse))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     with to_log(Path(prepared.config.output) / LOG, place.rank) as display:
         try:

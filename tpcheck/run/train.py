@@ -25,6 +25,7 @@ from tpcheck.files import result_dir
 from tpcheck.files.names import DIGESTS, TRACE
 from tpcheck.run import checkpointing, exit_reason, provenance
 from tpcheck.run.data import rank_batches
+from tpcheck.run.heartbeat import Watch
 from tpcheck.run.model import (
     attention_backend,
     build_model,
@@ -84,11 +85,13 @@ def train(prepared: Prepared, place: Place, start: int | None, stop: Stop, displ
                 leaving = stop.agreed() or step == config.stop_after
                 due = config.checkpoint_every and step % config.checkpoint_every == 0
                 if due or leaving or step == config.steps:
-                    checkpointing.save(output, step, bare, optimizer)
+                    with stop.watch.unhurried():
+                        checkpointing.save(output, step, bare, optimizer)
                 if leaving:
                     break
             if main and step == config.steps:
-                _write_digests(output, step)
+                with stop.watch.unhurried():
+                    _write_digests(output, step)
                 steps.say(f"complete: {output}")
             elif main:
                 steps.say(f"stopped and saved at step {step}: go on with --resume")
@@ -149,7 +152,8 @@ def process_group(config: RunConfig, place: Place) -> Iterator[None]:
 class Stop:
     """Hears the signals that ask a run to save and leave."""
 
-    def __init__(self, signals: Iterable[signal.Signals]) -> None:
+    def __init__(self, signals: Iterable[signal.Signals], watch: Watch) -> None:
+        self.watch = watch
         self.asked = False
         for number in signals:
             signal.signal(number, self._hear)

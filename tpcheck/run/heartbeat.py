@@ -1,0 +1,102 @@
+"""Signs of life of a run's ranks, and what a request to stop becomes when a rank cannot answer it.
+
+    rank       a thread counts up in memory shared with the launcher, once a second; when SIGTERM has come and the
+               step has not ended after PATIENCE seconds, for a peer or a device hangs, it ends the rank
+    launcher   a rank that no longer counts is stopped or has lost its machine: all are ended
+
+The thread hears signals by a pipe that C writes to: Python's own handlers wait for the main thread, which may wait
+for a collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+import struct
+import threading
+import time
+from collections.abc import Iterator
+
+from tpcheck.run import exit_reason
+
+__all__ = ["ENDED", "PATIENCE", "Pulse", "Watch"]
+
+PATIENCE = 20.0  # seconds from SIGTERM to the end of a step
+BEAT = 1.0
+SILENCE, HURRIED = 120.0, 10.0  # seconds without a beat until a rank is lost; once a stop was asked for
+ENDED = 128 + signal.SIGTERM  # exit code of a rank that was ended so, as a shell says it
+
+
+class Pulse:
+    """How often each rank has beaten, in memory that forked ranks share; the launcher asks who has fallen silent."""
+
+    def __init__(self, ranks: int) -> None:
+        self.memory = mmap.mmap(-1, 8 * ranks)
+        self.seen = dict.fromkeys(range(ranks), -1)
+        self.silent = dict.fromkeys(range(ranks), 0.0)
+
+    def beat(self, rank: int) -> None:
+        struct.pack_into("Q", self.memory, 8 * rank, self._count(rank) + 1)
+
+    def lost(self, seconds: float, is_stopping: bool) -> list[int]:
+        """The ranks that have been silent for too long, of which `seconds` have gone by since the last call.
+
+        Told so, and not by a clock, since the launcher may have been stopped itself.
+        """
+        for rank in self.seen:
+            count = self._count(rank)
+            self.silent[rank] = self.silent[rank] + seconds if count == self.seen[rank] else 0.0
+            self.seen[rank] = count
+        limit = HURRIED if is_stopping else SILENCE
+        return [rank for rank, silence in self.silent.items() if silence > limit]
+
+    def _count(self, rank: int) -> int:
+        return int(struct.unpack_from("Q", self.memory, 8 * rank)[0])
+
+
+class Watch:
+    """A rank's thread: beats, and ends the rank when SIGTERM goes unanswered. To be made in the main thread."""
+
+    def __init__(self, rank: int, pulse: Pulse | None = None) -> None:
+        self.rank, self.pulse = rank, pulse
+        self.asked: float | None = None  # when SIGTERM came
+        self.in_step = True
+        self.pipe, heard = os.pipe()
+        for end in (self.pipe, heard):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(heard, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    @contextlib.contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """What is done meanwhile, such as saving, may take as long as it takes."""
+        self.in_step = False
+        try:
+            yield
+        finally:
+            self.asked = self.asked and time.monotonic()
+            self.in_step = True
+
+    def _watch(self) -> None:
+        while True:
+            if self.pulse:
+                self.pulse.beat(self.rank)
+            if self.asked is None and signal.SIGTERM in self._signals():
+                self.asked = time.monotonic()
+            if self.in_step and self.asked is not None and time.monotonic() > self.asked + PATIENCE:
+                self._end()
+            time.sleep(BEAT)
+
+    def _end(self) -> None:
+        why = f"SIGTERM came {PATIENCE:.0f} s ago and the step has not ended, as when a peer or a device hangs"
+        print(f"{why}: what was saved before stands", flush=True)
+        exit_reason.record("stopped", why, self.rank)
+        os._exit(ENDED)
+
+    def _signals(self) -> bytes:
+        try:
+            return os.read(self.pipe, 64)
+        except BlockingIOError:
+            return b""

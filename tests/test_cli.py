@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 import tpcheck
+from tests.support import ROOT
 from tests.support.torch_dist import save
 from tpcheck import cli
 from tpcheck.checkpoint import digest
@@ -96,3 +99,19 @@ def test_the_command_line_imports_nothing_heavy() -> None:
 
 def _raise(error: BaseException) -> None:
     raise error
+
+
+@pytest.mark.parametrize("command", [["cost", "qwen3-tiny"], ["verdict", "."], ["status", "nowhere"], ["--help"]])
+@pytest.mark.parametrize("redirection", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_end_no_command_with_a_traceback(command: list[str], redirection: str) -> None:
+    line = f"{shlex.join([sys.executable, '-m', 'tpcheck', *command])} {redirection}"
+    done = subprocess.run(["sh", "-c", line], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode in (0, 2)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_terminal_that_lacks_our_letters_is_written_to() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "tpcheck", "cost", "qwen3-8b"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -8,6 +8,7 @@ in tpcheck, which shows its traceback.
 from __future__ import annotations
 
 import functools
+import io
 import os
 import sys
 import traceback
@@ -30,6 +31,7 @@ BAD_INPUT, BUG, INTERRUPTED, PIPE_CLOSED = 2, 70, 130, 141
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (`sys.argv[1:]` by default) and return its exit code."""
+    _open_streams()
     try:
         return int(tpcheck.main(args=arguments, prog_name="tpcheck", standalone_mode=False) or 0)
     except TpcheckError as error:
@@ -43,6 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return BUG
+
+
+def _open_streams() -> None:
+    """Standard streams that whoever started this has closed, or that lack our letters, end no command."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _refuse(message: str) -> int:

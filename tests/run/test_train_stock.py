@@ -6,6 +6,8 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import yaml
 
+from tests.support import ROOT
 from tests.support.ranks import on_ranks
 from tests.support.waiting import wait_for
 from tpcheck.config.load import parse_run
@@ -210,6 +214,16 @@ def test_a_rank_is_lost_after_its_silence_and_not_while_the_launcher_itself_stoo
     assert pulse.lost(heartbeat.HURRIED, is_stopping=True) == [1]
     assert pulse.lost(heartbeat.SILENCE, is_stopping=False) == [1]
     assert pulse.lost(heartbeat.SILENCE, is_stopping=False) == [0, 1]
+
+
+def test_a_run_goes_on_when_its_reader_goes_away(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run(tmp_path / "run", tp=2).model_dump(mode="json")))
+    command = [sys.executable, "-m", "tpcheck", "train", str(tmp_path / "run.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout
+        process.stdout.close()
+        assert process.wait(300) == 0
+    assert result_dir.read_digests(tmp_path / "run")
 
 
 def test_killed_launcher_leaves_no_rank_behind(tmp_path: Path) -> None:

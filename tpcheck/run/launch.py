@@ -7,6 +7,7 @@ launch ─┬─ nobody started ranks ── lock the output ── fork tp * pp
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from tpcheck.run.resume import resume_point
 
 __all__ = ["command", "launch"]
 
+RANKS, RANKS_PER_CORE = 32, 8  # that are started here at most: as many as the one, or the other
 LOCK_PATIENCE_SECONDS = 480.0  # below the time that the other ranks wait for this one to connect
 
 
@@ -57,6 +59,9 @@ def launch(config: RunConfig, resume: bool = False, place: Place | None = None) 
 
 
 def _launch_here(config: RunConfig, resume: bool) -> int:
+    cores = os.cpu_count() or 1
+    if config.world_size > max(RANKS, RANKS_PER_CORE * cores):
+        raise TpcheckError(f"{config.world_size} ranks on {cores} cores would never come to an end: use a cluster")
     prepared = prepare(config, before_forking=True)
     with _exclusively(config):
         start = resume_point(config, resume)

@@ -31,10 +31,12 @@ def to_log(log: Path, rank: int) -> Iterator[TextIO]:
     streams = sys.stdout, sys.stderr
     sys.stdout = sys.stderr = _Prefixed(f"[{rank}] ")
     faulthandler.enable(2)
+    display = os.fdopen(os.dup(saved[0]), "w", buffering=1)
     try:
-        with os.fdopen(os.dup(saved[0]), "w", buffering=1) as display:
-            yield display
+        yield display
     finally:
+        with contextlib.suppress(BrokenPipeError):  # its reader has gone
+            display.close()
         sys.stdout.flush()
         faulthandler.disable()
         sys.stdout, sys.stderr = streams

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -43,7 +44,10 @@ class Steps(contextlib.AbstractContextManager["Steps"]):
         if self.bar:
             self.bar.console.print(line, markup=False, highlight=False)
         elif self.display is not None:
-            print(line, file=self.display, flush=True)
+            try:
+                print(line, file=self.display, flush=True)
+            except BrokenPipeError:  # the reader has gone; the run goes on, and the log has it all
+                self.display = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
         if self.display is not None:
             print(line)
 

@@ -33,7 +33,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 export PYTHONUNBUFFERED := 1
 
 .PHONY: help venv demo test test-megatron test-megatron-lm test-te test-kernels test-slurm test-frameworks te-coverage \
-    gpu wheels lint bench silent-bugs clean distclean
+    gpu wheels lint bench silent-bugs fuzz clean distclean
 
 help:
 	@echo "make demo    train Qwen3 at TP=1/2/4/8, stock and patched; compare every bit; draw the picture"
@@ -49,6 +49,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   what the patches cost, as ratios to stock"
 	@echo "make silent-bugs  dozens of silent bugs put into real runs, and whether tpcheck compare finds them"
+	@echo "make fuzz    every command on thousands of mutated files"
 	@echo "make venv    only set up $(VENV) (the others do it when needed)"
 	@echo "make clean   remove caches and the demo's results; distclean also $(VENV)"
 
@@ -184,6 +185,10 @@ lint: $(READY)
 bench: $(READY)
 	@echo "==> benchmarks"
 	@$(BIN)/python -m tests.bench
+
+CASES ?= 1000
+fuzz: $(READY)
+	@$(BIN)/python -m tests.fuzz $(CASES)
 
 silent-bugs: $(READY)
 	@echo "==> silent bugs: minutes; writes results/silent_bugs"

@@ -18,9 +18,12 @@ from tpcheck.config.dotted import put
 from tpcheck.config.presets import PRESETS
 from tpcheck.config.schema import RunConfig, TraceConfig
 from tpcheck.config.yaml_text import parse_yaml
-from tpcheck.errors import TpcheckError, shown
+from tpcheck.errors import LETTERS, TpcheckError, shown
 
 __all__ = ["load_run", "load_run_or_preset", "override", "parse_run", "parse_trace", "read_yaml", "unknown_key"]
+
+
+NAMED = 18  # keys that a message lists at most
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -58,7 +61,8 @@ def unknown_key(location: Sequence[str | int], where: str, allowed: Sequence[str
     """What to say of pydantic's `location`, shown as `where`, whose last key is none of `allowed`."""
     close = difflib.get_close_matches(str(location[-1]), allowed, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    return f"unknown key {where}: {hint}allowed are {', '.join(allowed)}"
+    more = ", …" if len(allowed) > NAMED else ""
+    return f"unknown key {where[:LETTERS]}: {hint}allowed are {', '.join(allowed[:NAMED])}{more}"
 
 
 def parse_run(settings: Mapping[str, Any], origin: str = "run", overrides: Sequence[str] = ()) -> RunConfig:

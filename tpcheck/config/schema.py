@@ -23,12 +23,13 @@ __all__ = [
 ]
 
 PATH, NAME = 1000, 200  # letters of an output, and bytes of a part of it, with room for what is put inside
+LARGEST = 1 << 48
 VOCAB_MULTIPLE = 128  # never a function of the tensor-parallel size
 KINDS = ("start", "input", "out", "mask", "again", "dout", "din", "grad", "clip", "weight", "state")  # of a record
 
 
 class Section(BaseModel):
-    """A part of the run file; unknown keys are refused, and so are truth values and infinities for numbers."""
+    """A part of the run file; unknown keys are refused, and what is no number of anything where one is due."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
@@ -37,6 +38,8 @@ class Section(BaseModel):
     def _is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError(f"{info.field_name} is not a matter of {str(value).lower()}")
+        if isinstance(value, int) and abs(value) >= LARGEST:
+            raise ValueError(f"{info.field_name} is beyond what any machine holds")
         return value
 
 
@@ -203,7 +206,8 @@ class RunConfig(Section):
         if self.trace is not None and self.trace.steps is None:
             raise ValueError("trace.steps is missing: give it")
         if self.trace is not None and self.trace.steps and min(self.trace.steps) >= self.steps:
-            raise ValueError(f"trace.steps={self.trace.steps}: the last of steps={self.steps} is {self.steps - 1}")
+            last = self.steps - 1
+            raise ValueError(f"trace.steps={shown(self.trace.steps)}: the last of steps={self.steps} is {last}")
         return self
 
     @property

@@ -1,0 +1,23 @@
+"""A few cases of every kind: one line or a right answer, in ten seconds and 2 GiB, and nothing is executed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import tpcheck.run.train  # noqa: F401  once, not in every child
+from tests.fuzz.cases import KINDS, Source, try_case
+
+CASES = 15
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return Source.unpacked(tmp_path_factory.mktemp("source"))
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_file_is_told_in_a_line(kind: str, source: Source, tmp_path: Path) -> None:
+    assert [line for seed in range(CASES) for line in try_case(kind, seed, source, tmp_path)] == []

@@ -166,7 +166,8 @@ def train(
     named = {n: whole(p, getattr(p, "main_param", None) if not distributed_optimizer else p.data, p.data)
              for n, p in parameters.items()}  # fmt: skip
     record["final"] = {n: digest({n: p}) for n, p in named.items()}
-    return of_all_stages(record, tied)
+    record["final weights"] = {n: digest({n: whole(p, p.data)}) for n, p in parameters.items()}
+    return of_all_stages(record)
 
 
 def named_parameters(gpts: list[GPTModel]) -> dict[str, torch.nn.Parameter]:
@@ -177,25 +178,23 @@ def named_parameters(gpts: list[GPTModel]) -> dict[str, torch.nn.Parameter]:
             if name.startswith("decoder.layers."):
                 number, _, rest = name.removeprefix("decoder.layers.").partition(".")
                 name = f"decoder.layers.{gpt.decoder.layers[int(number)].layer_number - 1}.{rest}"
+            if name == "output_layer.weight" and gpt.share_embeddings_and_output_weights:
+                name = "embedding.word_embeddings.weight"  # the last stage's copy
             found[name] = parameter
     return found
 
 
-def of_all_stages(record: dict[str, Any], tied: bool) -> dict[str, Any]:
-    """The record of the whole model: each stage has other tensors, the last one the losses.
-
-    The last one's copy of a tied embedding, whose steps must be the first one's, is left out.
-    """
+def of_all_stages(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of the whole model: each stage has other tensors, or copies that are equal, the last one the losses."""
     group = parallel_state.get_pipeline_model_parallel_group()
     records: list[Any] = [None] * group.size()
     dist.all_gather_object(records, record, group=group)
     whole_model = {}
     for key, value in record.items():
         if isinstance(value, dict):
-            found = {name: one[key][name] for one in records for name in one[key]}
-            if tied:
-                copy = found.pop("output_layer.weight", None)
-                assert copy in (None, found["embedding.word_embeddings.weight"]) or key == "initial", key
+            found: dict[str, Any] = {}
+            for name, digest_ in (item for one in records for item in one[key].items()):
+                assert found.setdefault(name, digest_) == digest_, f"{key} of {name} differs between stages"
             whole_model[key] = found
         elif "loss" in key:
             whole_model[key] = records[-1][key]

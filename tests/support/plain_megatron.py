@@ -126,6 +126,8 @@ def train(
         )
         chunk.broadcast_params()
         chunks.append(chunk)
+    if ddp_options.get("overlap_grad_reduce"):
+        config.no_sync_func = chunks[0].no_sync if vpp == 1 else [chunk.no_sync for chunk in chunks]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam", lr=1e-2, weight_decay=0.1, bf16=bf16, params_dtype=params_dtype, clip_grad=clip,

@@ -1,6 +1,6 @@
 """Sums over the sequences of a global batch, in no order.
 
-    a sequence's contribution, float32 ──rounded──▶ q · 2^-34 ──q added──▶ int64 ──rounded once──▶ float32
+    a sequence's contribution, float32 ──rounded──▶ q · 2^-30 ──q added──▶ int64 ──rounded once──▶ float32
 
 Integers add exactly, so micro-batches, data-parallel ranks and pipeline stages may bring contributions as they like.
 The grid is the same for all parameters, steps and layouts: there is no state that a checkpoint would have to hold.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 __all__ = ["LIMIT", "UNIT", "BatchSum", "exceeds", "round_into"]
 
-UNIT = 2.0**-34
+UNIT = 2.0**-30
 LIMIT = 2.0**61 * UNIT
 CHUNK = 1 << 18  # elements that are taken at once
 

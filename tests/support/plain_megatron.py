@@ -65,13 +65,14 @@ def train(
     tied: bool = False,
     negative_zeros: bool = False,
     te: bool = False,
+    digested: bool = True,
     ddp: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train in an initialised process group; the result is the same on every rank.
 
     With `global_batch` sequences, in micro-batches of `micro_batch`, the loss is a masked sum over tokens and gradients
-    are divided by their number; else it is each micro-batch's mean.
+    are divided by their number; else it is each micro-batch's mean. Gradients are whole tensors unless `digested`.
     """
     virtual_stages = vpp if vpp > 1 else None
     parallel_state.initialize_model_parallel(tp, pp, virtual_stages)
@@ -158,7 +159,7 @@ def train(
         record[f"step{step} loss"] = [float(loss).hex() for loss in losses]
         if not distributed_optimizer:
             grads = {n: whole(p, p.main_grad) for n, p in parameters.items()}
-            record[f"step{step} gradients"] = {n: digest({n: g}) for n, g in grads.items()}
+            record[f"step{step} gradients"] = {n: digest({n: g}) if digested else g for n, g in grads.items()}
         _, norm, zeros = optimizer.step()
         record[f"step{step} gradient norm"] = float(norm).hex()
         record[f"step{step} zeros in the gradient"] = zeros
@@ -196,7 +197,8 @@ def of_all_stages(record: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             found: dict[str, Any] = {}
             for name, digest_ in (item for one in records for item in one[key].items()):
-                assert found.setdefault(name, digest_) == digest_, f"{key} of {name} differs between stages"
+                first = found.setdefault(name, digest_)
+                assert first is digest_ or first == digest_, f"{key} of {name} differs between stages"
             whole_model[key] = found
         elif "loss" in key:
             whole_model[key] = records[-1][key]

@@ -20,7 +20,7 @@ from patches.contract import Attention, Batch, Contract, Strategy, UnsupportedEr
 from patches.order.backend import backend
 from patches.registry import REGISTRY, Patch, Row, check_versions
 
-__all__ = ["Contract", "Status", "UnsupportedError", "cpu", "disable", "enable", "enabled", "status"]
+__all__ = ["Batch", "Contract", "Status", "UnsupportedError", "cpu", "disable", "enable", "enabled", "status"]
 
 
 def enable(

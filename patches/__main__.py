@@ -1,6 +1,6 @@
 """python -m patches [--strategy tree|gather|stock] [--leaves N] [--attention unfused|flash|fused]
-[--symmetric-memory] [--batch ordered|order-free] [--trace OUT [--steps 0,1] [--perturb N]] script.py ARGS…: an unmodified script, patched, and
-traced for `tpcheck compare` if asked for."""
+[--symmetric-memory] [--batch ordered|order-free] [--trace OUT [--steps 0,1] [--perturb N]] script.py ARGS…: an
+unmodified script, patched, and traced for `tpcheck compare` if asked for."""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ def main() -> None:
         if options.strategy == "stock":
             patches.cpu.enable()
         else:
-            patches.enable(
-                options.strategy, options.leaves, options.attention, options.symmetric_memory, options.batch
-            )
+            patches.enable(options.strategy, options.leaves, options.attention, options.symmetric_memory, options.batch)
     except (ValueError, patches.UnsupportedError) as error:
         _refuse(str(error))
     try:

@@ -106,20 +106,22 @@ def _refuse_inexact(model: Any) -> None:
     dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=parallel_state.get_model_parallel_group())
     if worst.item():
         own = list(_complaints([name for name, _ in named], found, bad))
-        raise UnsupportedError("batch='order-free': " + (own or ["another rank's gradient cannot be summed, see there"])[0])
+        raise UnsupportedError(
+            "batch='order-free': " + (own or ["another rank's gradient cannot be summed, see there"])[0]
+        )
 
 
 def _complaints(names: list[str], found: Tensor, bad: Tensor) -> Iterator[str]:
     for index in bad.nonzero().flatten().tolist():
         if found[1, index]:
             yield (
-                f"the gradient of {names[index]}, or a part of it, is summed by a module that is not covered: build the "
-                "model after patches.enable(), from Megatron's local or Transformer Engine layer spec"
+                f"the gradient of {names[index]}, or a part of it, is summed by a module that is not covered: build "
+                "the model after patches.enable(), from Megatron's local or Transformer Engine layer spec"
             )
         yield (
-            f"the gradient of {names[index]}, a sum over the batch's tokens, may be as large as {found[0, index]:.3g} and "
-            f"is exact below {LIMIT:.3g} alone: mend what makes it so large or not finite, or scale the loss down by a "
-            "power of two (OptimizerConfig.loss_scale, --loss-scale)"
+            f"the gradient of {names[index]}, a sum over the batch's tokens, may be as large as {found[0, index]:.3g} "
+            f"and is exact below {LIMIT:.3g} alone: mend what makes it so large or not finite, or scale the loss down "
+            "by a power of two (OptimizerConfig.loss_scale, --loss-scale)"
         )
 
 
@@ -146,5 +148,5 @@ PATCHES = [
         "norm and bias gradients are complete after backward; partial ones of other modules are refused",
         _allreduce,
         parameters="model config tp_group",
-    )
+    ),
 ]

@@ -43,7 +43,7 @@ class _Works:
 
 def _start_grad_sync(original: Any) -> Any:
     def start_grad_sync(self: Any, force_all_reduce: bool | None = False) -> None:
-        """Sum every bucket over the data-parallel ranks: integers, or by the pairwise tree in rank order, in float32."""
+        """Sum every bucket over the data-parallel ranks: integers, or by the tree in rank order, in float32."""
         config = self.ddp_config
         if getattr(self, "is_first_batch", False) and self.grad_reduce_handle is not None:
             return

@@ -83,9 +83,9 @@ def _begin_gamma_gradient(
     tree = backend(x.device).tree_of_gamma_gradients
     if not shards.contract.order_free:
         return shards.begin_reduce_root(tree(dy, x, mean, rstd, leaf_dim, shards.leaves, whole), dtype)
-    roots = [
-        tree(*(t if t is None else t.narrow(SEQUENCES, j, 1).contiguous() for t in (dy, x, mean, rstd)),
-             leaf_dim, shards.leaves, (SEQUENCES, *whole))
-        for j in range(x.shape[SEQUENCES])
-    ]  # fmt: skip
+    roots = []
+    for j in range(x.shape[SEQUENCES]):
+        dy_j, x_j, rstd_j = (t.narrow(SEQUENCES, j, 1).contiguous() for t in (dy, x, rstd))
+        mean_j = None if mean is None else mean.narrow(SEQUENCES, j, 1).contiguous()
+        roots.append(tree(dy_j, x_j, mean_j, rstd_j, leaf_dim, shards.leaves, (SEQUENCES, *whole)))
     return shards.begin_reduce_root(torch.stack(roots), dtype)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import math
+import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -150,7 +150,8 @@ def train(
         else:
             iterators = [batches(step, vocab, seq, micro_batch, microbatches) for _ in chunks]
         losses = get_forward_backward_func()(
-            forward_step_func=forward_masked if global_batch else forward_step, data_iterator=iterators if virtual_stages else iterators[0],
+            forward_step_func=forward_masked if global_batch else forward_step,
+            data_iterator=iterators if virtual_stages else iterators[0],
             model=chunks, num_microbatches=microbatches, seq_length=seq, micro_batch_size=micro_batch,
             forward_only=False,
         )  # fmt: skip
@@ -188,7 +189,7 @@ def named_parameters(gpts: list[GPTModel]) -> dict[str, torch.nn.Parameter]:
 
 
 def of_all_stages(record: dict[str, Any]) -> dict[str, Any]:
-    """The record of the whole model: each stage has other tensors, or copies that are equal, the last one the losses."""
+    """The record of the whole model: each stage has other tensors, or equal copies, the last one the losses."""
     group = parallel_state.get_pipeline_model_parallel_group()
     records: list[Any] = [None] * group.size()
     dist.all_gather_object(records, record, group=group)

@@ -138,7 +138,9 @@ class RunConfig(Section):
     leaves: int = Field(8, gt=0)
     layers: Literal["te", "local"] | None = None  # Transformer Engine's or Megatron's; null: te on a GPU that has it
     attention: Literal["unfused", "flash", "fused"] | None = None  # null: unfused; in a stock run what TE chooses
-    batch: Literal["order-free"] | None = None  # sums over the batch at any dp, pp, micro-batch: the same; null: as they come
+    batch: Literal["order-free"] | None = (
+        None  # sums over the batch in no order, the same at any layout; null: in order
+    )
     symmetric_memory: bool = False  # ranks read each other's sums instead of sending them; the same bits
     tp: int = Field(1, gt=0)
     pp: int = Field(1, gt=0)

@@ -203,8 +203,8 @@ def _base(file: SweepFile, path: Path) -> dict[str, Any]:
 def _cells(file: SweepFile, base: Mapping[str, Any], output: Path, path: Path) -> list[Cell]:
     cells: dict[str, Cell] = {}
     unused = list(file.exclude)
-    for *values, layout in itertools.product(*file.matrix.values(), file.layouts):
-        settings: dict[str, Scalar] = {**dict(zip(file.matrix, values, strict=True)), **layout}  # type: ignore[dict-item]
+    for values, layout in itertools.product(itertools.product(*file.matrix.values()), file.layouts):
+        settings = {**dict(zip(file.matrix, values, strict=True)), **layout}
         matches = [excluded for excluded in file.exclude if excluded.items() <= settings.items()]
         unused = [excluded for excluded in unused if excluded not in matches]
         if matches:

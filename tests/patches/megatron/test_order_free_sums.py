@@ -28,7 +28,9 @@ def test_a_loss_that_is_a_mean_is_refused():
     def means() -> None:
         plain_megatron.forward_masked = plain_megatron.forward_step
 
-    with pytest.raises(AssertionError, match="the loss function returned 2 values, a mean .*: return three, the sum over"):
+    with pytest.raises(
+        AssertionError, match="the loss function returned 2 values, a mean .*: return three, the sum over"
+    ):
         on_ranks(1, train, means, {})
 
 
@@ -50,8 +52,12 @@ def scaled(factor: float) -> Any:
 @pytest.mark.parametrize("layout", ({"dp": 2}, {"pp": 2}), ids=str)
 def test_a_gradient_that_may_not_be_exact_is_refused_by_name(factor, layout):
     options = {key: value for key, value in layout.items() if key != "dp"}
-    with pytest.raises(AssertionError, match="batch='order-free': the gradient of .*weight, a sum over .*loss_scale") as e:
-        on_ranks(2, train, scaled(factor), {**options, "model": {"num_layers": 2}, "ddp": {"check_for_nan_in_grad": False}})
+    with pytest.raises(
+        AssertionError, match="batch='order-free': the gradient of .*weight, a sum over .*loss_scale"
+    ) as e:
+        on_ranks(
+            2, train, scaled(factor), {**options, "model": {"num_layers": 2}, "ddp": {"check_for_nan_in_grad": False}}
+        )
     assert "timeout" not in str(e.value)
 
 
@@ -71,7 +77,9 @@ def misused_embedding() -> dict[str, Any]:
 
 
 def test_a_part_of_a_gradient_that_nobody_adds_is_refused_by_name():
-    with pytest.raises(AssertionError, match="word_embeddings.weight, or a part of it, is summed by a module that is not"):
+    with pytest.raises(
+        AssertionError, match="word_embeddings.weight, or a part of it, is summed by a module that is not"
+    ):
         on_ranks(1, misused_embedding)
 
 

@@ -1,4 +1,4 @@
-"""Sums over the batch: one total for any grouping, order and number of ranks, exact; what is not exact is always seen."""
+"""Sums over the batch: one exact total for any grouping, order and number of ranks; what is not exact is seen."""
 
 from __future__ import annotations
 
@@ -104,7 +104,9 @@ def test_rows_are_contributions_of_their_own(ids, dtype, cut):
     for part in (slice(cut), slice(cut, None)):
         if len(ids[part]):
             parts.add_rows(index[part], x[part])
-    want = [[sum(units(x[t, h].item()) for t in range(len(ids)) if ids[t] == row) for h in range(2)] for row in range(5)]
+    want = [
+        [sum(units(x[t, h].item()) for t in range(len(ids)) if ids[t] == row) for h in range(2)] for row in range(5)
+    ]
     assert whole.total.tolist() == parts.total.tolist() == want
 
 

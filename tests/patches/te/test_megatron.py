@@ -42,7 +42,10 @@ ORDER_FREE: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"tied": True},
         [{"tp": 2, "sp": True, "micro_batch": 4}, {"pp": 2, "dp": 3, "ddp": {"overlap_grad_reduce": True}}],
     ),
-    "gpt-2 shape fp32": ({"shape": "gpt2", "dtype": "fp32"}, [{"tp": 2, "micro_batch": 3}, {"pp": 2, "micro_batch": 2}]),
+    "gpt-2 shape fp32": (
+        {"shape": "gpt2", "dtype": "fp32"},
+        [{"tp": 2, "micro_batch": 3}, {"pp": 2, "micro_batch": 2}],
+    ),
     "zero-centered gamma": (
         {"model": {"layernorm_zero_centered_gamma": True, "gradient_accumulation_fusion": True}},
         [{"dp": 2, "micro_batch": 2}],

@@ -99,7 +99,7 @@ def _refuse_inexact(model: Any) -> None:
     named = [(name, p) for chunk in model for name, p in chunk.module.named_parameters() if p.requires_grad]
     sums = [batch_sum(parameter) for _, parameter in named]
     # Of every sum: what bounds it, and whether something was left out of it.
-    found = torch.stack([torch.stack([s.bound for s in sums]), torch.stack([s.foreign.double() for s in sums])])
+    found = torch.stack([torch.stack((s.bound, s.foreign.double())) for s in sums], 1)
     dist.all_reduce(found, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     bad = exceeds(found[0]) | found[1].ne(0)
     worst = bad.any().double()

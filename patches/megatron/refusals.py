@@ -49,7 +49,7 @@ COVERED_ORDER_FREE: dict[str, tuple[tuple[Any, ...], str]] = {
         (True,),
         "the loss must be a sum over tokens, divided once, at the end: set it to True (--calculate-per-token-loss)",
     ),
-    "mtp_num_layers": ((), "its loss is a mean over a micro-batch: set it to None (without --mtp-num-layers)"),
+    "mtp_num_layers": ((0,), "its loss is a mean over a micro-batch: set it to None (without --mtp-num-layers)"),
     "has_cond_embedder": ((False,), "its gradient is a sum over stages: set it to False"),
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patches.ops.sequences import add_sequences
+from patches.ops.sequences import add_sequences, require_sequences
 from patches.ops.sharded import Shards
 
 __all__ = ["bias_per_token"]
@@ -32,5 +32,6 @@ class _BiasPerToken(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         if ctx.shards.contract.order_free:
+            require_sequences(dy)
             return add_sequences(ctx.bias, ctx.shards.sum_over(dy, 0, torch.float32)), None, None
         return ctx.shards.sum_over(dy, 0, ctx.bias.dtype, tuple(range(1, dy.dim() - 1))), None, None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from patches.ops.bias import bias_per_token
-from patches.ops.sequences import add_sequences
+from patches.ops.sequences import add_sequences, require_sequences
 from patches.ops.sharded import Shards
 from patches.order.collectives import all_gather, begin_all_gather
 from patches.order.products import add_product, product
@@ -123,6 +123,7 @@ def _unflattened(y_TN: Tensor, shape: Sequence[int]) -> Tensor:
 def _weight_gradient(weight: Any, dy: Tensor, x: Tensor, sink: GradSink, order_free: bool) -> Tensor | None:
     """dyᵀ·x in the weight's dtype, or put into `weight.main_grad`, with the placeholder Megatron's hooks expect."""
     if order_free:
+        require_sequences(dy)
         sequences = zip(dy.unbind(1), x.unbind(1), strict=True)
         return add_sequences(weight, (product(dy_sN.t(), x_sK) for dy_sN, x_sK in sequences))
     dy_TN, x_TK = dy.flatten(0, -2), x.flatten(0, -2)

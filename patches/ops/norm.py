@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patches.ops.sequences import add_sequences
+from patches.ops.sequences import add_sequences, require_sequences
 from patches.ops.sharded import Shards
 from patches.order.backend import backend
 from patches.order.handle import AsyncResult
@@ -57,6 +57,8 @@ class _Norm(torch.autograd.Function):
         x, gamma, mean, rstd = ctx.saved_tensors
         dx = dgamma = dbeta = None
         free = ctx.shards.contract.order_free
+        if free:
+            require_sequences(dy)
         dtype = torch.float32 if free else gamma.dtype
         whole = tuple(d for d in range(x.dim() - 1) if d != ctx.leaf_dim and not (free and d == SEQUENCES))
         # Roots travel while dx is computed.

@@ -17,7 +17,7 @@ from torch import Tensor
 from patches.contract import UnsupportedError
 from patches.order.batch_sum import BatchSum
 
-__all__ = ["ATTRIBUTE", "add_sequences", "added", "batch_sum"]
+__all__ = ["ATTRIBUTE", "add_sequences", "added", "batch_sum", "require_sequences"]
 
 ATTRIBUTE = "_patches_batch_sum"
 
@@ -36,6 +36,15 @@ def batch_sum(parameter: Any) -> BatchSum:
             "and give layers whole parameters"
         )
     return found
+
+
+def require_sequences(x: Tensor) -> None:
+    """Raise `UnsupportedError` where dimension 1 of activations `x` cannot be the sequences of a micro-batch."""
+    if x.dim() < 3:
+        raise UnsupportedError(
+            f"batch='order-free': a layer's activations of shape {list(x.shape)} don't tell sequences apart: give it "
+            "[s, b, h], as Megatron does"
+        )
 
 
 def add_sequences(parameter: Any, contributions: Iterable[Tensor]) -> Tensor:

@@ -48,6 +48,7 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"model": {"num_layers": 2, **FUSIONS}, "shape": "gpt2"},
         [{"tp": 2, "sp": True, "pp": 2, "micro_batch": 6}, {"dp": 2, "micro_batch": 2}],
     ),
+    "bf16 gradients": ({"ddp": {"grad_reduce_in_fp32": False}}, [{"dp": 2, "micro_batch": 3}]),
     "full recompute, four KV groups fp32": (
         {"model": {"num_layers": 2, "num_query_groups": 4, **FULL_RECOMPUTE}, "dtype": "fp32"},
         [{"tp": 4, "sp": True, "micro_batch": 4}, {"pp": 2, "dp": 2, "micro_batch": 2}],

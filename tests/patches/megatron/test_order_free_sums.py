@@ -10,7 +10,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 import patches
+from patches.ops.bias import bias_per_token
+from patches.ops.linear import GradSink, row_parallel
+from patches.ops.norm import TOKENS, norm
 from patches.ops.sequences import batch_sum
+from patches.ops.sharded import Shards
 from patches.order.batch_sum import LIMIT
 from tests.support import plain_megatron
 from tests.support.ranks import on_ranks
@@ -102,6 +106,19 @@ def test_zeros_are_counted_where_float32_ends_to_count():
 def test_a_parameter_outside_of_ddp_is_refused():
     with pytest.raises(patches.UnsupportedError, match=r"Parameter of shape \[2, 3\]: wrap the model in Megatron's"):
         batch_sum(torch.nn.Parameter(torch.empty(2, 3)))
+
+
+@pytest.mark.parametrize("layer", ("linear", "norm", "bias"))
+def test_activations_that_do_not_tell_sequences_apart_are_refused(layer):
+    shards = Shards(patches.Contract(batch="order-free"))
+    x, weight = torch.ones(4, 4, requires_grad=True), torch.nn.Parameter(torch.ones(4, 4))
+    y = {
+        "linear": lambda: row_parallel(x, weight, shards, False, GradSink()),
+        "norm": lambda: norm(x, torch.nn.Parameter(torch.ones(4)), None, 1e-5, False, TOKENS, shards),
+        "bias": lambda: x + bias_per_token(torch.nn.Parameter(torch.ones(4)), x.shape, shards),
+    }[layer]()
+    with pytest.raises(patches.UnsupportedError, match=r"activations of shape \[4, 4\] don't tell sequences apart"):
+        y.sum().backward()
 
 
 def test_patches_for_it_are_applied_for_it_alone():

@@ -22,6 +22,7 @@ GPU_RESULTS ?= results/gpu
 # A checkout of Megatron-LM for test-megatron-lm.
 MEGATRON_LM ?=
 SWEEP ?= slurm/sweeps/qwen3-tiny-cpu.yaml
+LAYOUTS ?= slurm/sweeps/qwen3-tiny-layouts.yaml
 
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
@@ -36,7 +37,7 @@ export PYTHONUNBUFFERED := 1
     gpu wheels lint bench silent-bugs fuzz clean distclean
 
 help:
-	@echo "make demo    train Qwen3 at TP=1/2/4/8, stock and patched; compare every bit; draw the picture"
+	@echo "make demo    train Qwen3 at TP=1/2/4/8, stock and patched; then at six layouts; compare every bit; draw the picture"
 	@echo "make test    run the tests; test-megatron only those against older versions of megatron-core,"
 	@echo "             test-te only those of Transformer Engine's layers (TE $(TE_VERSIONS), on CPU)"
 	@echo "make test-megatron-lm MEGATRON_LM=path  Megatron-LM's own pretrain_gpt.py, unmodified, on a checkout"
@@ -69,6 +70,8 @@ $(READY): setup.py constraints.txt
 demo: $(READY)
 	@echo "==> sweep $(SWEEP): completed cells are kept, 'make clean' starts over"
 	@$(BIN)/tpcheck sweep $(SWEEP)
+	@echo "==> sweep $(LAYOUTS): one run, any layout"
+	@$(BIN)/tpcheck sweep $(LAYOUTS)
 
 test: $(READY) test-megatron test-te
 	@echo "==> tests"
@@ -83,8 +86,8 @@ test-megatron: $(MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%) $(NEWER_MEGATRON_V
 	@for version in $(MEGATRON_VERSIONS); do \
 	    echo "==> the patches on megatron-core $$version"; \
 	    PYTHONPATH=$(VENV)/megatron-core-$$version $(PYTEST) -q -W ignore tests/patches/megatron/test_training.py \
-	        tests/patches/test_patches.py tests/patches/megatron/test_initial_weights.py tests/patches/megatron/test_fully_reshardable.py \
-	        -k "under_tree and (qwen3 or distributed or initialised) or very_object or weights or saved" || exit 1; \
+	        tests/patches/megatron/test_order_free.py tests/patches/test_patches.py tests/patches/megatron/test_initial_weights.py tests/patches/megatron/test_fully_reshardable.py \
+	        -k "under_tree and (qwen3 or distributed or initialised) or every_layout and tied or very_object or weights or saved" || exit 1; \
 	done
 
 $(VENV)/megatron-core-%: $(READY)
@@ -196,7 +199,8 @@ silent-bugs: $(READY)
 
 clean:
 	@echo "==> removing caches and results/qwen3-tiny-cpu"
-	@rm -rf build *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis results/qwen3-tiny-cpu
+	@rm -rf build *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis results/qwen3-tiny-cpu \
+	    results/qwen3-tiny-layouts
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

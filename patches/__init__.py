@@ -2,6 +2,7 @@
 
     import patches
     patches.enable()                                # strategy="tree", leaves=8
+    patches.enable(batch="order-free")              # and at every PP, DP and micro-batch size
 
 Call it before the model is built. `patches.status()` shows what is on; `patches.disable()` puts everything back.
 Settings that the promise does not cover raise `patches.UnsupportedError` when they are first met.
@@ -15,15 +16,19 @@ from contextlib import contextmanager
 import torch
 
 from patches import cpu
-from patches.contract import Attention, Contract, Strategy, UnsupportedError
+from patches.contract import Attention, Batch, Contract, Strategy, UnsupportedError
 from patches.order.backend import backend
 from patches.registry import REGISTRY, Patch, Row, check_versions
 
-__all__ = ["Contract", "Status", "UnsupportedError", "cpu", "disable", "enable", "enabled", "status"]
+__all__ = ["Batch", "Contract", "Status", "UnsupportedError", "cpu", "disable", "enable", "enabled", "status"]
 
 
 def enable(
-    strategy: Strategy = "tree", leaves: int = 8, attention: Attention = "unfused", symmetric_memory: bool = False
+    strategy: Strategy = "tree",
+    leaves: int = 8,
+    attention: Attention = "unfused",
+    symmetric_memory: bool = False,
+    batch: Batch = "ordered",
 ) -> None:
     """Patch megatron-core, and Transformer Engine where it is installed, in this process.
 
@@ -33,13 +38,15 @@ def enable(
         attention: "unfused", or Transformer Engine's "flash" or "fused" (cuDNN), which is verified where it is met.
         symmetric_memory: tensor-parallel ranks of one node read each other's float32 roots instead of sending them
             through NCCL; the same bits. Not run on a GPU yet.
+        batch: "order-free" sums over the sequences of the global batch exactly, in no order: pipeline stages,
+            data-parallel ranks and micro-batch sizes change no bits either. Gradients take 8 bytes instead of 4.
 
     Raises:
-        ValueError: unknown strategy or attention, or leaves not a power of two.
+        ValueError: unknown strategy, attention or batch, or leaves not a power of two.
         UnsupportedError: megatron-core is missing, a library of an unknown version, or no symmetric memory here.
         RuntimeError: already enabled with another contract.
     """
-    contract = Contract(strategy, leaves, attention, symmetric_memory)
+    contract = Contract(strategy, leaves, attention, symmetric_memory, batch)
     if REGISTRY.contract == contract:
         return
     if symmetric_memory:
@@ -60,10 +67,14 @@ def disable() -> None:
 
 @contextmanager
 def enabled(
-    strategy: Strategy = "tree", leaves: int = 8, attention: Attention = "unfused", symmetric_memory: bool = False
+    strategy: Strategy = "tree",
+    leaves: int = 8,
+    attention: Attention = "unfused",
+    symmetric_memory: bool = False,
+    batch: Batch = "ordered",
 ) -> Iterator[None]:
     """`enable` for the length of a `with` block."""
-    enable(strategy, leaves, attention, symmetric_memory)
+    enable(strategy, leaves, attention, symmetric_memory, batch)
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
 """python -m patches [--strategy tree|gather|stock] [--leaves N] [--attention unfused|flash|fused]
-[--symmetric-memory] [--trace OUT [--steps 0,1] [--perturb N]] script.py ARGS…: an unmodified script, patched, and
-traced for `tpcheck compare` if asked for."""
+[--symmetric-memory] [--batch ordered|order-free] [--trace OUT [--steps 0,1] [--perturb N]] script.py ARGS…: an
+unmodified script, patched, and traced for `tpcheck compare` if asked for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import NoReturn, get_args
 import torch.distributed as dist
 
 import patches
-from patches.contract import Attention, Strategy
+from patches.contract import Attention, Batch, Strategy
 
 BAD_INPUT = 2
 
@@ -30,6 +30,8 @@ def main() -> None:
     parser.add_argument("--leaves", type=int, default=8, help="leaves of the tree, a power of two (default 8)")
     parser.add_argument("--attention", choices=get_args(Attention), default="unfused")
     parser.add_argument("--symmetric-memory", action="store_true", help="ranks read each other's sums: the same bits")
+    parser.add_argument("--batch", choices=get_args(Batch), default="ordered", help="order-free: the same bits at every"
+                        " PP, DP and micro-batch size, too")  # fmt: skip
     parser.add_argument("--trace", type=Path, metavar="OUT", help="record training steps there, for tpcheck compare")
     parser.add_argument("--steps", metavar="N,N", help="with --trace: which, from 0 at the first (default 0,1)")
     parser.add_argument(
@@ -46,7 +48,7 @@ def main() -> None:
         if options.strategy == "stock":
             patches.cpu.enable()
         else:
-            patches.enable(options.strategy, options.leaves, options.attention, options.symmetric_memory)
+            patches.enable(options.strategy, options.leaves, options.attention, options.symmetric_memory, options.batch)
     except (ValueError, patches.UnsupportedError) as error:
         _refuse(str(error))
     try:

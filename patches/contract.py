@@ -11,10 +11,11 @@ from typing import Literal, get_args
 
 import torch
 
-__all__ = ["DTYPES", "WITHOUT_SYMMETRIC_MEMORY", "Attention", "Contract", "Strategy", "UnsupportedError"]
+__all__ = ["DTYPES", "WITHOUT_SYMMETRIC_MEMORY", "Attention", "Batch", "Contract", "Strategy", "UnsupportedError"]
 
 Strategy = Literal["tree", "gather"]
 Attention = Literal["unfused", "flash", "fused"]
+Batch = Literal["ordered", "order-free"]
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))  # whose sums are ordered; others are ATen's own
 WITHOUT_SYMMETRIC_MEMORY = "leave symmetric_memory=False, which gives the same bits"
 
@@ -33,20 +34,30 @@ class Contract:
         attention: "unfused" (default), whose sums the patches order themselves, or Transformer Engine's "flash" or
             "fused" (cuDNN), which must be seen to compute each head by itself at every shape that is met.
         symmetric_memory: ranks read each other's roots in symmetric memory instead of sending them; the same bits.
+        batch: "ordered" (default) adds micro-batches as they come and data-parallel ranks by the tree; "order-free"
+            adds the sequences of the global batch exactly, so that no layout of data or pipeline changes a bit.
     """
 
     strategy: Strategy = "tree"
     leaves: int = 8
     attention: Attention = "unfused"
     symmetric_memory: bool = False
+    batch: Batch = "ordered"
 
     def __post_init__(self) -> None:
         if self.strategy not in get_args(Strategy):
             raise ValueError(f"strategy={self.strategy!r}: use one of {', '.join(get_args(Strategy))}")
         if self.attention not in get_args(Attention):
             raise ValueError(f"attention={self.attention!r}: use one of {', '.join(get_args(Attention))}")
+        if self.batch not in get_args(Batch):
+            raise ValueError(f"batch={self.batch!r}: use one of {', '.join(get_args(Batch))}")
         if not isinstance(self.leaves, int) or self.leaves < 1 or self.leaves & (self.leaves - 1):
             raise ValueError(f"leaves={self.leaves!r} is not a power of two: use 8, 16, …")
+
+    @property
+    def order_free(self) -> bool:
+        """Whether sums over the batch have no order."""
+        return self.batch == "order-free"
 
     def check_tp(self, size: int) -> None:
         """Raise `UnsupportedError` for a TP size whose ranks do not own whole subtrees."""

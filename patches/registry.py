@@ -52,6 +52,7 @@ class Patch:
         library: the distribution, a key of `SUPPORTED`, whose version counts.
         lazy: the target comes with a script, not with the library: it is patched when the script imports it.
         parameters: those that the target may have; None if it is not a function.
+        order_free: needed only where sums over the batch have no order.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Patch:
     library: str = "megatron-core"
     lazy: bool = False
     parameters: tuple[str, ...] | None = None
+    order_free: bool = False
 
     @property
     def module(self) -> str:
@@ -99,11 +101,12 @@ def attribute(
     versions: str = "",
     library: str = "megatron-core",
     lazy: bool = False,
+    order_free: bool = False,
 ) -> Patch:
     """A patch that replaces the attribute `target` by `replacement(original)`.
 
     Args:
-        name, target, why, library, lazy: as of `Patch`.
+        name, target, why, library, lazy, order_free: as of `Patch`.
         replacement: of the attribute found; what it answers takes its place.
         parameters: names of the parameters that the original may have, separated by spaces; None if not a function.
         versions: versions of `library` that need the patch, as in ">=0.15,<0.17"; empty for all.
@@ -122,7 +125,7 @@ def attribute(
         setattr(holder, attr, replacement(getattr(holder, attr)))
         return (lambda: setattr(holder, attr, original)) if owned else (lambda: delattr(holder, attr))
 
-    return Patch(name, target, why, install, SpecifierSet(versions), library, lazy, known)
+    return Patch(name, target, why, install, SpecifierSet(versions), library, lazy, known, order_free)
 
 
 class Registry:
@@ -140,12 +143,14 @@ class Registry:
         self._state: dict[str, Literal["applied", "waits for its import"]] = {}
 
     def apply(self, contract: Contract, patches: Iterable[Patch]) -> None:
-        """Apply all of `patches`, or none of them."""
+        """Apply all of `patches` that the contract needs, or none of them."""
         if self.contract is not None:
             raise RuntimeError(f"already enabled with {self.contract}: call patches.disable() first")
         self.contract, self.unnamed = contract, itertools.count()
         try:
             for patch in patches:
+                if patch.order_free and not contract.order_free:
+                    continue
                 if patch.lazy or not _importable(MODULES[patch.library]):
                     self._wait(patch, contract)
                 else:
@@ -176,6 +181,9 @@ class Registry:
         self.verified.clear()
         self._state.clear()
 
+    def _may_need(self, patch: Patch) -> bool:
+        return self.contract is None or self.contract.order_free or not patch.order_free
+
     def rows(self, patches: Sequence[Patch]) -> list[Row]:
         return [
             Row(
@@ -183,7 +191,7 @@ class Registry:
                 p.target,
                 p.library,
                 _version(p.library) or "not installed",
-                self._state.get(p.name, "off" if p.needed else "not needed"),
+                self._state.get(p.name, "off" if p.needed and self._may_need(p) else "not needed"),
                 p.why,
             )
             for p in patches

@@ -184,6 +184,7 @@ def doctor(target: str | None, overrides: tuple[str, ...], as_json: bool) -> int
 @click.option("--sp/--no-sp", "sequence_parallel", default=None, help="Sequence parallelism.")
 @click.option("--recompute/--no-recompute", default=None, help="Layers run forward twice.")
 @click.option("--dtype", type=click.Choice(["bf16", "fp32"]))
+@click.option("--batch", type=click.Choice(["order-free"]), help="Sums over the batch without an order.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def cost(model: str, gpu: str, as_json: bool, **options: Any) -> int:
     """What a step of a model costs on paper: FLOPs, bytes and memory of a rank for stock, gather and tree."""

@@ -1,4 +1,4 @@
-"""megatron.core.optimizer: the gradient norm, hence the clip coefficient."""
+"""megatron.core.optimizer: the gradient norm, hence the clip coefficient, and the number of zeros."""
 
 from __future__ import annotations
 
@@ -29,6 +29,32 @@ def _get_grad_norm(original: Any) -> Any:
     return get_grad_norm_fp32
 
 
+def _count_zeros(original: Any) -> Any:
+    @torch.no_grad()
+    def count_zeros_fp32(
+        parameters: Any,
+        grad_stats_parallel_group: Any,
+        use_decoupled_grad: bool = False,
+        tp_group: Any = None,
+        expert_tp_group: Any = None,
+    ) -> float:
+        """Stock's, in integers: float32 ends to count at 2^24."""
+        from megatron.core.optimizer.clip_grads import param_is_not_shared, param_is_not_tensor_parallel_duplicate
+
+        group = {} if tp_group is None else {"tp_group": tp_group}
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        total = torch.zeros((), dtype=torch.int64, device=device)
+        for parameter in [parameters] if isinstance(parameters, torch.Tensor) else parameters:
+            grad = getattr(parameter, "decoupled_grad" if use_decoupled_grad else "grad", None)
+            own = param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, **group)
+            if grad is not None and own:
+                total += grad.numel() - torch.count_nonzero(grad)
+        torch.distributed.all_reduce(total, group=grad_stats_parallel_group)
+        return float(total.item())
+
+    return count_zeros_fp32
+
+
 def _init(original: Any) -> Any:
     def __init__(self: Any, optimizer: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         if config.optimizer not in ("adam", "sgd"):
@@ -52,6 +78,14 @@ def _norm_patch(name: str, module: str) -> Any:
 
 PATCHES = [
     _norm_patch("gradient-norm", "optimizer"),
+    attribute(
+        "zeros-in-gradient",
+        "megatron.core.optimizer.optimizer:count_zeros_fp32",
+        "counted in float32, in an order that follows the shards",
+        _count_zeros,
+        parameters="parameters grad_stats_parallel_group use_decoupled_grad tp_group expert_tp_group",
+        order_free=True,
+    ),
     attribute(
         "optimizer-settings",
         "megatron.core.optimizer.optimizer:MegatronOptimizer.__init__",

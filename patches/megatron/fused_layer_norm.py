@@ -19,7 +19,7 @@ def _forward(original: Any) -> Any:
         gamma = self.weight + 1 if self.zero_centered_gamma else self.weight
         leaf_dim = getattr(self, "leaf_dim", TOKENS)
         shards = norm_shards(leaf_dim, self.sequence_parallel)
-        return norm(input, gamma, self.bias, self.eps, True, leaf_dim, shards)
+        return norm(input, gamma, self.bias, self.eps, True, leaf_dim, shards, self.weight)
 
     return forward
 

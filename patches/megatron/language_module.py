@@ -3,13 +3,17 @@
 stage 0      embedding (copy) ── its gradient as an embedding ┐
                                                               ├─ one sum over both, in the order of no tree
 last stage   output layer (copy) ── its gradient as a weight ─┘
+
+Where sums over the batch have no order, this one has none either.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from patches.call_site import contract
 from patches.contract import UnsupportedError
+from patches.initial_weights import is_building
 from patches.registry import attribute
 
 __all__ = ["PATCHES"]
@@ -23,13 +27,22 @@ def _setup_embeddings(original: Any) -> Any:
                 f"mtp_num_layers={self.config.mtp_num_layers} with pipeline_model_parallel_size={stages} is not "
                 "covered, the embedding's gradient is then a sum over stages: set it to None, or use one stage"
             )
-        if stages > 1 and self.share_embeddings_and_output_weights:
+        if stages > 1 and self.share_embeddings_and_output_weights and not contract().order_free:
             raise UnsupportedError(
                 f"share_embeddings_and_output_weights=True with pipeline_model_parallel_size={stages} is not covered, "
-                "the embedding's gradient is then a sum over stages: set it to False "
-                "(--untie-embeddings-and-output-weights), or use one stage"
+                "the embedding's gradient is then a sum over stages: use patches.enable(batch='order-free') "
+                "(--batch order-free), set it to False (--untie-embeddings-and-output-weights), or use one stage"
             )
-        original(self)
+        if not (contract().order_free and is_building()):
+            original(self)
+            return
+        # Both copies are drawn by name. To wait for the other's here is to wait for ever: with virtual stages, its
+        # rank first wants to agree on a seed with this one.
+        self._is_in_embd_group = lambda: False
+        try:
+            original(self)
+        finally:
+            del self._is_in_embd_group
 
     return setup_embeddings_and_output_layer
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from patches.call_site import mark_grad_reduced, replicated, tp_group, tp_sharded
+from patches.call_site import contract, mark_grad_reduced, replicated, tp_group, tp_sharded
 from patches.contract import UnsupportedError
 from patches.ops.bias import bias_per_token
 from patches.ops.embedding import embedding
@@ -60,9 +60,18 @@ def _column_forward_impl(original: Any) -> Any:
     return _forward_impl
 
 
+def _column_forward(original: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """A bias that the caller adds has a gradient per sequence, too."""
+        y, bias = original(self, *args, **kwargs)
+        return y, bias if bias is None else bias_per_token(bias, y.shape, replicated().one_leaf())
+
+    return forward
+
+
 def _embedding_forward(original: Any) -> Any:
     def forward(self: Any, input_: Tensor) -> Tensor:
-        if backend(self.weight.device).embedding_gradient is None:
+        if backend(self.weight.device).embedding_gradient is None and not contract().order_free:
             return original(self, input_)
         from megatron.core.tensor_parallel import mappings
 
@@ -101,6 +110,14 @@ PATCHES = [
         "dgrad sums over output features spread over ranks (QKV, fc1, output layer)",
         _column_forward_impl,
         parameters="input weight args kwargs",
+    ),
+    attribute(
+        "column-bias",
+        f"{MODULE}:ColumnParallelLinear.forward",
+        "the gradient of a bias that is returned sums over the sequences of a micro-batch",
+        _column_forward,
+        parameters="input_ weight runtime_gather_output",
+        order_free=True,
     ),
     attribute(
         "embedding",

@@ -43,6 +43,16 @@ COVERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "symmetric_ar_type": ((), "set it to None (without --symmetric-ar-type)"),
 }
 
+# The same, where sums over the batch have no order.
+COVERED_ORDER_FREE: dict[str, tuple[tuple[Any, ...], str]] = {
+    "calculate_per_token_loss": (
+        (True,),
+        "the loss must be a sum over tokens, divided once, at the end: set it to True (--calculate-per-token-loss)",
+    ),
+    "mtp_num_layers": ((0,), "its loss is a mean over a micro-batch: set it to None (without --mtp-num-layers)"),
+    "has_cond_embedder": ((False,), "its gradient is a sum over stages: set it to False"),
+}
+
 UNCOVERED_MODULES = (
     "transformer_engine", "apex", "megatron.core.extensions",
 )  # fmt: skip
@@ -59,14 +69,26 @@ TE_MODULES = ("transformer_engine.pytorch.module.", "transformer_engine.pytorch.
 def check_config(config: Any) -> None:
     """Raise `UnsupportedError` for the first setting of a Megatron config that is not covered."""
     contract().check_tp(getattr(config, "tensor_model_parallel_size", 1))
-    for setting, (covered, way_out) in COVERED.items():
-        value = getattr(config, setting, None)
-        if value is not None and value not in covered:
-            raise UnsupportedError(f"{setting}={value!r} is not covered by the patches: {way_out}")
+    _check_settings(config, COVERED, "by the patches")
+    if contract().order_free:
+        _check_settings(config, COVERED_ORDER_FREE, "by batch='order-free'")
+        fused = getattr(config, "bias_activation_fusion", False) and getattr(config, "gated_linear_unit", False)
+        if fused and getattr(config, "add_bias_linear", False):
+            raise UnsupportedError(
+                "bias_activation_fusion=True of a gated MLP with biases is not covered by batch='order-free': "
+                "set it to False (--no-bias-swiglu-fusion)"
+            )
     activation = getattr(config, "activation_func", None)
     activation = getattr(activation, "func", activation)  # functools.partial
     if activation is not None and getattr(activation, "__name__", None) not in ACTIVATIONS:
         raise UnsupportedError(f"activation_func={activation!r} is not covered: use one of {', '.join(ACTIVATIONS)}")
+
+
+def _check_settings(config: Any, table: dict[str, tuple[tuple[Any, ...], str]], by: str) -> None:
+    for setting, (covered, way_out) in table.items():
+        value = getattr(config, setting, None)
+        if value is not None and value not in covered:
+            raise UnsupportedError(f"{setting}={value!r} is not covered {by}: {way_out}")
 
 
 def _module_init(original: Any) -> Any:

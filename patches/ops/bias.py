@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patches.ops.sequences import add_sequences, require_sequences
 from patches.ops.sharded import Shards
 
 __all__ = ["bias_per_token"]
 
 
 def bias_per_token(bias: Tensor, shape: torch.Size, shards: Shards) -> Tensor:
-    """`bias` [h] seen as [s, b, h], to be added to a row-parallel output of that shape.
+    """`bias` [h] seen as [s, b, h], to be added to a linear layer's output of that shape.
 
     Args:
         shards: how dimension 0 (tokens) is spread over ranks.
@@ -25,9 +26,12 @@ def bias_per_token(bias: Tensor, shape: torch.Size, shards: Shards) -> Tensor:
 class _BiasPerToken(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bias: Tensor, shape: torch.Size, shards: Shards) -> Tensor:
-        ctx.dtype, ctx.shards = bias.dtype, shards
+        ctx.bias, ctx.shards = bias, shards
         return bias.expand(shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return ctx.shards.sum_over(dy, 0, ctx.dtype, tuple(range(1, dy.dim() - 1))), None, None
+        if ctx.shards.contract.order_free:
+            require_sequences(dy)
+            return add_sequences(ctx.bias, ctx.shards.sum_over(dy, 0, torch.float32)), None, None
+        return ctx.shards.sum_over(dy, 0, ctx.bias.dtype, tuple(range(1, dy.dim() - 1))), None, None

@@ -3,8 +3,8 @@
     row     y_TN  = Σ_r x_TtK · w_NtKᵀ      K spread over ranks: sharded sum; dgrad, wgrad local
     column  y_TtN = x_TK · w_tNKᵀ           dgrad dy_TtN · w_tNK: sharded sum over N; forward, wgrad local
 
-Local products are single leaves. Under sequence parallelism (SP) x or y is spread over tokens, dimension 0; where one
-rank holds all, nothing is gathered or scattered.
+Local products are single leaves; wgrad is one a sequence where sums over the batch have no order. Under sequence
+parallelism (SP) x or y is spread over tokens, dimension 0; where one rank holds all, nothing is gathered or scattered.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patches.ops.bias import bias_per_token
+from patches.ops.sequences import add_sequences, require_sequences
 from patches.ops.sharded import Shards
 from patches.order.collectives import all_gather, begin_all_gather
 from patches.order.products import add_product, product
@@ -25,7 +27,7 @@ __all__ = ["GradSink", "column_parallel", "row_parallel"]
 
 @dataclass(frozen=True)
 class GradSink:
-    """Where a weight's gradient goes.
+    """Where a weight's gradient goes, unless sums over the batch have no order: then it is the weight's `BatchSum`.
 
     Args:
         main_grad: into `weight.main_grad` in float32 (gradient accumulation fusion), instead of to autograd.
@@ -59,7 +61,9 @@ def column_parallel(
         pieces: 2 where weight holds [gate_r | up_r] of a gated layer.
     """
     y: Tensor = _ColumnParallel.apply(x, weight, shards, sp, sink, pieces)
-    return y if bias is None else y + bias
+    if bias is None:
+        return y
+    return y + (bias_per_token(bias, y.shape, shards.one_leaf()) if shards.contract.order_free else bias)
 
 
 class _RowParallel(torch.autograd.Function):
@@ -80,7 +84,7 @@ class _RowParallel(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = product(dy_TN, weight, dtype=x.dtype).view(x.shape)
         if ctx.needs_input_grad[1]:
-            dw = _weight_gradient(ctx.weight, dy_TN, x.flatten(0, -2), ctx.sink)
+            dw = _weight_gradient(ctx.weight, dy, x, ctx.sink, ctx.shards.contract.order_free)
         return dx, dw, None, None, None
 
 
@@ -105,7 +109,7 @@ class _ColumnParallel(torch.autograd.Function):
             dgrad = ctx.shards.begin_product(dy_TN, weight, x.dtype, ctx.pieces, scatter=ctx.sp)
         dx = dw = None
         if ctx.needs_input_grad[1]:
-            dw = _weight_gradient(ctx.weight, dy_TN, gathered.wait().flatten(0, -2), ctx.sink)
+            dw = _weight_gradient(ctx.weight, dy, gathered.wait(), ctx.sink, ctx.shards.contract.order_free)
         if ctx.needs_input_grad[0]:
             dx = dgrad.wait().view(x.shape)
         return dx, dw, None, None, None, None
@@ -116,8 +120,13 @@ def _unflattened(y_TN: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.aten._unsafe_view(y_TN, shape)
 
 
-def _weight_gradient(weight: Any, dy_TN: Tensor, x_TK: Tensor, sink: GradSink) -> Tensor | None:
+def _weight_gradient(weight: Any, dy: Tensor, x: Tensor, sink: GradSink, order_free: bool) -> Tensor | None:
     """dyᵀ·x in the weight's dtype, or put into `weight.main_grad`, with the placeholder Megatron's hooks expect."""
+    if order_free:
+        require_sequences(dy)
+        sequences = zip(dy.unbind(1), x.unbind(1), strict=True)
+        return add_sequences(weight, (product(dy_sN.t(), x_sK) for dy_sN, x_sK in sequences))
+    dy_TN, x_TK = dy.flatten(0, -2), x.flatten(0, -2)
     if not sink.main_grad:
         return product(dy_TN.t(), x_TK, dtype=weight.dtype)
     if sink.overwrite:

@@ -2,7 +2,7 @@
 
     y = x̂ · gamma (+ beta)      dgamma = Σ dy·x̂      dbeta = Σ dy
 
-The sum's leaves lie along tokens or heads.
+The sum's leaves lie along tokens or heads. Where sums over the batch have no order, every sequence has its own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patches.ops.sequences import add_sequences, require_sequences
 from patches.ops.sharded import Shards
 from patches.order.backend import backend
 from patches.order.handle import AsyncResult
@@ -19,12 +20,13 @@ from patches.order.x_hat import x_hat
 
 __all__ = ["HEADS", "TOKENS", "norm"]
 
-TOKENS, HEADS = 0, 2  # dimensions of [s, b, h] and of [s, b, heads, d]
+TOKENS, SEQUENCES, HEADS = 0, 1, 2  # dimensions of [s, b, h] and of [s, b, heads, d]
 
 
 def norm(
-    x: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, centered: bool, leaf_dim: int, shards: Shards
-) -> Tensor:
+    x: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, centered: bool, leaf_dim: int, shards: Shards,
+    weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Normalise `x` over its last dimension.
 
     Args:
@@ -33,8 +35,9 @@ def norm(
         centered: subtract the mean (LayerNorm) or not (RMSNorm).
         leaf_dim: TOKENS or HEADS, the dimension of `x` whose leaves order the parameter gradients.
         shards: how that dimension is spread over ranks.
+        weight: the parameter that gamma is one more than, where gamma is none itself.
     """
-    y: Tensor = _Norm.apply(x, gamma, beta, eps, centered, leaf_dim, shards)
+    y: Tensor = _Norm.apply(x, gamma, beta, eps, centered, leaf_dim, shards, gamma if weight is None else weight)
     return y
 
 
@@ -42,34 +45,49 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, centered: bool, leaf_dim: int,
-        shards: Shards,
+        shards: Shards, weight: Tensor,
     ) -> Tensor:  # fmt: skip
         y, mean, rstd = backend(x.device).normalised(x, gamma, beta, eps, centered)
         ctx.save_for_backward(x, gamma, mean, rstd)
-        ctx.has_beta, ctx.leaf_dim, ctx.shards = beta is not None, leaf_dim, shards
+        ctx.beta, ctx.weight, ctx.leaf_dim, ctx.shards = beta, weight, leaf_dim, shards
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, gamma, mean, rstd = ctx.saved_tensors
         dx = dgamma = dbeta = None
-        whole = tuple(d for d in range(x.dim() - 1) if d != ctx.leaf_dim)
+        free = ctx.shards.contract.order_free
+        if free:
+            require_sequences(dy)
+        dtype = torch.float32 if free else gamma.dtype
+        whole = tuple(d for d in range(x.dim() - 1) if d != ctx.leaf_dim and not (free and d == SEQUENCES))
         # Roots travel while dx is computed.
         if ctx.needs_input_grad[1]:
-            dgamma = _begin_gamma_gradient(dy, x, mean, rstd, gamma.dtype, ctx.leaf_dim, whole, ctx.shards)
-        if ctx.has_beta and ctx.needs_input_grad[2]:
-            dbeta = ctx.shards.begin_sum_over(dy, ctx.leaf_dim, gamma.dtype, whole)
+            dgamma = _begin_gamma_gradient(dy, x, mean, rstd, dtype, ctx.leaf_dim, whole, ctx.shards)
+        if ctx.beta is not None and ctx.needs_input_grad[2]:
+            dbeta = ctx.shards.begin_sum_over(dy, ctx.leaf_dim, dtype, whole)
         if ctx.needs_input_grad[0]:
             dx = backend(x.device).input_gradient(dy, x, gamma, mean, rstd)
-        return dx, dgamma and dgamma.wait(), dbeta and dbeta.wait(), None, None, None, None
+        of_gamma, of_beta = (
+            found and (add_sequences(parameter, found.wait()) if free else found.wait())
+            for found, parameter in ((dgamma, ctx.weight), (dbeta, ctx.beta))
+        )
+        return dx, of_gamma, of_beta, None, None, None, None, None
 
 
 def _begin_gamma_gradient(
     dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, dtype: torch.dtype, leaf_dim: int,
     whole: tuple[int, ...], shards: Shards,
 ) -> AsyncResult:  # fmt: skip
-    """Σ dy·x̂."""
+    """Σ dy·x̂, of every sequence [b, ..] where sums over the batch have no order."""
     if shards.contract.strategy == "gather":
         return shards.begin_sum_over(dy.float() * x_hat(x, mean, rstd), leaf_dim, dtype, whole)
-    root = backend(x.device).tree_of_gamma_gradients(dy, x, mean, rstd, leaf_dim, shards.leaves, whole)
-    return shards.begin_reduce_root(root, dtype)
+    tree = backend(x.device).tree_of_gamma_gradients
+    if not shards.contract.order_free:
+        return shards.begin_reduce_root(tree(dy, x, mean, rstd, leaf_dim, shards.leaves, whole), dtype)
+    roots = []
+    for j in range(x.shape[SEQUENCES]):
+        dy_j, x_j, rstd_j = (t.narrow(SEQUENCES, j, 1).contiguous() for t in (dy, x, rstd))
+        mean_j = None if mean is None else mean.narrow(SEQUENCES, j, 1).contiguous()
+        roots.append(tree(dy_j, x_j, mean_j, rstd_j, leaf_dim, shards.leaves, (SEQUENCES, *whole)))
+    return shards.begin_reduce_root(torch.stack(roots), dtype)

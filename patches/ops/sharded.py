@@ -8,7 +8,7 @@ Legend: T tokens, N result features, K the summed dimension, tK a rank's share o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,10 @@ class Shards:
     def leaves(self) -> int:
         """Leaves of the dimension that this rank owns."""
         return self.contract.leaves_of_rank(self.size)
+
+    def one_leaf(self) -> Shards:
+        """A dimension that every rank holds whole, and that no tensor-parallel size ever cuts."""
+        return Shards(replace(self.contract, leaves=1))
 
     def local(self, ids: Tensor, share: int) -> tuple[Tensor, Tensor]:
         """`ids` in the whole dimension as places in this rank's `share`, and which of them lie on other ranks."""

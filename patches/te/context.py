@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,7 +34,7 @@ def tokens(module: Any) -> Shards:
 
 def one_leaf() -> Shards:
     """A dimension that no tensor-parallel size ever cuts."""
-    return Shards(replace(contract(), leaves=1))
+    return replicated().one_leaf()
 
 
 def refuse_uncovered(module: Any, x: Tensor, parameters: list[Tensor]) -> None:

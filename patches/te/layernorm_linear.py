@@ -18,11 +18,10 @@ __all__ = ["PATCHES", "layer_norm", "norm_to_return"]
 
 def layer_norm(module: Any, x: Tensor) -> Tensor:
     """The norm inside LayerNormLinear and LayerNormMLP."""
-    gamma, beta = module.layer_norm_weight, module.layer_norm_bias
-    mark_grad_reduced(gamma, beta)
-    if module.zero_centered_gamma:
-        gamma = gamma.float() + 1
-    return norm(x, gamma, beta, module.eps, module.normalization == "LayerNorm", TOKENS, tokens(module))
+    weight, beta = module.layer_norm_weight, module.layer_norm_bias
+    mark_grad_reduced(weight, beta)
+    gamma = weight.float() + 1 if module.zero_centered_gamma else weight
+    return norm(x, gamma, beta, module.eps, module.normalization == "LayerNorm", TOKENS, tokens(module), weight)
 
 
 def norm_to_return(module: Any, normed: Tensor) -> Tensor:

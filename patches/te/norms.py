@@ -26,7 +26,7 @@ def _forward(original: Any) -> Any:
         leaf_dim = getattr(self, "leaf_dim", TOKENS)
         # te norms have no group of their own, only Megatron's mark on their weight.
         shards = norm_shards(leaf_dim, getattr(gamma, "sequence_parallel", False))
-        return norm(x, scale, beta, self.eps, beta is not None, leaf_dim, shards)
+        return norm(x, scale, beta, self.eps, beta is not None, leaf_dim, shards, gamma)
 
     return forward
 

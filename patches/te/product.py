@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from patches.call_site import mark_grad_reduced
+from patches.call_site import contract, mark_grad_reduced
 from patches.contract import UnsupportedError
 from patches.ops.bias import bias_per_token
 from patches.ops.linear import GradSink, column_parallel, row_parallel
@@ -42,7 +42,7 @@ def product(
 def bias_to_return(module: Any, mode: str | None, bias: Tensor, y: Tensor) -> Tensor:
     """`bias`, to be added to `y` here or by the caller, with its gradient's sum over tokens in the contract's order."""
     if mode != "row":
-        return bias
+        return bias_per_token(bias, y.shape, one_leaf()) if contract().order_free else bias
     mark_grad_reduced(cast(torch.nn.Parameter, bias))
     return bias_per_token(bias, y.shape, tokens(module))
 

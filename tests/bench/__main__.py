@@ -32,6 +32,7 @@ SHAPES = {"qkv": (512, 1024, 4096), "proj": (512, 2048, 1024), "fc1": (512, 1024
 def main() -> None:
     console = Console()
     console.print(_steps())
+    console.print(_order_free())
     console.print(_products())
     console.print(_tracing())
     bench_hash.main()
@@ -48,11 +49,23 @@ def _steps() -> Table:
     return table
 
 
-def _step_seconds(strategy: str, tp: int) -> float:
+def _order_free() -> Table:
+    """What sums over the batch without an order cost, by the sequences that a micro-batch holds."""
+    table = Table(title=f"seconds per step of tree at TP=1, median of {STEPS - 2}")
+    for column in ("sequences of a micro-batch", "batch in order", "order-free", "ratio"):
+        table.add_column(column, justify="right")
+    for size in (1, 2, 4):
+        ordered, free = (_step_seconds("tree", 1, f"micro_batch_size={size}", f"batch={batch}")
+                         for batch in ("null", "order-free"))  # fmt: skip
+        table.add_row(str(size), f"{ordered:.3f}", f"{free:.3f}", f"{free / ordered:.2f}")
+    return table
+
+
+def _step_seconds(strategy: str, tp: int, *settings: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         path, output = Path(folder, "run.yaml"), Path(folder, "run")
         path.write_text("model: qwen3-tiny\n")
-        overrides = (f"strategy={strategy}", f"tp={tp}", f"steps={STEPS}", f"output={output}")
+        overrides = (f"strategy={strategy}", f"tp={tp}", f"steps={STEPS}", f"output={output}", *settings)
         if launch(load_run(path, overrides)):
             raise SystemExit(f"{strategy} at TP={tp} failed:\n{(output / 'log.txt').read_text()[-2000:]}")
         steps = [json.loads(line) for line in (output / "steps.jsonl").read_text().splitlines()]

@@ -26,6 +26,7 @@ from tpcheck.cli import main
 from tpcheck.config.load import parse_run
 from tpcheck.config.schema import RunConfig
 from tpcheck.cost import terms
+from tpcheck.cost.memory import parameters
 from tpcheck.cost.terms import LEGEND, STRATEGIES, step, symbols, total
 from tpcheck.run.model import build_model, build_optimizer, train_step, transformer_config
 from tpcheck.run.train import enable_patches
@@ -147,6 +148,12 @@ def test_a_step_does_what_the_formulas_say(case, strategy):
     check_step(run(strategy, **case))
 
 
+@pytest.mark.parametrize("strategy", ("gather", "tree"))
+@pytest.mark.parametrize("model", (QWEN3, GPT2), ids=("qwen3", "gpt2"))
+def test_a_step_does_what_the_formulas_say_where_the_batch_has_no_order(strategy, model):
+    check_step(run(strategy, tp=4, sp=True, model=model, batch="order-free"))
+
+
 @pytest.mark.parametrize("sp", (False, True))
 def test_a_step_whose_roots_are_large_does_what_the_formulas_say(sp, monkeypatch):
     monkeypatch.setattr(collectives, "SMALL", 0)
@@ -215,6 +222,21 @@ def test_command_answers_in_json(capsys: Any) -> None:
     assert tree["flops"] == total(step(config), "flops", "tree")
     assert tree["flops_ms"] == pytest.approx(tree["flops"] / 2250e12 * 1e3)
     assert tree["bytes_ms"] == pytest.approx(tree["bytes"] / 900e9 * 1e3)
+
+
+def test_gradients_without_an_order_take_four_bytes_more(tmp_path: Path, capsys: Any) -> None:
+    assert main(["cost", "qwen3-8b", "--batch", "order-free", "--json"]) == 0
+    free = json.loads(capsys.readouterr().out)["totals"]
+    assert main(["cost", "qwen3-8b", "--json"]) == 0
+    ordered = json.loads(capsys.readouterr().out)["totals"]
+    assert free["stock"]["resident"] == ordered["stock"]["resident"]
+    more = free["tree"]["resident"] - ordered["tree"]["resident"]
+    assert more == pytest.approx(4 * parameters(parse_run(B8 | {"tp": 8})))
+    path = tmp_path / "run.yaml"
+    path.write_text("model: qwen3-8b\nbatch: order-free\n")
+    assert main(["cost", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "gradients of 8 bytes instead of stock's 4" in text
 
 
 def test_stages_of_a_model_are_not_counted(tmp_path: Path, capsys: Any) -> None:

@@ -29,9 +29,31 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def train(options: dict[str, Any]) -> None:
-    patches.enable()
+# Where sums over the batch have no order.
+REFUSED_ORDER_FREE: dict[str, tuple[dict[str, Any], str]] = {
+    "means of micro-batches": ({"global_batch": None}, "calculate_per_token_loss=False .*--calculate-per-token-loss"),
+    "multi-token prediction": (
+        {"model": {"mtp_num_layers": 1}},
+        "mtp_num_layers=1 is not covered by batch='order-free'",
+    ),
+    "fused biases of a gated MLP": (
+        {"model": {"add_bias_linear": True, "bias_activation_fusion": True}},
+        "bias_activation_fusion=True .*--no-bias-swiglu-fusion",
+    ),
+    "NCCL's user buffers": ({"ddp": {"nccl_ub": True}}, "nccl_ub=True is not covered by batch='order-free'"),
+}
+
+
+def train(options: dict[str, Any], batch: patches.Batch = "ordered") -> None:
+    patches.enable(batch=batch)
     plain_megatron.train(**options)
+
+
+@pytest.mark.parametrize("name", REFUSED_ORDER_FREE)
+def test_setting_is_refused_by_name_where_the_batch_has_no_order(name):
+    options, message = REFUSED_ORDER_FREE[name]
+    with pytest.raises(AssertionError, match=message):
+        on_ranks(1, train, {"global_batch": 4, **options}, "order-free")
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -45,7 +67,7 @@ def test_setting_is_refused_by_name(name):
 REFUSED_IN_A_PIPELINE: dict[str, tuple[dict[str, Any], str]] = {
     "tied embeddings": (
         {"tied": True},
-        "share_embeddings_and_output_weights=True with pipeline_model_parallel_size=2 .*: set it to False",
+        "share_embeddings_and_output_weights=True with pipeline_model_parallel_size=2 .*batch='order-free'.*set it to",
     ),
     "multi-token prediction": (
         {"model": {"mtp_num_layers": 1}},

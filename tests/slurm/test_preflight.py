@@ -49,6 +49,8 @@ def test_the_parameters_of_published_models_are_counted(model: str, billions: fl
     [
         ({}, 18),
         ({"dtype": "fp32"}, 16),
+        ({"batch": "order-free"}, 22),
+        ({"batch": "order-free", "dtype": "fp32"}, 20),
         ({"dp": 4, "distributed_optimizer": True}, 9),
         ({"dp": 4}, 18),
         ({"tp": 4}, 4.5),

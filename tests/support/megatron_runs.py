@@ -30,7 +30,10 @@ PIPELINES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 def run(
     strategy: str, tp: int, sp: bool = False, dp: int = 1, threads: int = 1, pp: int = 1, **options: Any
 ) -> dict[str, Any]:
-    """Rank 0's record, after checking that every rank of its model saw the same losses, norms and tensors."""
+    """Rank 0's record, after checking that every rank of its model saw the same losses, norms and tensors.
+
+    "order-free" is `tree` with sums over the batch in no order.
+    """
     options = {"tp": tp, "sp": sp, "pp": pp, **options}
     records = on_ranks(tp * dp * pp, patched_training, strategy, options, threads=threads)
     for stage in range(pp):
@@ -42,6 +45,8 @@ def run(
 def patched_training(strategy: Any, options: dict[str, Any]) -> dict[str, Any]:
     if strategy == "stock":
         patches.cpu.enable()
+    elif strategy == "order-free":
+        patches.enable(batch="order-free")
     else:
         patches.enable(strategy)
     return plain_megatron.train(**options)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -57,15 +59,21 @@ def train(
     seq: int = 24,
     micro_batch: int = 2,
     microbatches: int = 2,
+    global_batch: int | None = None,
     steps: int = 2,
     clip: float = 0.05,
     tied: bool = False,
     negative_zeros: bool = False,
     te: bool = False,
+    digested: bool = True,
     ddp: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train in an initialised process group; the result is the same on every rank."""
+    """Train in an initialised process group; the result is the same on every rank.
+
+    With `global_batch` sequences, in micro-batches of `micro_batch`, the loss is a masked sum over tokens and gradients
+    are divided by their number; else it is each micro-batch's mean. Gradients are whole tensors unless `digested`.
+    """
     virtual_stages = vpp if vpp > 1 else None
     parallel_state.initialize_model_parallel(tp, pp, virtual_stages)
     torch.manual_seed(1234)
@@ -82,7 +90,10 @@ def train(
         pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=virtual_stages,
         overlap_p2p_comm=vpp > 1, batch_p2p_comm=vpp == 1,  # as Megatron-LM's arguments set them
         pipeline_dtype=params_dtype, finalize_model_grads_func=finalize_model_grads,
+        calculate_per_token_loss=global_batch is not None,
     )  # fmt: skip
+    if global_batch:
+        microbatches = global_batch // (micro_batch * parallel_state.get_data_parallel_world_size())
     if te:
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     else:
@@ -116,11 +127,13 @@ def train(
         )
         chunk.broadcast_params()
         chunks.append(chunk)
+    if ddp_options.get("overlap_grad_reduce"):
+        config.no_sync_func = chunks[0].no_sync if vpp == 1 else [chunk.no_sync for chunk in chunks]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam", lr=1e-2, weight_decay=0.1, bf16=bf16, params_dtype=params_dtype, clip_grad=clip,
             use_distributed_optimizer=distributed_optimizer,
-            overlap_param_gather=ddp_options.get("overlap_param_gather", False),
+            overlap_param_gather=ddp_options.get("overlap_param_gather", False), log_num_zeros_in_grad=True,
         ),
         chunks,
     )  # fmt: skip
@@ -132,24 +145,32 @@ def train(
         for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        iterators = [batches(step, vocab, seq, micro_batch, microbatches) for _ in chunks]
+        if global_batch:
+            iterators = [samples(step, vocab, seq, micro_batch, global_batch) for _ in chunks]
+        else:
+            iterators = [batches(step, vocab, seq, micro_batch, microbatches) for _ in chunks]
         losses = get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=iterators if virtual_stages else iterators[0],
+            forward_step_func=forward_masked if global_batch else forward_step,
+            data_iterator=iterators if virtual_stages else iterators[0],
             model=chunks, num_microbatches=microbatches, seq_length=seq, micro_batch_size=micro_batch,
             forward_only=False,
         )  # fmt: skip
+        if global_batch:
+            losses = of_all_data_ranks(losses, micro_batch)
         record[f"step{step} loss"] = [float(loss).hex() for loss in losses]
         if not distributed_optimizer:
             grads = {n: whole(p, p.main_grad) for n, p in parameters.items()}
-            record[f"step{step} gradients"] = {n: digest({n: g}) for n, g in grads.items()}
-        _, norm, _ = optimizer.step()
+            record[f"step{step} gradients"] = {n: digest({n: g}) if digested else g for n, g in grads.items()}
+        _, norm, zeros = optimizer.step()
         record[f"step{step} gradient norm"] = float(norm).hex()
+        record[f"step{step} zeros in the gradient"] = zeros
     if ddp_options.get("overlap_param_gather"):
         for chunk in chunks:
             chunk.start_param_sync(force_sync=True)
     named = {n: whole(p, getattr(p, "main_param", None) if not distributed_optimizer else p.data, p.data)
              for n, p in parameters.items()}  # fmt: skip
     record["final"] = {n: digest({n: p}) for n, p in named.items()}
+    record["final weights"] = {n: digest({n: whole(p, p.data)}) for n, p in parameters.items()}
     return of_all_stages(record)
 
 
@@ -161,19 +182,25 @@ def named_parameters(gpts: list[GPTModel]) -> dict[str, torch.nn.Parameter]:
             if name.startswith("decoder.layers."):
                 number, _, rest = name.removeprefix("decoder.layers.").partition(".")
                 name = f"decoder.layers.{gpt.decoder.layers[int(number)].layer_number - 1}.{rest}"
+            if name == "output_layer.weight" and gpt.share_embeddings_and_output_weights:
+                name = "embedding.word_embeddings.weight"  # the last stage's copy
             found[name] = parameter
     return found
 
 
 def of_all_stages(record: dict[str, Any]) -> dict[str, Any]:
-    """The record of the whole model: each stage has other tensors, the last one the losses."""
+    """The record of the whole model: each stage has other tensors, or equal copies, the last one the losses."""
     group = parallel_state.get_pipeline_model_parallel_group()
     records: list[Any] = [None] * group.size()
     dist.all_gather_object(records, record, group=group)
     whole_model = {}
     for key, value in record.items():
         if isinstance(value, dict):
-            whole_model[key] = {name: one[key][name] for one in records for name in one[key]}
+            found: dict[str, Any] = {}
+            for name, digest_ in (item for one in records for item in one[key].items()):
+                first = found.setdefault(name, digest_)
+                assert first is digest_ or first == digest_, f"{key} of {name} differs between stages"
+            whole_model[key] = found
         elif "loss" in key:
             whole_model[key] = records[-1][key]
         else:
@@ -191,6 +218,36 @@ def batches(step: int, vocab: int, seq: int, micro_batch: int, microbatches: int
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     tokens = torch.randint(0, vocab, (size, microbatches, micro_batch, seq + 1), generator=generator)
     return iter(tokens[rank])
+
+
+def samples(step: int, vocab: int, seq: int, micro_batch: int, global_batch: int) -> Iterator[torch.Tensor]:
+    """This rank's micro-batches of a global batch that is the same at every layout, as Megatron's samplers cut it."""
+    tokens = torch.randint(0, vocab, (global_batch, seq + 1), generator=torch.Generator().manual_seed(step))
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    return iter(tokens.split(micro_batch)[rank::size])
+
+
+def forward_masked(iterator: Any, model: Any) -> Any:
+    tokens = next(iterator).to(device())
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    # Of every sequence another number of tokens counts.
+    mask = (torch.arange(x.shape[1], device=x.device) > y[:, :1] % (x.shape[1] - 1)) & (y % 5 != 0)
+    positions = torch.arange(x.shape[1], device=x.device).expand_as(x)
+    return model(x, positions, None, labels=y), partial(masked_loss, mask)
+
+
+def masked_loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    masked = losses.float() * mask
+    return masked.sum(), mask.sum().int(), masked.detach().clone()
+
+
+def of_all_data_ranks(losses: list[torch.Tensor], micro_batch: int) -> list[float]:
+    """Every sequence's loss, in the order of the global batch."""
+    own = [[math.fsum(row) for row in micro.tolist()] for micro in losses]
+    group = parallel_state.get_data_parallel_group()
+    every: list[Any] = [None] * group.size()
+    dist.all_gather_object(every, own, group=group)
+    return [loss for step in zip(*every, strict=True) for micro in step for loss in micro]
 
 
 def forward_step(iterator: Any, model: Any) -> Any:

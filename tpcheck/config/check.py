@@ -47,6 +47,8 @@ def check(config: RunConfig) -> None:
         problems.append("data.kind=megatron needs data.path, the prefix of a .bin/.idx pair")
     if config.strategy != "stock" and model.dropout:
         problems.append(f"model.dropout={model.dropout} depends on tp: use 0, or strategy=stock")
+    if config.order_free and config.strategy == "stock":
+        problems.append("batch=order-free is the patches': use strategy=tree or gather, or batch=null")
     if config.attention in ("flash", "fused"):
         if config.layers == "local":
             problems.append(f"attention={config.attention} is Transformer Engine's: use layers=te")
@@ -63,10 +65,10 @@ def _of_the_pipeline(config: RunConfig) -> Iterator[str]:
         yield f"pp * vpp = {pp} * {vpp} does not divide num_layers={model.num_layers}: every stage has as many layers"
     if pp == 1 and vpp > 1:
         yield f"vpp={vpp} cuts pipeline stages and pp=1 makes none: use vpp=1, or a larger pp"
-    if pp > 1 and model.tied and config.strategy != "stock":
+    if pp > 1 and model.tied and config.strategy != "stock" and not config.order_free:
         yield (
             f"model.tied=true with pp={pp} is not covered, the embedding's gradient is then a sum over stages: "
-            "use model.tied=false, pp=1, or strategy=stock"
+            "use batch=order-free, model.tied=false, pp=1, or strategy=stock"
         )
     if pp > 1 and config.trace is not None:
         yield f"trace records whole models, not pp={pp} stages of one: use pp=1, or trace=null"

@@ -167,6 +167,9 @@ class RunConfig(Section):
     leaves: int = Field(8, gt=0, le=1024)
     layers: Literal["te", "local"] | None = None  # Transformer Engine's or Megatron's; null: te on a GPU that has it
     attention: Literal["unfused", "flash", "fused"] | None = None  # null: unfused; in a stock run what TE chooses
+    batch: Literal["order-free"] | None = (
+        None  # sums over the batch in no order, the same at any layout; null: in order
+    )
     symmetric_memory: bool = False  # ranks read each other's sums instead of sending them; the same bits
     tp: int = Field(1, gt=0)
     pp: int = Field(1, gt=0)
@@ -213,6 +216,11 @@ class RunConfig(Section):
     @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.dp
+
+    @property
+    def order_free(self) -> bool:
+        """Whether sums over the batch have no order."""
+        return self.batch == "order-free"
 
     @property
     def microbatches(self) -> int:

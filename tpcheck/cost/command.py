@@ -6,9 +6,10 @@ import dataclasses
 import json
 import textwrap
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
-from tpcheck.config.load import load_run_or_preset
+from tpcheck.config.load import load_run_or_preset, read_yaml
 from tpcheck.config.presets import PRESETS
 from tpcheck.config.schema import RunConfig
 from tpcheck.cost.datasheets import GPUS, NVLINK_DOMAIN, Gpu
@@ -39,7 +40,8 @@ def command(model: str, gpu: str, *, as_json: bool, **options: Any) -> int:
     return 0
 
 
-_SHOWN = {"tp", "sequence_parallel", "dtype", "recompute", "seq_length", "micro_batch_size", "global_batch_size"}
+_SHOWN = {"tp", "sequence_parallel", "dtype", "recompute", "seq_length", "micro_batch_size", "global_batch_size",
+          "batch"}  # fmt: skip
 
 
 def _config(model: str, options: dict[str, Any]) -> RunConfig:
@@ -49,14 +51,23 @@ def _config(model: str, options: dict[str, Any]) -> RunConfig:
     sequences = given.get("micro_batch_size", 1)
     of_preset = {"tp": TP, "seq_length": length, "micro_batch_size": sequences, "global_batch_size": sequences}
     overrides = [f"{name}={json.dumps(value)}" for name, value in given.items()]
-    config = load_run_or_preset(model, ["strategy=stock", *overrides], of_preset)
+    # A stock run is checked the least; it has no sums without an order.
+    strategy = "gather" if "batch" in given or _is_order_free(model) else "stock"
+    config = load_run_or_preset(model, [f"strategy={strategy}", *overrides], of_preset)
     if config.pp > 1:
         raise TpcheckError(f"a whole model's cost is counted, not that of pp={config.pp} stages of one: use pp=1")
     return config
 
 
+def _is_order_free(model: str) -> bool:
+    settings = read_yaml(Path(model)) if Path(model).is_file() else None
+    return isinstance(settings, dict) and settings.get("batch") is not None
+
+
 def _totals(terms: list[Term], config: RunConfig, strategy: Strategy, gpu: Gpu) -> dict[str, float]:
     flops, sent, extra = (total(terms, quantity, strategy) for quantity in UNITS)
+    if strategy == "stock":
+        config = config.model_copy(update={"batch": None})
     return {
         "flops": flops,
         "bytes": sent,
@@ -94,6 +105,9 @@ def _lines(
         if quantity == "memory":
             resident = [totals[s]["resident"] / GIB for s in STRATEGIES]
             yield f"{'all of a rank, about':<{width}}" + _cells(map(_number, resident))
+            if config.order_free:
+                yield "in it, gradients of 8 bytes instead of stock's 4: sums over the batch without an order are"
+                yield "int64, and data parallelism moves twice stock's bytes"
         elif all(sums):
             yield f"{'over stock':<{width}}" + _cells(f"{x / sums[0]:.2f}" for x in sums)
             if quantity == "flops":

@@ -5,6 +5,7 @@
 
 Bytes per parameter, bf16: weight 2, float32 gradient 4, float32 main weight 4, Adam's two moments 8: 18. The
 distributed optimizer shares the last 12 out over dp. fp32: weight 4, gradient 4, moments 8 (shared out likewise).
+Where sums over the batch have no order, gradients are 8 bytes each while they are summed.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ def parameters(config: RunConfig, stage: int = 0) -> float:
 
 
 def bytes_per_parameter(config: RunConfig) -> float:
-    kept, shared = (6, 12) if config.dtype == "bf16" else (8, 8)
-    return kept + shared / (config.dp if config.distributed_optimizer else 1)
+    weight, shared = (2, 12) if config.dtype == "bf16" else (4, 8)
+    gradient = 8 if config.order_free else 4
+    return weight + gradient + shared / (config.dp if config.distributed_optimizer else 1)
 
 
 def _activations(config: RunConfig, stage: int) -> float:

@@ -145,7 +145,7 @@ def _bytes(config: RunConfig, known: dict[str, float]) -> Lines:
         yield "QKV, fc1 wgrad: all-gather of x", STRATEGIES, "2·n·L·ρ·T·h·e"
         yield "output layer forward, wgrad: all-gather of x", STRATEGIES, "2·n·ρ·T·h·e"
     yield from _cross_entropy_bytes(known)
-    yield from _parameter_sum_bytes(sp, model, known)
+    yield from _parameter_sum_bytes(sp, model, config.order_free, known)
     if model.num_query_groups < config.tp:
         yield from _shared_group_bytes(model)
 
@@ -200,20 +200,24 @@ def _cross_entropy_bytes(known: dict[str, float]) -> Lines:
     yield from _tree_all_reduce("cross-entropy", "n", "T", known, e="4")
 
 
-def _parameter_sum_bytes(sp: bool, model: ModelConfig, known: dict[str, float]) -> Lines:
-    """Gradients that sum over spread tokens or heads: stock adds a step's float32 gradients, the patches each one."""
+def _parameter_sum_bytes(sp: bool, model: ModelConfig, order_free: bool, known: dict[str, float]) -> Lines:
+    """Gradients that sum over spread tokens or heads: stock adds a step's float32 gradients, the patches each one.
+
+    They have one a microbatch, or one a sequence of it where sums over the batch have no order.
+    """
+    each = "T/s·" if order_free else ""
     if sp:
         yield "norms: all-reduce of gradients", ("stock",), "2·ρ·(2·L+1)·c·h·4"
         yield "norms: all-gather of dy·norm(x)", ("gather",), "n·(2·L+1)·ρ·T·h·(4+(c-1)·e)"
-        yield from _tree_all_reduce("norms", "n·(2·L+1)·c", "h", known)
+        yield from _tree_all_reduce("norms", "n·(2·L+1)·c", f"{each}h", known)
     if model.qk_layernorm:
         yield "q/k-layernorm: all-reduce of gradients", ("stock",), "2·ρ·2·L·c·d·4"
         yield "q/k-layernorm: all-gather of dy·norm(x)", ("gather",), "n·L·ρ·T·(q+k)·(4+(c-1)·e)"
-        yield from _tree_all_reduce("q/k-layernorm", "n·2·L·c", "d", known)
+        yield from _tree_all_reduce("q/k-layernorm", "n·2·L·c", f"{each}d", known)
     if sp and model.bias:
         yield "proj, fc2 bias: all-reduce of gradients", ("stock",), "2·ρ·2·L·h·4"
         yield "proj, fc2 bias: all-gather of dy", ("gather",), "n·2·L·ρ·T·h·e"
-        yield from _tree_all_reduce("proj, fc2 bias", "n·2·L", "h", known)
+        yield from _tree_all_reduce("proj, fc2 bias", "n·2·L", f"{each}h", known)
 
 
 def _shared_group_bytes(model: ModelConfig) -> Lines:

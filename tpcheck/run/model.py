@@ -10,6 +10,7 @@ alike.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -102,6 +103,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
             bias_activation_fusion=False,
             bias_dropout_fusion=False,
             finalize_model_grads_func=finalize_model_grads,
+            calculate_per_token_loss=config.order_free,
             attention_backend=_attention_asked_for(config),
             **(recompute if config.recompute else {}),
         )
@@ -229,7 +231,7 @@ def train_step(
     optimizer.zero_grad()
     iterators = [iter(batches) for _ in pieces]
     losses = get_forward_backward_func()(
-        forward_step_func=_forward,
+        forward_step_func=functools.partial(_forward, _sum_of_losses if config.order_free else _mean_loss),
         data_iterator=iterators if config.vpp > 1 else iterators[0],
         model=pieces,
         num_microbatches=len(batches),
@@ -241,15 +243,21 @@ def train_step(
     return _from_last_stage(losses), float(grad_norm)
 
 
-def _forward(batches: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+def _forward(loss: Any, batches: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     tokens = next(batches).cuda()
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
-    return model(inputs, positions, None, labels=labels), _loss
+    return model(inputs, positions, None, labels=labels), loss
 
 
-def _loss(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _mean_loss(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return token_losses.float().mean(), token_losses.detach().float()
+
+
+def _sum_of_losses(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Megatron divides its gradient by the tokens of the global batch, once."""
+    tokens = torch.tensor(token_losses.numel(), dtype=torch.int32, device=token_losses.device)
+    return token_losses.float().sum(), tokens, token_losses.detach().float()
 
 
 def global_mean(losses: list[torch.Tensor]) -> float:

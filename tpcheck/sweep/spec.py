@@ -4,10 +4,12 @@
     base: {model: qwen3-tiny, steps: 20}      # a run, or the path of a run file beside this one
     matrix: {strategy: [stock, tree], tp: [1, 2]}
     exclude: [{strategy: stock, tp: 2}]       # optional
+    layouts: [{tp: 1}, {tp: 2, dp: 3}]        # optional: settings that go together, each with all of the matrix
     invariant: [tp, pp, vpp, sequence_parallel, arch]  # what must not change a bit (these are the default)
     output: results/qwen3-tiny-cpu            # the default; one result directory per cell in it
 
-A cell is named after its settings, `tree-tp2`. Cells that differ only in invariant settings form a group.
+A cell is named after its settings, `tree-tp2`. Cells that differ only in invariant settings form a group; dp and
+micro_batch_size are of these by default where a run has `batch: order-free`.
 `arch: [h100, b300]` in the matrix is no setting of a run but where to run it, which only a cluster can choose.
 """
 
@@ -33,8 +35,9 @@ __all__ = ["ARCH", "Cell", "Sweep", "label", "load_sweep", "only_size"]
 
 Scalar = bool | int | float | str
 ARCH = "arch"
-SIZES = ("tp", "pp", "vpp")  # shown as TP=2
-INVARIANT = (*SIZES, "sequence_parallel", ARCH)
+SIZES = {"tp": "TP", "pp": "PP", "vpp": "VPP", "dp": "DP", "micro_batch_size": "MB"}  # shown as TP=2
+INVARIANT = ("tp", "pp", "vpp", "sequence_parallel", ARCH)
+ORDER_FREE = (*INVARIANT, "dp", "micro_batch_size")  # where sums over the batch have no order
 
 
 class SweepFile(BaseModel):
@@ -46,7 +49,8 @@ class SweepFile(BaseModel):
     base: dict[str, Any] | str
     matrix: dict[str, list[Scalar]] = Field(min_length=1)
     exclude: list[dict[str, Scalar]] = []
-    invariant: list[str] = [*INVARIANT]
+    layouts: list[dict[str, Scalar]] = Field([{}], min_length=1)
+    invariant: list[str] | None = None
     output: str | None = None
 
 
@@ -77,7 +81,7 @@ class Cell:
     def variant(self) -> str:
         """The cell among those of its group: `TP=4`, `TP=4 sequence_parallel`."""
         rest = {key: value for key, value in self.settings.items() if key not in self.group}
-        parts = [f"{key.upper()}={value}" if key in SIZES else label({key: value}) for key, value in rest.items()]
+        parts = [f"{SIZES[key]}={value}" if key in SIZES else label({key: value}) for key, value in rest.items()]
         return " ".join(parts) or self.name
 
 
@@ -113,7 +117,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), anywhere: bool = False
     given: Any = f"results/{file.name}" if file.output is None else file.output
     for text in overrides:
         key = text.partition("=")[0]
-        if key in file.matrix:
+        if key in file.matrix or any(key in layout for layout in file.layouts):
             raise TpcheckError(f"{text}: {key} is what the matrix of {path} varies; edit it there, or use `exclude`")
         override(base, text)
         if key == "output":
@@ -124,7 +128,9 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), anywhere: bool = False
         output = Path(directory(given))
     except ValueError as error:
         raise TpcheckError(f"{path}: {error}") from error
-    return Sweep(file.name, output, tuple(_cells(file, base, output, path)), tuple(file.invariant), archs)
+    cells = tuple(_cells(file, base, output, path))
+    every = ORDER_FREE if any(cell.config.order_free for cell in cells) else INVARIANT
+    return Sweep(file.name, output, cells, tuple(file.invariant or every), archs)
 
 
 def label(settings: Mapping[str, Scalar]) -> str:
@@ -167,10 +173,15 @@ def _parse(content: Any, path: Path) -> SweepFile:
         if key == ARCH and not all(isinstance(value, str) for value in values):
             raise TpcheckError(f"{path}: matrix.arch holds {values}: name machines as the cluster's profile does")
     known = {ARCH, *file.matrix, *flat(RunConfig().model_dump())}
-    if strangers := [name for name in file.invariant if name not in known]:
+    if strangers := [name for name in file.invariant or () if name not in known]:
         close = difflib.get_close_matches(strangers[0], sorted(known), n=1)
         hint = f": did you mean {close[0]}?" if close else ": name settings of a run, or arch"
         raise TpcheckError(f"{path}: invariant: {shown(strangers[0])} is no setting{hint}")
+    for layout in file.layouts:
+        for key in layout:
+            if key in ("output", ARCH) or key in file.matrix:
+                what = "is in the matrix already" if key in file.matrix else "cannot be in a layout"
+                raise TpcheckError(f"{path}: layouts {layout}: {key} {what}")
     for excluded in file.exclude:
         strangers = [key for key in excluded if key not in file.matrix]
         if strangers or not excluded:
@@ -204,8 +215,8 @@ def _base(file: SweepFile, path: Path) -> dict[str, Any]:
 def _cells(file: SweepFile, base: Mapping[str, Any], output: Path, path: Path) -> list[Cell]:
     cells: dict[str, Cell] = {}
     unused = list(file.exclude)
-    for values in itertools.product(*file.matrix.values()):
-        settings = dict(zip(file.matrix, values, strict=True))
+    for values, layout in itertools.product(itertools.product(*file.matrix.values()), file.layouts):
+        settings = {**dict(zip(file.matrix, values, strict=True)), **layout}
         matches = [excluded for excluded in file.exclude if excluded.items() <= settings.items()]
         unused = [excluded for excluded in unused if excluded not in matches]
         if matches:
@@ -222,7 +233,8 @@ def _cells(file: SweepFile, base: Mapping[str, Any], output: Path, path: Path) -
                 raise TpcheckError(f"{path}: {other.name} and {name} would be one directory on some file systems")
             if other.arch == arch and other.config == config.model_copy(update={"output": other.config.output}):
                 raise TpcheckError(f"{path}: cells {other.name} and {name} are the same run: remove one of them")
-        cells[name] = Cell(name, settings, _group(settings, file.invariant), config, arch)
+        invariant = file.invariant or (ORDER_FREE if config.order_free else INVARIANT)
+        cells[name] = Cell(name, settings, _group(settings, invariant), config, arch)
     if unused:
         raise TpcheckError(f"{path}: exclude {unused[0]} matches no cell: correct it or remove it")
     if not cells:

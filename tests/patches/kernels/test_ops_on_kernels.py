@@ -54,6 +54,13 @@ def test_megatron_trains_to_same_bits_at_every_tp(options):
         assert not differences(one, run("tree", tp, sp, seq=16, **options)), f"tp={tp} sp={sp}"
 
 
+def test_megatron_trains_to_same_bits_at_every_layout_where_the_batch_has_no_order():
+    options = {"seq": 16, "global_batch": 6, "micro_batch": 1, "shape": "gpt2", "tied": True}
+    one = run("order-free", 1, **options)
+    for layout in ({"tp": 2, "sp": True, "micro_batch": 3}, {"tp": 1, "dp": 3, "micro_batch": 2}):
+        assert not differences(one, run("order-free", **options | layout)), layout
+
+
 def embedded(strategy: Any) -> tuple[torch.Tensor, torch.Tensor]:
     group = dist.group.WORLD
     g = torch.Generator().manual_seed(0)

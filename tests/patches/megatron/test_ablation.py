@@ -1,4 +1,5 @@
-"""Each patch is needed: with any single one left out, some configuration's bits depend on TP, or it is refused."""
+"""Each patch is needed: with any single one left out, some configuration's bits depend on TP, or it is refused; those
+of `batch="order-free"` likewise, on any size of the layout."""
 
 from __future__ import annotations
 
@@ -31,6 +32,20 @@ REFUSED_WITHOUT = {
     "norms": ({"sp": True}, "input_layernorm.weight is a partial sum of a module that is not covered"),
     "wgrad-fusion": ({"model": {"gradient_accumulation_fusion": True}}, "you must install APEX"),
 }
+# Those that sums over the batch without an order need: (layout that feels it, options).
+ORDER_FREE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "batch-sums-reset": ({"pp": 2}, {}),
+    "batch-sums-rounded": ({"pp": 2}, {}),
+    "data-parallel-sum": ({"dp": 3}, {"ddp": {"check_for_nan_in_grad": False}}),
+}
+REFUSED_ORDER_FREE = {
+    "batch-sums": ({}, "has no attribute '_patches_totals'"),
+    "embedding-copies": ({"tied": True, "pp": 2}, "of embedding.word_embeddings.weight differs between stages"),
+    "position-embedding": ({"shape": "gpt2"}, "position_embeddings.weight, or a part of it, is summed by a module"),
+    "column-bias": ({"shape": "gpt2"}, "linear_fc1.bias, or a part of it, is summed by a module"),
+    "embedding": ({}, "word_embeddings.weight, or a part of it, is summed by a module"),
+}
+
 ELSEWHERE = {
     "settings",
     "layer-modules",
@@ -45,16 +60,24 @@ ELSEWHERE |= {"padded-vocabulary", "padded-vocabulary-0.17"}  # tests/patches/te
 ELSEWHERE |= {"saved-optimizer"}  # tests/patches/megatron/test_fully_reshardable.py
 ELSEWHERE |= {patch.name for patch in initial_weights.PATCHES}  # tests/patches/megatron/test_initial_weights.py
 ELSEWHERE |= {"fused-norm"}  # tests/patches/test_patches.py
-ELSEWHERE |= {"embedding"}  # tests/patches/kernels: it changes nothing on a CPU
+ELSEWHERE |= {"embedding"}  # tests/patches/kernels: in order, it changes nothing on a CPU
+ELSEWHERE |= {"loss-per-token", "zeros-in-gradient"}  # tests/patches/megatron/test_order_free_sums.py
 
 PATCHES = [patch for patch in patches._all_patches() if patch.library == "megatron-core"]
 NEEDED = check_versions(PATCHES)
 
 
-def training_without(names: set[str], options: dict[str, Any]) -> dict[str, Any]:
+def training_without(names: set[str], options: dict[str, Any], batch: patches.Batch = "ordered") -> dict[str, Any]:
     patches.cpu.enable()
-    REGISTRY.apply(patches.Contract(), [patch for patch in NEEDED if patch.name not in names])
+    REGISTRY.apply(patches.Contract(batch=batch), [patch for patch in NEEDED if patch.name not in names])
     return plain_megatron.train(**options)
+
+
+def order_free_without(names: set[str], options: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
+    options = {"tp": 1, "pp": 1, "seq": 16, "global_batch": 12, "micro_batch": 1, **options, **layout}
+    options["model"] = {"num_layers": 2}
+    ranks = options["pp"] * options.pop("dp", 1)
+    return on_ranks(ranks, training_without, names, options, "order-free")[0]
 
 
 @pytest.mark.parametrize("name", [patch.name for patch in NEEDED if patch.name in FEELS_IT])
@@ -65,6 +88,27 @@ def test_bits_depend_on_tp_without(name):
     assert differences(one, other)
     complete = [run("tree", t, dp=dp, **options) for t in (1, tp)]
     assert not differences(*complete)
+
+
+@pytest.mark.parametrize("name", ORDER_FREE)
+def test_bits_depend_on_the_layout_without(name):
+    layout, options = ORDER_FREE[name]
+    assert differences(*(order_free_without({name}, options, each) for each in ({}, layout)))
+    assert not differences(*(order_free_without(set(), options, each) for each in ({}, layout)))
+
+
+@pytest.mark.parametrize("name", REFUSED_ORDER_FREE)
+def test_order_free_run_is_refused_without(name):
+    options, message = REFUSED_ORDER_FREE[name]
+    with pytest.raises(AssertionError, match=message):
+        order_free_without({name}, options, {})
+
+
+def test_a_bias_loses_its_gradient_unseen_without_what_looks_at_autograd():
+    """Then two patches are missing: each alone is noticed."""
+    options = {"shape": "gpt2"}
+    found = [order_free_without(names, options, {}) for names in ({"autograd-sums", "column-bias"}, set())]
+    assert "step0 gradients/decoder.layers.0.mlp.linear_fc1.bias" in differences(*found)
 
 
 @pytest.mark.parametrize("name", REFUSED_WITHOUT)
@@ -82,4 +126,6 @@ def test_bits_depend_on_tp_without_norms_even_if_not_refused():
 
 
 def test_every_patch_is_ablated():
-    assert {patch.name for patch in PATCHES} == FEELS_IT.keys() | REFUSED_WITHOUT.keys() | ELSEWHERE
+    ordered = FEELS_IT.keys() | REFUSED_WITHOUT.keys()
+    order_free = ORDER_FREE.keys() | REFUSED_ORDER_FREE.keys() | {"autograd-sums"}
+    assert {patch.name for patch in PATCHES} == ordered | order_free | ELSEWHERE

@@ -37,6 +37,34 @@ def test_training_has_same_bits_at_every_pp():
         assert not differences(one, run("tree", tp, te=True, **layout, **options)), f"tp={tp} {layout}"
 
 
+ORDER_FREE: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "qwen3, tied": (
+        {"tied": True},
+        [{"tp": 2, "sp": True, "micro_batch": 4}, {"pp": 2, "dp": 3, "ddp": {"overlap_grad_reduce": True}}],
+    ),
+    "gpt-2 shape fp32": (
+        {"shape": "gpt2", "dtype": "fp32"},
+        [{"tp": 2, "micro_batch": 3}, {"pp": 2, "micro_batch": 2}],
+    ),
+    "zero-centered gamma": (
+        {"model": {"layernorm_zero_centered_gamma": True, "gradient_accumulation_fusion": True}},
+        [{"dp": 2, "micro_batch": 2}],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ORDER_FREE)
+def test_training_has_same_bits_at_every_layout_where_the_batch_has_no_order(name):
+    options, layouts = ORDER_FREE[name]
+    options = {"seq": 16, "global_batch": 12, "micro_batch": 1, "te": True, **options}
+    options["model"] = {"num_layers": 2, **options.get("model", {})}
+    one = run("order-free", 1, **options)
+    for layout in layouts:
+        assert not differences(one, run("order-free", **{"tp": 1, **options, **layout})), layout
+    if name != "zero-centered gamma":
+        assert not differences(of_the_run(one), of_the_run(run("order-free", 1, **{**options, "te": False})))
+
+
 @pytest.mark.parametrize("name", FIVE_STEPS)
 def test_training_under_gather_has_same_bits_at_every_tp(name):
     one = run("gather", 1, te=True, **CASES[name])

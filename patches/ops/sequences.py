@@ -1,0 +1,61 @@
+"""Gradients of parameters under `batch="order-free"`: one contribution per sequence, added where no order counts.
+
+    [s, b, …]   activations of a micro-batch: dimension 1 tells its sequences apart
+
+Backward adds contributions to the parameter's `BatchSum` itself and gives autograd zeros, on which Megatron's hooks
+run; a gradient that reaches the parameter in another way is thereby told apart from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patches.contract import UnsupportedError
+from patches.order.batch_sum import BatchSum
+
+__all__ = ["ATTRIBUTE", "add_sequences", "added", "batch_sum", "require_sequences"]
+
+ATTRIBUTE = "_patches_batch_sum"
+
+
+def batch_sum(parameter: Any) -> BatchSum:
+    """Where the gradient of `parameter` is summed.
+
+    Raises:
+        UnsupportedError: nowhere; it is none of the parameters of a model in Megatron's DDP.
+    """
+    found: BatchSum | None = getattr(parameter, ATTRIBUTE, None)
+    if found is None:
+        raise UnsupportedError(
+            f"batch='order-free': nothing sums the gradient of a {type(parameter).__name__} of shape "
+            f"{list(parameter.shape)}: wrap the model in Megatron's DistributedDataParallel after patches.enable(), "
+            "and give layers whole parameters"
+        )
+    return found
+
+
+def require_sequences(x: Tensor) -> None:
+    """Raise `UnsupportedError` where dimension 1 of activations `x` cannot be the sequences of a micro-batch."""
+    if x.dim() < 3:
+        raise UnsupportedError(
+            f"batch='order-free': a layer's activations of shape {list(x.shape)} don't tell sequences apart: give it "
+            "[s, b, h], as Megatron does"
+        )
+
+
+def add_sequences(parameter: Any, contributions: Iterable[Tensor]) -> Tensor:
+    """Add float32 tensors in the parameter's shape, one a sequence; what to give autograd."""
+    total = batch_sum(parameter)
+    for contribution in contributions:
+        total.add(contribution.view(total.total.shape))
+    return added(parameter)
+
+
+def added(parameter: Any) -> Tensor:
+    """Zeros in place of a gradient that has been added; tells Megatron so."""
+    parameter.grad_added_to_main_grad = True
+    return torch.zeros_like(parameter)

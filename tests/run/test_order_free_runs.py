@@ -1,0 +1,97 @@
+"""Whole runs with `batch: order-free`: one digest at any layout, also of a run that changes it on the way."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.finished import finish, sweep
+from tests.support.small_run import train
+from tests.support.traces import BASE, Runs
+from tpcheck.cli import main
+from tpcheck.config.load import parse_run
+from tpcheck.errors import TpcheckError
+from tpcheck.sweep.spec import load_sweep
+from tpcheck.sweep.verdict import judge
+
+FREE = ("batch=order-free", "model.num_layers=2", "global_batch_size=8")
+
+
+def test_a_run_resumed_at_other_layouts_ends_in_the_digest_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    steps = (*FREE, "steps=20")
+    whole = train(tmp_path, "whole", *steps)
+    train(tmp_path, "pieces", *steps, "tp=2", "dp=2", "stop_after=10")
+    train(tmp_path, "pieces", *steps, "pp=2", "micro_batch_size=4", "stop_after=15", resume=True)
+    pieces = train(tmp_path, "pieces", *steps, "dp=4", resume=True)
+    assert pieces == whole
+    assert main(["diff", str(tmp_path / "whole"), str(tmp_path / "pieces")]) == 0
+
+
+@pytest.mark.parametrize("strategy", ("tree", "gather"))
+def test_digests_are_one_over_all_axes(tmp_path: Path, strategy: str) -> None:
+    settings = (*FREE, f"strategy={strategy}", "steps=3", "model.tied=true", "global_batch_size=12")
+    one = train(tmp_path, "one", *settings, "micro_batch_size=1")
+    assert one["model"] and one["optimizer"]
+    for number, layout in enumerate((
+        ("tp=2", "pp=2", "sequence_parallel=true", "micro_batch_size=3"),
+        ("dp=3", "distributed_optimizer=true", "gradient_accumulation_fusion=true"),
+    )):  # fmt: skip
+        assert train(tmp_path, f"layout{number}", *settings, *layout) == one
+
+
+def test_a_run_does_not_go_on_with_sums_of_the_other_kind(tmp_path: Path, capfd: Any) -> None:
+    train(tmp_path, "run", "steps=2", "stop_after=1")
+    with pytest.raises(AssertionError):
+        train(tmp_path, "run", "steps=2", "batch=order-free", resume=True)
+    assert "was trained with batch=None, not order-free" in capfd.readouterr().err
+
+
+def test_traces_are_identical_at_every_layout(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    settings = {"strategy": "tree", "batch": "order-free", "global_batch_size": 4}
+    found = runs.judge({"tp": 2, "dp": 2, "micro_batch_size": 1}, contextlib.nullcontext(), **settings)
+    assert found.verdict == "identical" and not found.unmapped
+
+
+def test_data_parallelism_and_micro_batches_are_axes_where_the_batch_has_no_order(tmp_path: Path) -> None:
+    matrix = {"batch": ["order-free"], "strategy": ["tree"]}
+    layouts = [{"tp": 1}, {"dp": 2, "micro_batch_size": 1}, {"pp": 2, "micro_batch_size": 4}]
+    loaded = sweep(tmp_path, matrix=matrix, layouts=layouts)
+    assert [cell.variant for cell in loaded.cells] == ["TP=1", "DP=2 MB=1", "PP=2 MB=4"]
+    assert [name for name, _ in loaded.groups()] == ["order-free-tree"]
+    for cell in loaded.cells:
+        finish(cell)
+    assert judge(loaded).sentence().endswith("over TP=1; DP=2 MB=1; PP=2 MB=4")
+
+
+def test_they_are_none_where_it_has_one(tmp_path: Path) -> None:
+    loaded = sweep(tmp_path, matrix={"strategy": ["tree"]}, layouts=[{"dp": 1}, {"dp": 2}])
+    assert [name for name, _ in loaded.groups()] == ["tree-dp1", "tree-dp2"]
+
+
+@pytest.mark.parametrize(
+    ("layouts", "message"),
+    [
+        ([{"strategy": "tree"}], "strategy is in the matrix already"),
+        ([{"output": "x"}], "output cannot be in a layout"),
+        ([], "layouts is empty"),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused(tmp_path: Path, layouts: list[Any], message: str) -> None:
+    with pytest.raises(TpcheckError, match=message):
+        sweep(tmp_path, matrix={"strategy": ["tree"]}, layouts=layouts)
+
+
+def test_a_key_of_layouts_cannot_be_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text("name: x\nbase: {model: qwen3-tiny}\nmatrix: {strategy: [tree]}\nlayouts: [{tp: 1}, {tp: 2}]\n")
+    with pytest.raises(TpcheckError, match="tp=4: tp is what the matrix"):
+        load_sweep(path, ["tp=4"])
+
+
+def test_stock_runs_have_no_sums_without_an_order() -> None:
+    with pytest.raises(TpcheckError, match="batch=order-free is the patches'"):
+        parse_run({**BASE, "batch": "order-free"})

@@ -23,14 +23,15 @@ __all__ = ["Contract", "Status", "UnsupportedError", "cpu", "disable", "enable",
 
 
 def enable(
-    strategy: Strategy = "tree", leaves: int = 8, attention: Attention = "unfused", symmetric_memory: bool = False
+    strategy: Strategy = "tree", leaves: int = 8, attention: Attention | None = None, symmetric_memory: bool = False
 ) -> None:
     """Patch megatron-core, and Transformer Engine where it is installed, in this process.
 
     Args:
         strategy: "tree" sums shards in the order of a fixed binary tree; "gather" sums gathered operands.
         leaves: leaves of the tree, a power of two; the TP size must divide it.
-        attention: "unfused", or Transformer Engine's "flash" or "fused" (cuDNN), which is verified where it is met.
+        attention: "blockwise" (default on a GPU), "unfused" (default on a CPU), or Transformer Engine's "flash" or
+            "fused" (cuDNN), which is verified where it is met.
         symmetric_memory: tensor-parallel ranks of one node read each other's float32 roots instead of sending them
             through NCCL; the same bits. Not run on a GPU yet.
 
@@ -39,11 +40,11 @@ def enable(
         UnsupportedError: megatron-core is missing, a library of an unknown version, or no symmetric memory here.
         RuntimeError: already enabled with another contract.
     """
-    contract = Contract(strategy, leaves, attention, symmetric_memory)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    contract = Contract(strategy, leaves, attention or backend(device).attention_unless_named, symmetric_memory)
     if REGISTRY.contract == contract:
         return
     if symmetric_memory:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         backend(device).check_symmetric_memory(device)
     needed = check_versions(_all_patches())
     cpu.enable()
@@ -60,7 +61,7 @@ def disable() -> None:
 
 @contextmanager
 def enabled(
-    strategy: Strategy = "tree", leaves: int = 8, attention: Attention = "unfused", symmetric_memory: bool = False
+    strategy: Strategy = "tree", leaves: int = 8, attention: Attention | None = None, symmetric_memory: bool = False
 ) -> Iterator[None]:
     """`enable` for the length of a `with` block."""
     enable(strategy, leaves, attention, symmetric_memory)

@@ -14,7 +14,7 @@ import torch
 __all__ = ["DTYPES", "WITHOUT_SYMMETRIC_MEMORY", "Attention", "Contract", "Strategy", "UnsupportedError"]
 
 Strategy = Literal["tree", "gather"]
-Attention = Literal["unfused", "flash", "fused"]
+Attention = Literal["blockwise", "unfused", "flash", "fused"]
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))  # whose sums are ordered; others are ATen's own
 WITHOUT_SYMMETRIC_MEMORY = "leave symmetric_memory=False, which gives the same bits"
 
@@ -30,8 +30,9 @@ class Contract:
     Args:
         strategy: "tree" (default) or "gather".
         leaves: leaves of a sharded dimension under `tree`, a power of two; it bounds the TP size.
-        attention: "unfused" (default), whose sums the patches order themselves, or Transformer Engine's "flash" or
-            "fused" (cuDNN), which must be seen to compute each head by itself at every shape that is met.
+        attention: "blockwise" (the patches' own, keys in blocks, O(S) memory), "unfused" (the library's, of products and
+            a softmax that the patches order), or Transformer Engine's "flash" or "fused" (cuDNN), which must be seen to
+            compute each head by itself at every shape that is met.
         symmetric_memory: ranks read each other's roots in symmetric memory instead of sending them; the same bits.
     """
 

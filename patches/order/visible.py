@@ -12,11 +12,17 @@ dk and dv are float32 roots of a tree over chunks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-__all__ = ["Packed", "Visible"]
+from patches.contract import DTYPES
+
+__all__ = ["WIDEST", "Packed", "Visible", "check_operands", "keys_at_once"]
+
+WIDEST = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +38,17 @@ class Packed:
     k_lengths: Tensor
     longest_q: int
     longest_k: int
+
+    @classmethod
+    def of(cls, edges_q: Tensor, edges_k: Tensor, starts_q: Tensor | None = None, starts_k: Tensor | None = None) -> Packed:
+        """From cumulated lengths [sequences + 1] and, where padding lies between sequences, those with it.
+
+        Waits for the device: the longest sequence decides how much is launched.
+        """
+        lengths = [edges.diff().int() for edges in (edges_q, edges_k)]
+        starts = [(edges if padded is None else padded)[:-1].int() for edges, padded in ((edges_q, starts_q), (edges_k, starts_k))]
+        longest = [int(x.max()) if len(x) else 0 for x in lengths]
+        return cls(starts[0], lengths[0], starts[1], lengths[1], *longest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,3 +70,25 @@ class Visible:
         for name, size in (("left", self.left), ("right", self.right), ("offset", self.offset)):
             if size is not None and size < 0:
                 raise ValueError(f"{name}={size} is below 0: use None for keys without end")
+
+
+def keys_at_once(width: int, dtype: torch.dtype) -> int:
+    """How many keys, from position 0, are a block: their largest score is found before a row's sums are scaled."""
+    if dtype == torch.float32:
+        return 32
+    return 128 if width <= 128 else 64
+
+
+def check_operands(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """Raise `TypeError` or `ValueError` for operands that attention does not take."""
+    if q.dtype not in DTYPES or {q.dtype} != {k.dtype, v.dtype}:
+        raise TypeError(f"attention takes q, k and v of one dtype, float32, bfloat16 or float16: {q.dtype}, {k.dtype}, {v.dtype}")
+    if q.dim() != 4 or k.shape != v.shape or q.shape[1::2] != k.shape[1::2] or not k.shape[2] or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"attention takes q [S, B, H, D], k and v [S, B, G, D], G a divisor of H: {tuple(q.shape)}, "
+            f"{tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if not 1 <= q.shape[3] <= WIDEST:
+        raise ValueError(f"a head of width {q.shape[3]}: attention takes 1 to {WIDEST}")
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale={scale}: use a number above 0")

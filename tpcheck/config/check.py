@@ -45,6 +45,8 @@ def check(config: RunConfig) -> None:
         problems.append("data.kind=megatron needs data.path, the prefix of a .bin/.idx pair")
     if config.strategy != "stock" and model.dropout:
         problems.append(f"model.dropout={model.dropout} depends on tp: use 0, or strategy=stock")
+    if config.attention == "blockwise" and config.strategy == "stock":
+        problems.append("attention=blockwise is the patches' own: use strategy=tree or gather, or attention=null")
     if config.attention in ("flash", "fused"):
         if config.layers == "local":
             problems.append(f"attention={config.attention} is Transformer Engine's: use layers=te")

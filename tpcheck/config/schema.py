@@ -137,7 +137,8 @@ class RunConfig(Section):
     strategy: Strategy = "tree"
     leaves: int = Field(8, gt=0)
     layers: Literal["te", "local"] | None = None  # Transformer Engine's or Megatron's; null: te on a GPU that has it
-    attention: Literal["unfused", "flash", "fused"] | None = None  # null: unfused; in a stock run what TE chooses
+    # null: under the patches blockwise on a GPU, unfused on a CPU; in a stock run what TE chooses
+    attention: Literal["blockwise", "unfused", "flash", "fused"] | None = None
     symmetric_memory: bool = False  # ranks read each other's sums instead of sending them; the same bits
     tp: int = Field(1, gt=0)
     pp: int = Field(1, gt=0)
@@ -160,6 +161,10 @@ class RunConfig(Section):
     trace: TraceConfig | None = None
     checkpoint_every: int = Field(0, ge=0)  # 0: only at the end
     output: str = "results/run"
+
+    def attention_on(self, gpu: bool) -> str:
+        """What computes attention on a GPU or a CPU; unfused stands for whatever a stock run may choose."""
+        return self.attention or ("blockwise" if gpu and self.strategy != "stock" else "unfused")
 
     @model_validator(mode="after")
     def _decide_decay_steps(self) -> RunConfig:

@@ -102,7 +102,7 @@ def enable_patches(config: RunConfig) -> list[dict[str, Any]]:
     if config.strategy == "stock":
         patches.cpu.enable()
     else:
-        patches.enable(config.strategy, config.leaves, config.attention or "unfused", config.symmetric_memory)
+        patches.enable(config.strategy, config.leaves, config.attention, config.symmetric_memory)
     return [dataclasses.asdict(row) for row in patches.status()]
 
 

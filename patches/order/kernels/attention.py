@@ -5,7 +5,6 @@ Legend: S rows of a sequence, B sequences, H query heads, G heads of keys and va
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,13 +14,12 @@ import triton
 from torch import Tensor
 
 from patches.order.kernels import attention_kernels as kernels
-from patches.order.kernels.pairs import DTYPES, INTERPRETED, LAUNCH, on, power_of_two
+from patches.order.kernels.pairs import INTERPRETED, LAUNCH, on, power_of_two
 from patches.order.polynomials import LOG2_E
-from patches.order.visible import Visible
+from patches.order.visible import Visible, check_operands, keys_at_once
 
-__all__ = ["WIDEST", "attention", "attention_gradient", "keys_at_once"]
+__all__ = ["attention", "attention_gradient"]
 
-WIDEST = 256
 DELTA_ROWS = 32
 
 
@@ -33,13 +31,6 @@ class Tile:
     step: int
     warps: int
     stages: int
-
-
-def keys_at_once(width: int, dtype: torch.dtype) -> int:
-    """Keys whose largest score is found before a row is scaled: of the contract."""
-    if dtype == torch.float32:
-        return 32
-    return 128 if width <= 128 else 64
 
 
 @lru_cache
@@ -72,7 +63,9 @@ def attention(
     Returns:
         y [Sq, B, H, D] in the dtype of q; float32 [H, B·Sq] twice. A query that sees no key has 0 everywhere.
     """
-    _check(q_SBHD, k_SBGD, v_SBGD, scale)
+    check_operands(q_SBHD, k_SBGD, v_SBGD, scale)
+    if not INTERPRETED and not all(x.is_cuda and x.device == q_SBHD.device for x in (q_SBHD, k_SBGD, v_SBGD)):
+        raise ValueError(f"q, k and v must be on one GPU: {q_SBHD.device}, {k_SBGD.device}, {v_SBGD.device}")
     q, k, v = (_side_by_side(x) for x in (q_SBHD, k_SBGD, v_SBGD))
     S, B, H, _ = q.shape
     make = torch.empty if visible.packed is None and k.shape[0] else torch.zeros
@@ -148,19 +141,3 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 
 def _side_by_side(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-    if q.dtype not in DTYPES or {q.dtype} != {k.dtype, v.dtype}:
-        raise TypeError(f"attention takes q, k, v of one dtype of {DTYPES}: {q.dtype}, {k.dtype}, {v.dtype}")
-    if k.shape != v.shape or q.dim() != 4 or q.shape[1::2] != k.shape[1::2] or (k.shape[2] and q.shape[2] % k.shape[2]):
-        raise ValueError(
-            f"attention takes q [S, B, H, D], k and v [S, B, G, D], G a divisor of H: {tuple(q.shape)}, "
-            f"{tuple(k.shape)}, {tuple(v.shape)}"
-        )
-    if not 1 <= q.shape[3] <= WIDEST:
-        raise ValueError(f"a head of width {q.shape[3]}: attention takes 1 to {WIDEST}")
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale={scale}: use a number above 0")
-    if not INTERPRETED and not all(x.is_cuda and x.device == q.device for x in (q, k, v)):
-        raise ValueError(f"q, k and v must be on one GPU: {q.device}, {k.device}, {v.device}")

@@ -30,7 +30,7 @@ PIPELINES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 def run(
     strategy: str, tp: int, sp: bool = False, dp: int = 1, threads: int = 1, pp: int = 1, **options: Any
 ) -> dict[str, Any]:
-    """Rank 0's record, after checking that every rank of its model saw the same losses, norms and tensors."""
+    """Rank 0's record, of `plain_megatron.train(**options)` and `attention`, after checking that every rank of its model saw the same losses, norms and tensors."""
     options = {"tp": tp, "sp": sp, "pp": pp, **options}
     records = on_ranks(tp * dp * pp, patched_training, strategy, options, threads=threads)
     for stage in range(pp):
@@ -43,8 +43,8 @@ def patched_training(strategy: Any, options: dict[str, Any]) -> dict[str, Any]:
     if strategy == "stock":
         patches.cpu.enable()
     else:
-        patches.enable(strategy)
-    return plain_megatron.train(**options)
+        patches.enable(strategy, attention=options.get("attention"))
+    return plain_megatron.train(**{name: value for name, value in options.items() if name != "attention"})
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from patches.contract import Attention
 from patches.order.kernels import cross_entropy
-from patches.order.kernels.attention import attention, attention_gradient
+from patches.order.kernels.attentions import attention, attention_gradient
 from patches.order.kernels.bits import provenance
 from patches.order.kernels.embedding import embedding_gradient
 from patches.order.kernels.gemm import add_product, check, product

@@ -1,4 +1,4 @@
-"""The Triton kernels behind `attention`: every row is a function of its own query and of its own keys alone.
+"""The Triton kernels behind `attentions`: every row is a function of its own query and of its own keys alone.
 
     forward     a program has TILE queries of a head and walks the keys, KEYS at a time, from position 0:
                   s = q·kᵀ    m' = max(m, s)    p = 2^((s - m')·c)    (o | l) = (o | l)·2^((m - m')·c) + p·(v | 1)

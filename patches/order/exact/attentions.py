@@ -1,4 +1,4 @@
-"""Attention by blocks of keys in torch: what `order.kernels.attention` does, each block's products and sums exact.
+"""Attention by blocks of keys in torch: what `order.kernels.attentions` does, each block's products and sums exact.
 
     (o | l) = (o | l)·2^((m - m')·c) + p·(v | 1)       p, m and the blocks as there, the blocks in their order
     dq      = Σ ds·k                                   of blocks, in their order

@@ -55,3 +55,13 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[
         elif a[key] != b[key]:
             found.append(f"{prefix}{key}")
     return sorted(found)
+
+
+def of_the_run(record: dict[str, Any]) -> dict[str, Any]:
+    """What does not name a tensor: TE's layers keep their norms elsewhere than the local ones."""
+    return {name: value for name, value in record.items() if "loss" in name or "norm" in name}
+
+
+def matrices(record: dict[str, Any]) -> set[str]:
+    """Digests of final parameters whose names both kinds of layers share."""
+    return {f"{name} {value}" for name, value in record["final"].items() if "norm" not in name}

@@ -26,7 +26,7 @@ __all__ = ["ONES", "deltas", "forward", "key_gradients", "query_gradient"]
 
 ONES = 16  # columns of ones: the narrowest product of tensor cores
 _ONES = tl.constexpr(ONES)
-SIZES = ["queries", "keys", "tiles", "rows", "offset", "left", "right"]
+SIZES = ["queries", "keys", "heads", "repeat", "tiles", "rows", "offset", "left", "right"]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -91,8 +91,11 @@ def _walk_keys(state, operands, start, end, EDGE: tl.constexpr, HOW: tl.constexp
     return o_MW, l_M1, top_M
 
 
-@triton.jit(do_not_specialize=["rows", "heads"])
-def deltas(y, dy, delta, y_S, y_B, y_H, dy_S, dy_B, dy_H, batch, rows, heads, D: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["batch", "rows", "heads"])
+def deltas(
+    y, dy, delta, y_S, y_B, y_H, dy_S, dy_B, dy_H, batch, rows, heads,
+    D: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Σ dy·y of every row and head, by pairs, as [heads, rows]; rows are [batch, sequence]."""
     head = (tl.program_id(0) % heads).to(tl.int64)
     row = (tl.program_id(0) // heads).to(tl.int64) * TILE + tl.arange(0, TILE)

@@ -18,9 +18,12 @@ from patches.order.kernels.pairs import INTERPRETED, LAUNCH, on, power_of_two
 from patches.order.polynomials import LOG2_E
 from patches.order.visible import Visible, check_operands, keys_at_once
 
-__all__ = ["attention", "attention_gradient"]
+__all__ = ["KERNELS", "attention", "attention_gradient", "tile_of"]
 
 DELTA_ROWS = 32
+
+
+KERNELS = {"forward": kernels.forward, "dq": kernels.query_gradient, "dkdv": kernels.key_gradients}
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def attention(
     y = make(q.shape, dtype=q.dtype, device=q.device)
     top, inverse = (make((H, B * S), dtype=torch.float32, device=q.device) for _ in range(2))
     if y.numel() and k.shape[0]:
-        _launch(kernels.forward, "forward", (q, k, v, y), (top, inverse), (q, k, v, y), visible, scale)
+        _launch("forward", (q, k, v, y), (top, inverse), (q, k, v, y), visible, scale)
     return y, top, inverse
 
 
@@ -89,8 +92,8 @@ def attention_gradient(
         return dq, dk, dv
     delta = _deltas(y, dy)
     kept = (top, inverse, delta)
-    _launch(kernels.query_gradient, "dq", (q, k, v, dy, dq), kept, (q, k, v, dy, dq), visible, scale, scale)
-    _launch(kernels.key_gradients, "dkdv", (q, k, v, dy, dk, dv), kept, (q, k, v, dy, dk), visible, scale, scale)
+    _launch("dq", (q, k, v, dy, dq), kept, (q, k, v, dy, dq), visible, scale, scale)
+    _launch("dkdv", (q, k, v, dy, dk, dv), kept, (q, k, v, dy, dk), visible, scale, scale)
     return dq, dk, dv
 
 
@@ -106,7 +109,7 @@ def _deltas(y: Tensor, dy: Tensor) -> Tensor:
 
 
 def _launch(
-    kernel: Any, name: str, tensors: tuple[Tensor, ...], kept: tuple[Tensor, ...], strided: tuple[Tensor, ...],
+    name: str, tensors: tuple[Tensor, ...], kept: tuple[Tensor, ...], strided: tuple[Tensor, ...],
     visible: Visible, scale: float, *more: float,
 ) -> None:  # fmt: skip
     q, k = tensors[:2]
@@ -120,7 +123,7 @@ def _launch(
         return
     table = (None,) * 4 if packed is None else (packed.q_starts, packed.q_lengths, packed.k_starts, packed.k_lengths)
     with on(q):
-        kernel[(tiles * H * batches,)](
+        KERNELS[name][(tiles * H * batches,)](
             *tensors, *kept, *table, *(stride for x in strided for stride in _strides(x)),
             queries, keys, H, H // k.shape[2], tiles, B * S, visible.offset, visible.left or 0, visible.right or 0,
             scale * LOG2_E, *more,

@@ -11,10 +11,11 @@ from patches.order.kernels import cross_entropy, embedding, gemm, norm, ranks, s
 from patches.order.kernels.gemm import NAMES, tile_of
 from patches.order.kernels.gemm_kernel import COUNTS, kernel
 from tests.patches.kernels.variant import Variant, variant
+from tests.patches.kernels.variants_of_attention import of_attention
 
 
 def all_variants() -> list[Variant]:
-    kinds = (of_products, of_ranks, of_sums, of_norms, of_softmaxes, of_embeddings, of_squares)
+    kinds = (of_products, of_ranks, of_sums, of_norms, of_softmaxes, of_embeddings, of_squares, of_attention)
     return [one for variants in kinds for one in variants()]
 
 

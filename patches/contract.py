@@ -30,8 +30,8 @@ class Contract:
     Args:
         strategy: "tree" (default) or "gather".
         leaves: leaves of a sharded dimension under `tree`, a power of two; it bounds the TP size.
-        attention: "blockwise" (the patches' own, keys in blocks, O(S) memory), "unfused" (the library's, of products and
-            a softmax that the patches order), or Transformer Engine's "flash" or "fused" (cuDNN), which must be seen to
+        attention: "blockwise" (the patches' own: keys in blocks, O(S) memory), "unfused" (the library's: products and a
+            softmax that the patches order), or Transformer Engine's "flash" or "fused" (cuDNN), which must be seen to
             compute each head by itself at every shape that is met.
         symmetric_memory: ranks read each other's roots in symmetric memory instead of sending them; the same bits.
     """

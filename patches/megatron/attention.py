@@ -90,7 +90,11 @@ def _refuse_blockwise(module: Any, bias: Tensor | None) -> None:
     softmax = getattr(module.config, "softmax_type", "vanilla")
     for found, setting, way_out in (
         (softmax != "vanilla", f"softmax_type={softmax!r}", "use 'vanilla'"),
-        (module.training and module.attention_dropout.p > 0, "attention dropout", "set it to 0 (--attention-dropout 0)"),
+        (
+            module.training and module.attention_dropout.p > 0,
+            "attention dropout",
+            "set it to 0 (--attention-dropout 0)",
+        ),
         (bias is not None, "an attention bias", "leave it out"),
     ):
         if found:
@@ -113,7 +117,8 @@ def _visible(module: Any, queries: int, keys: int, mask: Tensor | None, packed: 
     if window is not None:
         if packed is not None and not causal:
             raise UnsupportedError("a sliding window over packed sequences is covered with causal attention alone")
-        return Visible(*window, offset=0 if packed is not None else keys - queries, packed=packed)
+        left, right = window
+        return Visible(left, right, 0 if packed is not None else keys - queries, packed)
     if not causal and (mask is not None or kind not in ("no_mask", "padding")):
         raise UnsupportedError(
             f"attn_mask_type={kind!r} {'with' if mask is not None else 'without'} an attention mask is not covered by "

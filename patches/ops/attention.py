@@ -61,9 +61,9 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        q, k, v = saved[:3]
-        dq, *of_heads = product_backend(dy, q).attention_gradient(dy, *saved, ctx.visible, ctx.scale)
+        q, k, v, y, top, inverse = ctx.saved_tensors
+        compute = product_backend(dy, q)
+        dq, *of_heads = compute.attention_gradient(dy, q, k, v, y, top, inverse, ctx.visible, ctx.scale)
         dk, dv = (_sum_over_heads(x.unflatten(2, (k.shape[2], -1)), ctx.groups, ctx.shards, k.dtype) for x in of_heads)
         return dq, dk, dv, None, None, None, None
 

@@ -11,7 +11,18 @@ is beside the rounding of its operand. Results below 2^-126 may be 0.
 
 from __future__ import annotations
 
-__all__ = ["EXP2", "LN2_HIGH", "LN2_LOW", "LOG", "LOG2_E", "SHIFT", "SMALLEST", "SMALLEST_OF_E", "SQRT_HALF_BITS", "ULPS"]
+__all__ = [
+    "EXP2",
+    "LN2_HIGH",
+    "LN2_LOW",
+    "LOG",
+    "LOG2_E",
+    "SHIFT",
+    "SMALLEST",
+    "SMALLEST_OF_E",
+    "SQRT_HALF_BITS",
+    "ULPS",
+]
 
 EXP2 = (
     0.6931471824645996, 0.24022647738456726, 0.05550359934568405, 0.009618505835533142, 0.0013390806270763278,

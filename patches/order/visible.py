@@ -40,13 +40,18 @@ class Packed:
     longest_k: int
 
     @classmethod
-    def of(cls, edges_q: Tensor, edges_k: Tensor, starts_q: Tensor | None = None, starts_k: Tensor | None = None) -> Packed:
+    def of(
+        cls, edges_q: Tensor, edges_k: Tensor, starts_q: Tensor | None = None, starts_k: Tensor | None = None
+    ) -> Packed:
         """From cumulated lengths [sequences + 1] and, where padding lies between sequences, those with it.
 
         Waits for the device: the longest sequence decides how much is launched.
         """
         lengths = [edges.diff().int() for edges in (edges_q, edges_k)]
-        starts = [(edges if padded is None else padded)[:-1].int() for edges, padded in ((edges_q, starts_q), (edges_k, starts_k))]
+        starts = [
+            (edges if padded is None else padded)[:-1].int()
+            for edges, padded in ((edges_q, starts_q), (edges_k, starts_k))
+        ]
         longest = [int(x.max()) if len(x) else 0 for x in lengths]
         return cls(starts[0], lengths[0], starts[1], lengths[1], *longest)
 
@@ -82,8 +87,16 @@ def keys_at_once(width: int, dtype: torch.dtype) -> int:
 def check_operands(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
     """Raise `TypeError` or `ValueError` for operands that attention does not take."""
     if q.dtype not in DTYPES or {q.dtype} != {k.dtype, v.dtype}:
-        raise TypeError(f"attention takes q, k and v of one dtype, float32, bfloat16 or float16: {q.dtype}, {k.dtype}, {v.dtype}")
-    if q.dim() != 4 or k.shape != v.shape or q.shape[1::2] != k.shape[1::2] or not k.shape[2] or q.shape[2] % k.shape[2]:
+        raise TypeError(
+            f"attention takes q, k and v of one dtype, float32, bfloat16 or float16: {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if (
+        q.dim() != 4
+        or k.shape != v.shape
+        or q.shape[1::2] != k.shape[1::2]
+        or not k.shape[2]
+        or q.shape[2] % k.shape[2]
+    ):
         raise ValueError(
             f"attention takes q [S, B, H, D], k and v [S, B, G, D], G a divisor of H: {tuple(q.shape)}, "
             f"{tuple(k.shape)}, {tuple(v.shape)}"

@@ -1,4 +1,4 @@
-"""The patches' own attention in the place of transformer_engine.pytorch.DotProductAttention's, whatever it would choose.
+"""The patches' own attention in the place of transformer_engine.pytorch.DotProductAttention, whatever it would choose.
 
 Every argument of the call is either acted upon here or must have its default: what a later version adds is refused.
 """
@@ -68,7 +68,12 @@ def _visible(module: Any, given: dict[str, Any], queries: int, keys: int, packed
     if "causal" in kind:
         right = 0
     aligned = kind == "causal_bottom_right"
-    if packed is None and queries != keys and not aligned and (left is not None or kind == "no_mask" and right is not None):
+    if (
+        packed is None
+        and queries != keys
+        and not aligned
+        and (left is not None or (kind == "no_mask" and right is not None))
+    ):
         raise UnsupportedError(
             f"a sliding window of {queries} queries over {keys} keys is not covered: use causal_bottom_right"
         )

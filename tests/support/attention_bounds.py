@@ -1,4 +1,4 @@
-"""Attention in float64 with how far float32 sums of `q.dtype` operands may be from it; and what no row's bits may depend on.
+"""Attention in float64 and how far from it float32 sums may be; what no row's bits may depend on.
 
 To first order, with u = 2^-24, e half a unit of the dtype that p and ds are rounded to, tensor cores cutting where
 others round (2u an addition), P the probabilities and S, D the lengths of sums:
@@ -74,7 +74,9 @@ def _float64(qkvd: list[Tensor], visible: Visible, scale: float) -> list[tuple[T
     dv, dv_error = P.mT @ dy, of_p.mT @ dy.abs() + 2 * U * (S + 8) * (P.mT @ dy.abs())
     dP, delta = dy @ v.mT, (dy * y).sum(-1, keepdim=True)
     ds = P * (dP - delta)
-    delta_error = (dy.abs() * (y_error + y.abs() * max(e, U)) + 2 * U * math.log2(2 * D) * (dy * y).abs()).sum(-1, keepdim=True)
+    delta_error = (dy.abs() * (y_error + y.abs() * max(e, U)) + 2 * U * math.log2(2 * D) * (dy * y).abs()).sum(
+        -1, keepdim=True
+    )
     of_difference = 2 * U * (D + 1) * (dy.abs() @ v.abs().mT) + delta_error + U * (dP - delta).abs()
     ds_error = of_p * (dP - delta).abs() + (P + of_p) * of_difference + e * ds.abs() + tiny
     pairs = [(y, y_error)]

@@ -30,7 +30,11 @@ PIPELINES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 def run(
     strategy: str, tp: int, sp: bool = False, dp: int = 1, threads: int = 1, pp: int = 1, **options: Any
 ) -> dict[str, Any]:
-    """Rank 0's record, of `plain_megatron.train(**options)` and `attention`, after checking that every rank of its model saw the same losses, norms and tensors."""
+    """Rank 0's record, after checking that every rank of its model saw the same losses, norms and tensors.
+
+    Args:
+        options: of `plain_megatron.train`, and `attention` of `patches.enable`.
+    """
     options = {"tp": tp, "sp": sp, "pp": pp, **options}
     records = on_ranks(tp * dp * pp, patched_training, strategy, options, threads=threads)
     for stage in range(pp):

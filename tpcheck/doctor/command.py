@@ -52,7 +52,8 @@ def _asked(config: RunConfig) -> str:
     leaves = f", {config.leaves} leaves" if config.strategy == "tree" else ""
     layers = f", layers={config.layers}" if config.layers else ""
     symmetric = ", symmetric memory" if config.symmetric_memory else ""
-    return f"{config.strategy}{leaves}{layers}, {config.attention_on(torch.cuda.is_available())} attention{symmetric}, {config.dtype}"
+    kernel = config.attention_on(torch.cuda.is_available())
+    return f"{config.strategy}{leaves}{layers}, {kernel} attention{symmetric}, {config.dtype}"
 
 
 def _lines(config: RunConfig, findings: Sequence[Finding]) -> Iterator[str]:

@@ -21,6 +21,7 @@ from patches.order.visible import Visible, check_operands, keys_at_once
 __all__ = ["KERNELS", "attention", "attention_gradient", "tile_of"]
 
 DELTA_ROWS = 32
+NO_END = 1 << 30  # keys after its own position that a query sees, of which it never has so many
 
 
 KERNELS = {"forward": kernels.forward, "dq": kernels.query_gradient, "dkdv": kernels.key_gradients}
@@ -125,7 +126,8 @@ def _launch(
     with on(q):
         KERNELS[name][(tiles * H * batches,)](
             *tensors, *kept, *table, *(stride for x in strided for stride in _strides(x)),
-            queries, keys, H, H // k.shape[2], tiles, B * S, visible.offset, visible.left or 0, visible.right or 0,
+            queries, keys, H, H // k.shape[2], tiles, B * S, visible.offset, visible.left or 0,
+            NO_END if visible.right is None else visible.right,
             scale * LOG2_E, *more,
             **_constexprs(name, tile, visible, D, width), num_warps=tile.warps, num_stages=tile.stages, **LAUNCH,
         )  # fmt: skip
@@ -133,7 +135,7 @@ def _launch(
 
 def _constexprs(name: str, tile: Tile, visible: Visible, D: int, width: int) -> dict[str, Any]:
     return {
-        "PACKED": visible.packed is not None, "LEFT": visible.left is not None, "RIGHT": visible.right is not None,
+        "PACKED": visible.packed is not None, "LEFT": visible.left is not None,
         "D": D, "W": width, "TILE": tile.rows, "QUERIES" if name == "dkdv" else "KEYS": tile.step,
     }  # fmt: skip
 

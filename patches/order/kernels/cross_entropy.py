@@ -62,6 +62,7 @@ def joined(tops_RLC: Tensor, sums_RLC: Tensor, top_R: Tensor | None = None) -> t
 
 def losses(top_R: Tensor, total_R: Tensor, picked_R: Tensor) -> Tensor:
     """log S - (z_target - M): float32 [R]."""
+    top_R, total_R, picked_R = (x.contiguous() for x in (top_R, total_R, picked_R))
     loss = torch.empty_like(total_R)
     if loss.numel():
         with on(loss):

@@ -69,7 +69,12 @@ def test_operands_are_read_where_they_lie(device):
     q, k, v, dy = operands(140, 140, 2, 2, 1, 24, torch.bfloat16, device)
     whole = results(kernels, [q, k, v, dy], Visible(right=0))
     mixed = torch.cat([k, v, q], 2)  # as a QKV product leaves them
-    apart = [mixed[:, :, 2:], mixed[:, :, :1], mixed[:, :, 1:2], dy.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)]
+    apart = [
+        mixed[:, :, 2:],
+        mixed[:, :, :1],
+        mixed[:, :, 1:2],
+        dy.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    ]
     for x, y in zip(whole, results(kernels, apart, Visible(right=0)), strict=True):
         assert_same_bits(x, y)
 
@@ -83,11 +88,15 @@ def test_nothing_gives_nothing(device):
 
 def test_a_wrong_kernel_is_not_within_the_bounds(device):
     """A hidden key that is seen, a scale that is off by a hundredth, a head of another group."""
+
     def spoilt(which):
         def attention(q, k, v, visible, scale):
             if which == "band":
                 visible = Visible(visible.left, visible.right + 1)
-            return kernels.attention(q, k.flip(2) if which == "group" else k, v, visible, scale * (1.01 if which == "scale" else 1))
+            return kernels.attention(
+                q, k.flip(2) if which == "group" else k, v, visible, scale * (1.01 if which == "scale" else 1)
+            )
+
         return SimpleNamespace(attention=attention, attention_gradient=kernels.attention_gradient)
 
     qkvd = operands(30, 30, 1, 2, 2, 16, torch.bfloat16, device)

@@ -83,7 +83,9 @@ def test_sum_of_exponentials_is_the_same_tree_on_every_rank(share, device):
     assert_same_bits(top, z.amax(1))
     picked = z[:, 7]
     exact = right.squeeze(1).log() - (picked.cpu().double() - z.cpu().double().amax(1))
-    assert_close(losses(top, total, picked)[:2], exact[:2], 2 * ULP * (errors(z)[1].squeeze(1)[:2] + 8 + exact[:2].abs()))
+    assert_close(
+        losses(top, total, picked)[:2], exact[:2], 2 * ULP * (errors(z)[1].squeeze(1)[:2] + 8 + exact[:2].abs())
+    )
     assert_close(total, right.squeeze(1), (2 * ULP * errors(z)[1] * right).squeeze(1))
     for ranks in (2, 8):
         roots = [joined(*exponentials(part, 8 // ranks), top)[1] for part in z.chunk(ranks, 1)]

@@ -23,13 +23,12 @@ NO_ROWS = torch.empty(0, dtype=torch.int32)
 PACKED = Packed(NO_ROWS, NO_ROWS, NO_ROWS, NO_ROWS, 0, 0)
 # title: (dtype, width of a head, band)
 CASES = {
-    "causal 64 bf16": (torch.bfloat16, 64, Visible(right=0)),
-    "causal 128 bf16": (torch.bfloat16, 128, Visible(right=0)),
-    "causal 192 bf16": (torch.bfloat16, 192, Visible(right=0)),
-    "causal 256 bf16": (torch.bfloat16, 256, Visible(right=0)),
-    "full 128 bf16": (torch.bfloat16, 128, Visible()),
+    "64 bf16": (torch.bfloat16, 64, Visible(right=0)),
+    "128 bf16": (torch.bfloat16, 128, Visible(right=0)),
+    "192 bf16": (torch.bfloat16, 192, Visible(right=0)),
+    "256 bf16": (torch.bfloat16, 256, Visible(right=0)),
     "packed window 96 bf16": (torch.bfloat16, 96, Visible(left=1, right=0, packed=PACKED)),
-    "causal 128 fp32": (torch.float32, 128, Visible(right=0)),
+    "128 fp32": (torch.float32, 128, Visible(right=0)),
 }
 
 

@@ -138,7 +138,13 @@ def test_packed_sequences_are_each_by_itself():
 
 REFUSED: dict[str, tuple[dict[str, Any], AttnMaskType, str, dict[str, Any], str]] = {
     "another mask": ({}, AttnMaskType.causal, "other", {}, "an attention mask that is not the causal one"),
-    "a mask without a kind": ({}, AttnMaskType.padding, "causal", {}, "attn_mask_type='padding' with an attention mask"),
+    "a mask without a kind": (
+        {},
+        AttnMaskType.padding,
+        "causal",
+        {},
+        "attn_mask_type='padding' with an attention mask",
+    ),
     "any mask": ({}, AttnMaskType.arbitrary, "none", {}, "attn_mask_type='arbitrary' without an attention mask"),
     "dropout": ({}, AttnMaskType.causal, "none", {"attention_dropout": 0.1}, "attention dropout is not covered"),
     "off-by-one": ({"softmax_type": "off-by-one"}, AttnMaskType.causal, "none", {}, "softmax_type='off-by-one'"),

@@ -1,6 +1,7 @@
 """What the attention kernels share: where a program stands, which blocks its rows see, how rows come and go.
 
-A band is (offset, left, right). Legend: M queries, N keys, W the width of a head filled up to a power of two, D its own.
+A band is (offset, left, right).
+Legend: M queries, N keys, W the width of a head filled up to a power of two, D its own.
 """
 
 from __future__ import annotations

@@ -178,6 +178,8 @@ def of_softmaxes() -> Iterator[Variant]:
             8,
             divisible,
         )
+    pointers = dict.fromkeys(("top", "total", "picked", "loss"), "*fp32")
+    yield variant("losses", cross_entropy._losses, pointers, {"BLOCK": cross_entropy.TILE}, 8)
     pointers = dict.fromkeys(("tops", "sums", "top", "total"), "*fp32")
     yield variant("joined exponentials", cross_entropy._joined, pointers, {"ROWS": 16, "LEAVES": 8, "CHUNKS": 8}, 4)
 

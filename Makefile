@@ -147,9 +147,11 @@ $(VENV)/te-%: $(READY)
 	@rm -rf $@
 	@$(PIP) install --no-deps --target $@ transformer-engine==$*
 
-test-kernels: $(VENV)/triton-$(TRITON_VERSION)
+test-kernels: $(VENV)/triton-$(TRITON_VERSION) $(VENV)/te-$(lastword $(TE_VERSIONS))
 	@echo "==> GPU kernels in the interpreter of Triton $(TRITON_VERSION)"
 	@PYTHONPATH=$< $(PYTEST) -q -W ignore tests/patches/kernels
+	@echo "==> the same under Transformer Engine's layers"
+	@TRITON_INTERPRET=1 PYTHONPATH=$(call colon,$^) $(PYTEST) -q -W ignore tests/patches/kernels/test_ops_on_kernels.py -k transformer
 	@echo "==> GPU kernels compiled for sm_90 and sm_100"
 	@PYTHONPATH=$< $(BIN)/python -m tests.patches.kernels.static_kernels
 

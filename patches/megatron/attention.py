@@ -112,7 +112,7 @@ def _packed(params: Any) -> Packed | None:
 
 def _visible(module: Any, queries: int, keys: int, mask: Tensor | None, packed: Packed | None) -> Visible:
     """What Megatron's own softmax leaves of the scores, if that is a band."""
-    kind, window = module.attn_mask_type.name, module.scale_mask_softmax.window_size
+    kind, window = module.attn_mask_type.name, getattr(module.scale_mask_softmax, "window_size", None)
     causal = kind == "causal"
     if window is not None:
         if packed is not None and not causal:

@@ -25,8 +25,8 @@ from tpcheck.run.train import enable_patches
 # Sizes of which no other tensor ends in [s, s].
 MODEL = {"preset": "qwen3-tiny", "num_layers": 2, "hidden_size": 48, "head_dim": 8, "num_query_groups": 4,
          "ffn_hidden_size": 40}  # fmt: skip
-NO_DATA = {"empty", "new_empty", "new_empty_strided", "view", "_unsafe_view", "transpose", "permute", "expand", "detach",
-           "as_strided", "t", "unsqueeze", "squeeze", "slice", "select", "alias", "reshape"}  # fmt: skip
+NO_DATA = {"empty", "new_empty", "new_empty_strided", "view", "_unsafe_view", "transpose", "permute", "expand",
+           "detach", "as_strided", "t", "unsqueeze", "squeeze", "slice", "select", "alias", "reshape"}  # fmt: skip
 
 
 class Scores(TorchDispatchMode):

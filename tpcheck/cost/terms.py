@@ -8,8 +8,8 @@ A term *is* its formula: the text that is shown is the text that is evaluated. T
     memory    beyond stock's, while one sum over ranks is under way; the largest term counts
 
 Attention is unfused and not causal, as Megatron's own is: 12·T·s·q FLOP for 9 of the patches' own, which walks half of
-the scores, but those of backward twice (`cost.attention` has what either moves and keeps). Data parallelism adds the same to
-all three and is left out, and so are collectives of a few scalars: the gradient norm, the optimizer's flags.
+the scores, but those of backward twice (`cost.attention` has what either moves and keeps). Data parallelism adds the
+same to all three and is left out, and so are collectives of a few scalars: the gradient norm, the optimizer's flags.
 """
 
 from __future__ import annotations

@@ -83,7 +83,8 @@ test-megatron: $(MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%) $(NEWER_MEGATRON_V
 	    echo "==> the patches on megatron-core $$version"; \
 	    PYTHONPATH=$(VENV)/megatron-core-$$version $(PYTEST) -q -W ignore tests/patches/megatron/test_training.py \
 	        tests/patches/test_patches.py tests/patches/megatron/test_initial_weights.py tests/patches/megatron/test_fully_reshardable.py \
-	        -k "under_tree and (qwen3 or distributed or initialised) or very_object or weights or saved" || exit 1; \
+	        tests/patches/megatron/test_blockwise.py \
+	        -k "under_tree and (qwen3 or distributed or initialised) or very_object or weights or saved or by_blocks and (qwen3 or unfused)" || exit 1; \
 	done
 
 $(VENV)/megatron-core-%: $(READY)

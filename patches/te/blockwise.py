@@ -67,6 +67,8 @@ def _visible(module: Any, given: dict[str, Any], queries: int, keys: int, packed
     left, right = (None if size < 0 else size for size in window)
     if "causal" in kind:
         right = 0
+    if kind == "padding" and not left is right is None:
+        raise UnsupportedError("a sliding window over packed sequences is covered with padding_causal alone")
     aligned = kind == "causal_bottom_right"
     if (
         packed is None

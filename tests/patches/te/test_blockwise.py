@@ -109,6 +109,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "bias": ({}, {"core_attention_bias_type": "alibi"}, "core_attention_bias_type is not covered"),
     "a tensor of biases": ({}, {"core_attention_bias": torch.zeros(1)}, "core_attention_bias is not covered"),
     "padding": ({}, {"attn_mask_type": "padding"}, "attn_mask_type='padding' of whole batches is not covered"),
+    "a window of packed sequences": (
+        {},
+        {"attn_mask_type": "padding", "window_size": (3, 2), "qkv_format": "thd"},
+        "a sliding window over packed sequences is covered with padding_causal alone",
+    ),
     "any mask": ({}, {"attn_mask_type": "arbitrary"}, "attn_mask_type='arbitrary' of whole batches is not covered"),
     "fp8 output": ({}, {"fp8_output": True}, "fp8_output is not covered: leave it False"),
     "splits": ({}, {"num_splits": 2}, "num_splits > 1 is not covered"),
@@ -118,7 +123,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 def refused(settings: dict[str, Any], arguments: dict[str, Any]) -> str:
     with patches.enabled(attention="blockwise"):
         try:
-            result(module(**settings), operands(), **arguments)
+            given = operands()
+            if arguments.get("qkv_format") == "thd":
+                edges = torch.tensor([0, S])
+                given, arguments = [x[:, 0] for x in given], arguments | {"cu_seqlens_q": edges, "cu_seqlens_kv": edges}
+            result(module(**settings), given, **arguments)
         except patches.UnsupportedError as error:
             return str(error)
         except TypeError:  # of an older version, which has no such argument

@@ -86,8 +86,9 @@ test-megatron: $(MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%) $(NEWER_MEGATRON_V
 	@for version in $(MEGATRON_VERSIONS); do \
 	    echo "==> the patches on megatron-core $$version"; \
 	    PYTHONPATH=$(VENV)/megatron-core-$$version $(PYTEST) -q -W ignore tests/patches/megatron/test_training.py \
-	        tests/patches/megatron/test_order_free.py tests/patches/test_patches.py tests/patches/megatron/test_initial_weights.py tests/patches/megatron/test_fully_reshardable.py \
-	        -k "under_tree and (qwen3 or distributed or initialised) or every_layout and tied or very_object or weights or saved" || exit 1; \
+	        tests/patches/megatron/test_order_free.py tests/patches/megatron/test_blockwise.py \
+	        tests/patches/test_patches.py tests/patches/megatron/test_initial_weights.py tests/patches/megatron/test_fully_reshardable.py \
+	        -k "under_tree and (qwen3 or distributed or initialised) or every_layout and tied or very_object or weights or saved or by_blocks and (qwen3 or unfused)" || exit 1; \
 	done
 
 $(VENV)/megatron-core-%: $(READY)
@@ -151,9 +152,11 @@ $(VENV)/te-%: $(READY)
 	@rm -rf $@
 	@$(PIP) install --no-deps --target $@ transformer-engine==$*
 
-test-kernels: $(VENV)/triton-$(TRITON_VERSION)
+test-kernels: $(VENV)/triton-$(TRITON_VERSION) $(VENV)/te-$(lastword $(TE_VERSIONS))
 	@echo "==> GPU kernels in the interpreter of Triton $(TRITON_VERSION)"
 	@PYTHONPATH=$< $(PYTEST) -q -W ignore tests/patches/kernels
+	@echo "==> the same under Transformer Engine's layers"
+	@TRITON_INTERPRET=1 PYTHONPATH=$(call colon,$^) $(PYTEST) -q -W ignore tests/patches/kernels/test_ops_on_kernels.py -k transformer
 	@echo "==> GPU kernels compiled for sm_90 and sm_100"
 	@PYTHONPATH=$< $(BIN)/python -m tests.patches.kernels.static_kernels
 

@@ -26,7 +26,7 @@ __all__ = ["Batch", "Contract", "Status", "UnsupportedError", "cpu", "disable", 
 def enable(
     strategy: Strategy = "tree",
     leaves: int = 8,
-    attention: Attention = "unfused",
+    attention: Attention | None = None,
     symmetric_memory: bool = False,
     batch: Batch = "ordered",
 ) -> None:
@@ -35,7 +35,8 @@ def enable(
     Args:
         strategy: "tree" sums shards in the order of a fixed binary tree; "gather" sums gathered operands.
         leaves: leaves of the tree, a power of two; the TP size must divide it.
-        attention: "unfused", or Transformer Engine's "flash" or "fused" (cuDNN), which is verified where it is met.
+        attention: "blockwise" (default on a GPU), "unfused" (default on a CPU), or Transformer Engine's "flash" or
+            "fused" (cuDNN), which is verified where it is met.
         symmetric_memory: tensor-parallel ranks of one node read each other's float32 roots instead of sending them
             through NCCL; the same bits. Not run on a GPU yet.
         batch: "order-free" sums over the sequences of the global batch exactly, in no order: pipeline stages,
@@ -46,11 +47,12 @@ def enable(
         UnsupportedError: megatron-core is missing, a library of an unknown version, or no symmetric memory here.
         RuntimeError: already enabled with another contract.
     """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attention = attention or backend(device).attention_unless_named
     contract = Contract(strategy, leaves, attention, symmetric_memory, batch)
     if REGISTRY.contract == contract:
         return
     if symmetric_memory:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         backend(device).check_symmetric_memory(device)
     needed = check_versions(_all_patches())
     cpu.enable()
@@ -69,7 +71,7 @@ def disable() -> None:
 def enabled(
     strategy: Strategy = "tree",
     leaves: int = 8,
-    attention: Attention = "unfused",
+    attention: Attention | None = None,
     symmetric_memory: bool = False,
     batch: Batch = "ordered",
 ) -> Iterator[None]:

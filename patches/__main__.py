@@ -1,4 +1,4 @@
-"""python -m patches [--strategy tree|gather|stock] [--leaves N] [--attention unfused|flash|fused]
+"""python -m patches [--strategy tree|gather|stock] [--leaves N] [--attention blockwise|unfused|flash|fused]
 [--symmetric-memory] [--batch ordered|order-free] [--trace OUT [--steps 0,1] [--perturb N]] script.py ARGS…: an
 unmodified script, patched, and traced for `tpcheck compare` if asked for."""
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m patches", description="Run a Megatron script with the patches in.")
     parser.add_argument("--strategy", choices=(*get_args(Strategy), "stock"), default="tree")
     parser.add_argument("--leaves", type=int, default=8, help="leaves of the tree, a power of two (default 8)")
-    parser.add_argument("--attention", choices=get_args(Attention), default="unfused")
+    parser.add_argument("--attention", choices=get_args(Attention))
     parser.add_argument("--symmetric-memory", action="store_true", help="ranks read each other's sums: the same bits")
     parser.add_argument("--batch", choices=get_args(Batch), default="ordered", help="order-free: the same bits at every"
                         " PP, DP and micro-batch size, too")  # fmt: skip

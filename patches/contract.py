@@ -14,7 +14,7 @@ import torch
 __all__ = ["DTYPES", "WITHOUT_SYMMETRIC_MEMORY", "Attention", "Batch", "Contract", "Strategy", "UnsupportedError"]
 
 Strategy = Literal["tree", "gather"]
-Attention = Literal["unfused", "flash", "fused"]
+Attention = Literal["blockwise", "unfused", "flash", "fused"]
 Batch = Literal["ordered", "order-free"]
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))  # whose sums are ordered; others are ATen's own
 WITHOUT_SYMMETRIC_MEMORY = "leave symmetric_memory=False, which gives the same bits"
@@ -31,8 +31,9 @@ class Contract:
     Args:
         strategy: "tree" (default) or "gather".
         leaves: leaves of a sharded dimension under `tree`, a power of two; it bounds the TP size.
-        attention: "unfused" (default), whose sums the patches order themselves, or Transformer Engine's "flash" or
-            "fused" (cuDNN), which must be seen to compute each head by itself at every shape that is met.
+        attention: "blockwise" (the patches' own: keys in blocks, O(S) memory), "unfused" (the library's: products and a
+            softmax that the patches order), or Transformer Engine's "flash" or "fused" (cuDNN), which must be seen to
+            compute each head by itself at every shape that is met.
         symmetric_memory: ranks read each other's roots in symmetric memory instead of sending them; the same bits.
         batch: "ordered" (default) adds micro-batches as they come and data-parallel ranks by the tree; "order-free"
             adds the sequences of the global batch exactly, so that no layout of data or pipeline changes a bit.

@@ -17,7 +17,8 @@ from tests.support import ROOT
 # From low to high; names with a stroke between them do not know each other.
 ORDER = """
 patches.contract | patches.cpu < patches.imports < patches.registry
-< patches.order.tree | patches.order.handle | patches.order.x_hat < patches.order.exact | patches.order.kernels
+< patches.order.tree | patches.order.handle | patches.order.x_hat | patches.order.polynomials | patches.order.visible
+< patches.order.exact | patches.order.kernels
 < patches.order < patches.ops | patches.aten < patches.call_site < patches.initial_weights
 < patches.megatron | patches.te < patches.__init__
 < tpcheck.errors < tpcheck.files < tpcheck.config < tpcheck.pages < tpcheck.checkpoint < tpcheck.trace

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from patches.call_site import contract, tp_sharded
 from patches.contract import UnsupportedError
-from patches.ops.attention import repeat_for_heads
+from patches.ops.attention import blockwise_attention, repeat_for_heads
 from patches.ops.norm import HEADS
+from patches.order.visible import Packed, Visible
 from patches.registry import attribute
 
 __all__ = ["PATCHES"]
+
+SEEN = "_patches_is_causal"
 
 
 def _init(original: Any) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if contract().attention != "unfused" and type(self.core_attention).__name__ == "DotProductAttention":
+        if contract().attention in ("flash", "fused") and type(self.core_attention).__name__ == "DotProductAttention":
             raise UnsupportedError(
                 f"attention={contract().attention!r} is Transformer Engine's, and this layer is Megatron's local one: "
-                "build the model from get_gpt_layer_with_transformer_engine_spec(), or use attention='unfused'"
+                "build the model from get_gpt_layer_with_transformer_engine_spec(), or use attention='blockwise' or "
+                "'unfused'"
             )
         for norm in (self.q_layernorm, self.k_layernorm):
             if norm is not None:
@@ -34,6 +39,8 @@ def _init(original: Any) -> Any:
 
 def _forward(original: Any) -> Any:
     def forward(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if contract().attention == "blockwise":
+            return original(self, query, key, value, *args, **kwargs)
         if getattr(self.config, "softmax_type", "vanilla") != "vanilla":
             raise UnsupportedError(f"softmax_type={self.config.softmax_type!r} is not covered: use 'vanilla'")
         groups = getattr(self, "kv_groups", self.config.num_query_groups)
@@ -52,6 +59,89 @@ def _forward(original: Any) -> Any:
     return forward
 
 
+def _blockwise(original: Any) -> Any:
+    def forward(
+        self: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        if contract().attention != "blockwise":
+            more = () if packed_seq_params is attention_bias is None else (attention_bias, packed_seq_params)
+            return original(self, query, key, value, attention_mask, attn_mask_type, *more)
+        _refuse_blockwise(self, attention_bias)
+        packed = _packed(packed_seq_params)
+        if packed is not None:
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        visible = _visible(self, len(query), len(key), attention_mask, packed)
+        scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1)  # the two that layer scaling makes of one
+        groups = getattr(self, "kv_groups", self.config.num_query_groups)
+        y = blockwise_attention(query, key, value, visible, scale, groups, tp_sharded())
+        return y.flatten(2) if packed is None else y.flatten(1)
+
+    return forward
+
+
+def _refuse_blockwise(module: Any, bias: Tensor | None) -> None:
+    softmax = getattr(module.config, "softmax_type", "vanilla")
+    for found, setting, way_out in (
+        (softmax != "vanilla", f"softmax_type={softmax!r}", "use 'vanilla'"),
+        (
+            module.training and module.attention_dropout.p > 0,
+            "attention dropout",
+            "set it to 0 (--attention-dropout 0)",
+        ),
+        (bias is not None, "an attention bias", "leave it out"),
+    ):
+        if found:
+            raise UnsupportedError(f"{setting} is not covered: {way_out}")
+
+
+def _packed(params: Any) -> Packed | None:
+    if params is None:
+        return None
+    if params.qkv_format != "thd":
+        raise UnsupportedError(f"packed_seq_params.qkv_format={params.qkv_format!r} is not covered: use 'thd'")
+    padded = (getattr(params, f"cu_seqlens_{which}_padded", None) for which in ("q", "kv"))
+    return Packed.of(params.cu_seqlens_q, params.cu_seqlens_kv, *padded)
+
+
+def _visible(module: Any, queries: int, keys: int, mask: Tensor | None, packed: Packed | None) -> Visible:
+    """What Megatron's own softmax leaves of the scores, if that is a band."""
+    kind, window = module.attn_mask_type.name, getattr(module.scale_mask_softmax, "window_size", None)
+    causal = kind == "causal"
+    if window is not None:
+        if packed is not None and not causal:
+            raise UnsupportedError("a sliding window over packed sequences is covered with causal attention alone")
+        left, right = window
+        return Visible(left, right, 0 if packed is not None else keys - queries, packed)
+    if not causal and (mask is not None or kind not in ("no_mask", "padding")):
+        raise UnsupportedError(
+            f"attn_mask_type={kind!r} {'with' if mask is not None else 'without'} an attention mask is not covered by "
+            "attention='blockwise': use causal or no_mask attention, packed sequences, or attention='unfused'"
+        )
+    if causal and packed is None and queries != keys:
+        raise UnsupportedError(f"causal attention of {queries} queries to {keys} keys is not covered")
+    if mask is not None and packed is None and not _is_causal(mask):
+        raise UnsupportedError(
+            "an attention mask that is not the causal one is not covered by attention='blockwise': use packed "
+            "sequences (without --reset-attention-mask), or attention='unfused'"
+        )
+    return Visible(right=0 if causal else None, packed=packed)
+
+
+def _is_causal(mask: Tensor) -> bool:
+    """Whether `mask` [.., s, s] hides what lies ahead and nothing else; it is looked at once."""
+    if not hasattr(mask, SEEN):
+        ahead = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
+        setattr(mask, SEEN, bool((mask.bool() == ahead).all()))
+    return bool(getattr(mask, SEEN))
+
+
 PATCHES = [
     attribute(
         "masked-softmax",
@@ -67,6 +157,13 @@ PATCHES = [
         _init,
         parameters="config submodules layer_number attn_mask_type cp_comm_type model_comm_pgs pg_collection "
         "pp_layer_offset name",
+    ),
+    attribute(
+        "blockwise-attention",
+        "megatron.core.transformer.dot_product_attention:DotProductAttention.forward",
+        "attention by blocks of keys, with O(S) memory, where it is asked for",
+        _blockwise,
+        parameters="query key value attention_mask attn_mask_type attention_bias packed_seq_params",
     ),
     attribute(
         "shared-kv",

@@ -85,7 +85,7 @@ class _RecomputedSoftmax(torch.autograd.Function):
         total = backend(root.device).rounded(root, torch.float32) if gather else shards.reduce_root(root, torch.float32)
         ctx.save_for_backward(z_TV, local_T, top, total)
         ctx.shape, ctx.compute = logits.shape, compute
-        return (torch.log(total) - (picked - top)).view(target.shape)
+        return compute.losses(top, total, picked).view(target.shape)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from patches.contract import UnsupportedError
+from patches.contract import Attention, UnsupportedError
 from patches.order import exact
 from patches.order.handle import AsyncResult
+from patches.order.visible import Visible
 
 __all__ = ["Backend", "CrossEntropy", "backend", "check", "pin_device", "product_backend"]
 
@@ -27,6 +28,8 @@ class CrossEntropy(Protocol):
     def exponentials(self, z_RV: Tensor, leaves: int) -> tuple[Tensor, Tensor]: ...
 
     def joined(self, tops_RLC: Tensor, sums_RLC: Tensor, top_R: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+    def losses(self, top_R: Tensor, total_R: Tensor, picked_R: Tensor) -> Tensor: ...
 
     def logits_gradient(
         self, z_RV: Tensor, target_R: Tensor, top_R: Tensor, total_R: Tensor, dloss_R: Tensor
@@ -55,6 +58,30 @@ class Backend(Protocol):
 
     def add_product(self, into: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
         """into += a·b, one addition in float32 per element."""
+
+    def attention(
+        self, q_SBHD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, visible: Visible, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """softmax(scale·q·kᵀ)·v by blocks of keys; and of each query its largest score and one over its sum.
+
+        Args:
+            q_SBHD: [Sq, B, H, D], or [rows, 1, H, D] of packed sequences.
+            k_SBGD: [Sk, B, G, D], G a divisor of H: query heads g·H/G to (g+1)·H/G - 1 share group g.
+            scale: above 0.
+
+        Returns:
+            [Sq, B, H, D] in the dtype of q, and float32 [H, B·Sq] twice; all 0 of a query that sees no key.
+        """
+
+    def attention_gradient(
+        self, dy_SBHD: Tensor, q_SBHD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, y_SBHD: Tensor, top: Tensor,
+        inverse: Tensor, visible: Visible, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """dq in its dtype; what every query head gives dk and dv, float32 [Sk, B, H, D] each, not yet summed over G."""
+
+    @property
+    def attention_unless_named(self) -> Attention:
+        """What `patches.enable()` makes attention of where nothing is said."""
 
     def row_sums(self, x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
         """Σx over `dims`, not yet rounded to a tensor's dtype."""

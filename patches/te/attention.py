@@ -1,5 +1,6 @@
 """transformer_engine.pytorch.attention.dot_product_attention: the backend that the contract names, and no other.
 
+blockwise      the patches' own, whatever TE would choose (`te.blockwise`)
 unfused        products and a softmax that `patches.aten.overrides` covers
 flash, fused   run deterministically, on keys repeated for their query heads, once they were seen to compute each head
                by itself at the shape that is met, with the heads that every TP size sees (`order.head_invariance`)
@@ -18,6 +19,7 @@ from patches.contract import Attention, UnsupportedError
 from patches.ops.attention import repeat_for_heads
 from patches.order.head_invariance import find_head_dependence
 from patches.registry import REGISTRY
+from patches.te.blockwise import blockwise
 from patches.te.context import te_attribute, tp_sharded
 
 __all__ = ["PATCHES"]
@@ -34,6 +36,8 @@ HEADS = 2  # of [s, b, heads, d] and [b, s, heads, d]
 
 def _forward(original: Any) -> Any:
     def forward(self: Any, query_layer: Tensor, key_layer: Tensor, value_layer: Tensor, *args: Any, **kw: Any) -> Any:
+        if contract().attention == "blockwise":
+            return blockwise(original, self, query_layer, key_layer, value_layer, *args, **kw)
         _refuse(self, query_layer, kw)
         # Megatron sets kv_groups, since it tells TE of one group per rank where ranks share groups.
         groups = getattr(self, "kv_groups", self.num_gqa_groups)

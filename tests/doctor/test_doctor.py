@@ -113,7 +113,7 @@ def test_an_environment_that_overrules_the_backend_asked_for_is_a_no(monkeypatch
     (
         ({"attention": "flash"}, "attention=flash is Transformer Engine's: use layers=te"),
         ({"attention": "fused", "layers": "te"}, "attention=fused has no fp32: use dtype=bf16"),
-        ({"attention": "fast"}, "attention: Input should be 'unfused', 'flash' or 'fused'"),
+        ({"attention": "fast"}, "attention: Input should be 'blockwise', 'unfused', 'flash' or 'fused'"),
     ),
 )
 def test_attention_that_cannot_run_is_refused_before_a_run_is_started(changes, words):

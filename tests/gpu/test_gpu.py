@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patches.aten.overrides import LocalInvariance
+from patches.order.backend import backend
 from patches.order.grad_norm import gradient_norm
 from patches.order.products import add_product, product
 from patches.order.tree import tree_sum
-from tests.support import ROOT
+from patches.order.visible import Visible
+from tests.support import ROOT, attention_bounds
 from tests.support.ranks import on_ranks
 from tests.support.staged import stage
 
@@ -129,6 +131,34 @@ def test_offsets_beyond_2_to_the_31_elements_are_reached():
     whole = product(a, b, dtype=torch.bfloat16)
     assert whole.numel() > 2**31
     assert whole[-100:].equal(product(a[-100:], b, dtype=torch.bfloat16))
+
+
+@on_either
+@of_every_dtype
+def test_attention_is_right_and_a_head_depends_on_itself_alone(device, dtype):
+    s, d = (2100, 128) if device == "cuda" else (70, 16)
+    compute, visible = backend(torch.device(device)), Visible(left=s // 2, right=0)
+    qkvd = attention_bounds.operands(s, s, 2, 4, 2, d, dtype, device)
+    whole = attention_bounds.results(compute, qkvd, visible)
+    q, k, v, dy = qkvd
+    one = [q[:, 1:, 2:], k[:, 1:, 1:], v[:, 1:, 1:], dy[:, 1:, 2:]]
+    for part, alone in zip(whole, attention_bounds.results(compute, one, visible), strict=True):
+        assert part[:, 1:, 2:].equal(alone)
+    attention_bounds.assert_right(compute, one, visible)
+
+
+@pytest.mark.gpu
+def test_attention_of_128k_tokens_takes_memory_for_its_rows_alone():
+    s, d = 1 << 17, 128
+    compute = backend(torch.device("cuda"))
+    q, k, v, dy = (torch.randn(s, 1, 2, d, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y, dq, *_ = attention_bounds.results(compute, [q, k, v, dy], Visible(right=0))
+    assert torch.cuda.max_memory_allocated() - before < 8 * q.nbytes  # y, dq; dk and dv in float32; numbers of rows
+    start = s - 1000
+    last = attention_bounds.results(compute, [q[start:], k, v, dy[start:]], Visible(right=0, offset=start))
+    assert y[start:].equal(last[0]) and dq[start:].equal(last[1])
 
 
 @contextmanager

@@ -33,6 +33,9 @@ def run(
     """Rank 0's record, after checking that every rank of its model saw the same losses, norms and tensors.
 
     "order-free" is `tree` with sums over the batch in no order.
+
+    Args:
+        options: of `plain_megatron.train`, and `attention` of `patches.enable`.
     """
     options = {"tp": tp, "sp": sp, "pp": pp, **options}
     records = on_ranks(tp * dp * pp, patched_training, strategy, options, threads=threads)
@@ -48,8 +51,8 @@ def patched_training(strategy: Any, options: dict[str, Any]) -> dict[str, Any]:
     elif strategy == "order-free":
         patches.enable(batch="order-free")
     else:
-        patches.enable(strategy)
-    return plain_megatron.train(**options)
+        patches.enable(strategy, attention=options.get("attention"))
+    return plain_megatron.train(**{name: value for name, value in options.items() if name != "attention"})
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
@@ -60,3 +63,13 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[
         elif a[key] != b[key]:
             found.append(f"{prefix}{key}")
     return sorted(found)
+
+
+def of_the_run(record: dict[str, Any]) -> dict[str, Any]:
+    """What does not name a tensor: TE's layers keep their norms elsewhere than the local ones."""
+    return {name: value for name, value in record.items() if "loss" in name or "norm" in name}
+
+
+def matrices(record: dict[str, Any]) -> set[str]:
+    """Digests of final parameters whose names both kinds of layers share."""
+    return {f"{name} {value}" for name, value in record["final"].items() if "norm" not in name}

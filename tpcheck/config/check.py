@@ -49,6 +49,8 @@ def check(config: RunConfig) -> None:
         problems.append(f"model.dropout={model.dropout} depends on tp: use 0, or strategy=stock")
     if config.order_free and config.strategy == "stock":
         problems.append("batch=order-free is the patches': use strategy=tree or gather, or batch=null")
+    if config.attention == "blockwise" and config.strategy == "stock":
+        problems.append("attention=blockwise is the patches' own: use strategy=tree or gather, or attention=null")
     if config.attention in ("flash", "fused"):
         if config.layers == "local":
             problems.append(f"attention={config.attention} is Transformer Engine's: use layers=te")

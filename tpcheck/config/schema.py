@@ -166,10 +166,9 @@ class RunConfig(Section):
     strategy: Strategy = "tree"
     leaves: int = Field(8, gt=0, le=1024)
     layers: Literal["te", "local"] | None = None  # Transformer Engine's or Megatron's; null: te on a GPU that has it
-    attention: Literal["unfused", "flash", "fused"] | None = None  # null: unfused; in a stock run what TE chooses
-    batch: Literal["order-free"] | None = (
-        None  # sums over the batch in no order, the same at any layout; null: in order
-    )
+    # null: under the patches blockwise on a GPU, unfused on a CPU; in a stock run what TE chooses
+    attention: Literal["blockwise", "unfused", "flash", "fused"] | None = None
+    batch: Literal["order-free"] | None = None  # sums over the batch are the same at any layout; null: in order
     symmetric_memory: bool = False  # ranks read each other's sums instead of sending them; the same bits
     tp: int = Field(1, gt=0)
     pp: int = Field(1, gt=0)
@@ -197,6 +196,10 @@ class RunConfig(Section):
     @classmethod
     def _is_a_directory(cls, output: str) -> str:
         return directory(output)
+
+    def attention_on(self, gpu: bool) -> str:
+        """What computes attention on a GPU or a CPU; unfused stands for whatever a stock run may choose."""
+        return self.attention or ("blockwise" if gpu and self.strategy != "stock" else "unfused")
 
     @model_validator(mode="after")
     def _decide_decay_steps(self) -> RunConfig:

@@ -12,6 +12,7 @@ from typing import Any
 from tpcheck.config.load import load_run_or_preset, read_yaml
 from tpcheck.config.presets import PRESETS
 from tpcheck.config.schema import RunConfig
+from tpcheck.cost.attention import KERNELS, attention_terms
 from tpcheck.cost.datasheets import GPUS, NVLINK_DOMAIN, Gpu
 from tpcheck.cost.memory import GIB, memory
 from tpcheck.cost.terms import LEGEND, STRATEGIES, Quantity, Strategy, Term, step, symbols, total
@@ -34,6 +35,7 @@ def command(model: str, gpu: str, *, as_json: bool, **options: Any) -> int:
         print(json.dumps({
             "model": model, "config": config.model_dump(include=_SHOWN), "gpu": dataclasses.asdict(GPUS[gpu]),
             "symbols": symbols(config), "terms": [dataclasses.asdict(term) for term in terms], "totals": totals,
+            "attention": [dataclasses.asdict(term) for term in attention_terms(config)],
         }))  # fmt: skip
     else:
         print("\n".join(_lines(model, config, terms, totals, GPUS[gpu])))
@@ -114,6 +116,7 @@ def _lines(
                 layers = [term for term in terms if "attention" not in term.what]
                 sums = [total(layers, "flops", s) for s in STRATEGIES]
                 yield f"{'over stock, without attention':<{width}}" + _cells(f"{x / sums[0]:.2f}" for x in sums)
+    yield from _attention_lines(config, width)
     yield ""
     yield f"{f'floor on {gpu.name}, ms':<{width}}" + _cells(STRATEGIES)
     for what, key in (("products", "flops_ms"), ("NVLink", "bytes_ms")):
@@ -128,6 +131,26 @@ def _lines(
     yield ""
     legend = (f"{name}={value:g} {LEGEND[name]}" for name, value in symbols(config).items())
     yield from textwrap.wrap("; ".join(legend), 120)
+
+
+def _attention_lines(config: RunConfig, width: int) -> Iterator[str]:
+    """What attention moves and keeps, whatever the strategy."""
+    terms = attention_terms(config)
+    for quantity, title, scale in (("moved", "attention moves in memory, GB", 1e9), ("saved", "and keeps, GiB", GIB)):
+        lines = [term for term in terms if term.quantity == quantity]
+        if lines:
+            yield ""
+            yield f"{title:<{width}}" + _kernel_cells(KERNELS) + "  formula"
+        for term in lines:
+            values = [_number(term.value / scale) if term.kernel == kernel else "-" for kernel in KERNELS]
+            yield f"  {term.what:<{width - 2}}{_kernel_cells(values)}  {term.formula}"
+        if lines:
+            sums = (sum(term.value for term in lines if term.kernel == kernel) / scale for kernel in KERNELS)
+            yield f"{'total':<{width}}" + _kernel_cells(map(_number, sums))
+
+
+def _kernel_cells(texts: Iterable[str]) -> str:
+    return "".join(f"{text:>12}" for text in texts)
 
 
 def _cells(texts: Iterable[str]) -> str:

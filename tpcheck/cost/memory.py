@@ -51,7 +51,7 @@ def _of_stage(config: RunConfig, stage: int, on_gpu: bool) -> Memory:
     return Memory(
         parameters(config, stage) * bytes_per_parameter(config) / GIB,
         (logits if stage == config.pp - 1 else 0) / GIB,
-        _activations(config, stage) / GIB,
+        _activations(config, stage, on_gpu) / GIB,
         GPU_LIBRARIES_GIB if on_gpu else CPU_LIBRARIES_GIB,
     )
 
@@ -73,7 +73,7 @@ def bytes_per_parameter(config: RunConfig) -> float:
     return weight + gradient + shared / (config.dp if config.distributed_optimizer else 1)
 
 
-def _activations(config: RunConfig, stage: int) -> float:
+def _activations(config: RunConfig, stage: int, on_gpu: bool) -> float:
     """Bytes kept for the backward pass; with recompute, every layer's input and the insides of one layer."""
     model, tokens = config.model, config.micro_batch_size * config.seq_length
     size = 2 if config.dtype == "bf16" else 4
@@ -83,7 +83,7 @@ def _activations(config: RunConfig, stage: int) -> float:
     # Queries, keys and values twice (normalised, rotated), attention's output, the MLP's two widths.
     sharded = size * tokens * (2 * heads + model.num_attention_heads * model.head_dim + mlp) / config.tp
     # Unfused attention keeps the scores' softmax and what it was made from.
-    unfused = config.attention in (None, "unfused")
+    unfused = config.attention_on(on_gpu) == "unfused"
     scores = unfused * 2 * size * tokens * config.seq_length * model.num_attention_heads / config.tp
     inside = 4 * whole + sharded + scores
     layers = model.num_layers / config.pp * _in_flight(config, stage)

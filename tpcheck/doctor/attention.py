@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import patches
-from patches.contract import Attention
 from patches.order.head_invariance import Kernel, find_head_dependence
 from tpcheck.config.schema import RunConfig
 from tpcheck.doctor.findings import Finding, unless_stock
@@ -30,6 +29,7 @@ from tpcheck.errors import TpcheckError
 __all__ = ["attention"]
 
 MOST_TOKENS_ON_CPU = 128
+TE_BACKENDS = ("unfused", "flash", "fused")
 HEADS = 2  # of [s, b, heads, d]
 SDPA = {
     "math": SDPBackend.MATH,
@@ -43,25 +43,25 @@ def attention(config: RunConfig) -> Iterator[Finding]:
     """A finding per kernel, with the patches and without; only the one that the run asks for may fail it."""
     from tpcheck.run.model import layers_of
 
-    asked = config.attention or "unfused"
+    asked = config.attention_on(torch.cuda.is_available())
     try:
         layers = layers_of(config)
     except TpcheckError as error:
         yield Finding("attention", "layers", config.layers or "", "no", str(error))
         return
-    if layers == "local" and asked != "unfused":
+    if layers == "local" and asked in TE_BACKENDS[1:]:
         yield Finding("attention", asked, "not here", "no", "Transformer Engine's: use layers=te on a GPU")
     with _one_rank():
-        kernels: list[tuple[str, Kernel, bool]] = [
-            ("megatron local", _local(config), layers == "local" and asked == "unfused")
-        ]
+        own = _local(config)
+        yield _judged(config, "blockwise, patched", own, asked == "blockwise", patched=True, backend="blockwise")
+        kernels: list[tuple[str, Kernel, bool]] = [("megatron local", own, layers == "local" and asked == "unfused")]
         names = SDPA if torch.cuda.is_available() else ("math", "flash")
         kernels += [(f"torch sdpa {name}", partial(_sdpa, SDPA[name]), False) for name in names]
         for name, kernel, wanted in kernels:
             yield _judged(config, f"{name}, patched", kernel, wanted, patched=True)
             yield _judged(config, f"{name}, stock", kernel, False, patched=False)
         if layers == "te" or (torch.cuda.is_available() and find_spec("transformer_engine")):
-            for backend in get_args(Attention):
+            for backend in TE_BACKENDS:
                 wanted = layers == "te" and backend == asked
                 with _te_chooses(backend):
                     kernel = _te(config)
@@ -142,7 +142,7 @@ def _te_chooses(backend: str) -> Iterator[None]:
     """Only one of TE's backends to choose from; it asks the environment whenever it has no choice to remember."""
     from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention
 
-    names = {f"NVTE_{one.upper()}_ATTN": str(int(one == backend)) for one in get_args(Attention)}
+    names = {f"NVTE_{one.upper()}_ATTN": str(int(one == backend)) for one in TE_BACKENDS}
     before = {name: os.environ.pop(name, None) for name in names}
     os.environ.update(names)
     dot_product_attention._attention_backends["attention_params"] = None

@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
+import torch
+
 from tpcheck.config.load import load_run_or_preset, parse_run
 from tpcheck.config.schema import RunConfig
 from tpcheck.doctor import machine
@@ -50,7 +52,8 @@ def _asked(config: RunConfig) -> str:
     leaves = f", {config.leaves} leaves" if config.strategy == "tree" else ""
     layers = f", layers={config.layers}" if config.layers else ""
     symmetric = ", symmetric memory" if config.symmetric_memory else ""
-    return f"{config.strategy}{leaves}{layers}, {config.attention or 'unfused'} attention{symmetric}, {config.dtype}"
+    kernel = config.attention_on(torch.cuda.is_available())
+    return f"{config.strategy}{leaves}{layers}, {kernel} attention{symmetric}, {config.dtype}"
 
 
 def _lines(config: RunConfig, findings: Sequence[Finding]) -> Iterator[str]:

@@ -6,12 +6,10 @@ import os
 import platform
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import get_args
 
 import torch
 
 import patches
-from patches.contract import Attention
 from patches.order.backend import backend, check
 from patches.registry import SUPPORTED
 from tpcheck.config.schema import RunConfig
@@ -20,6 +18,7 @@ from tpcheck.run import provenance
 
 __all__ = ["devices", "settings", "sums", "versions"]
 
+TE_BACKENDS = ("unfused", "flash", "fused")
 FIRST_TORCH = "2.9"  # torch.library.get_kernel
 
 # Variables that change nothing in a patched run, and why not.
@@ -100,7 +99,7 @@ def sums(config: RunConfig) -> Iterator[Finding]:
         return
     try:
         yield Finding("sums", "products", ", ".join(f"{name}: {_short(value)}" for name, value in made_of.items()))
-        with patches.enabled(strategy, config.leaves, config.attention or "unfused", config.symmetric_memory):
+        with patches.enabled(strategy, config.leaves, config.attention, config.symmetric_memory):
             applied = sum(row.applied for row in patches.status())
         yield Finding("sums", "patches", f"{applied} apply", "ok", "patches.status() lists them")
     except (patches.UnsupportedError, ValueError) as error:
@@ -115,9 +114,9 @@ def settings(config: RunConfig) -> Iterator[Finding]:
     on_gpu = torch.cuda.is_available()
     if os.environ.get("TRITON_INTERPRET") == "1" and on_gpu:
         yield Finding("settings", "TRITON_INTERPRET", "1", unless_stock(config), "kernels would not run on the GPU")
-    asked = config.attention or "unfused"
+    asked = config.attention_on(on_gpu)
     te = config.layers == "te" or (config.layers is None and on_gpu and find_spec("transformer_engine") is not None)
-    for kind in get_args(Attention):
+    for kind in TE_BACKENDS if asked in TE_BACKENDS else ():
         name, needed = f"NVTE_{kind.upper()}_ATTN", str(int(kind == asked))
         if name in os.environ:
             fits = os.environ[name] == needed

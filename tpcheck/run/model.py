@@ -155,18 +155,22 @@ def _build_piece(config: RunConfig, settings: TransformerConfig, virtual_stage: 
 
 
 def _attention_asked_for(config: RunConfig) -> AttnBackend:
-    """Unfused under the patches, if the run file names no other; a stock run is free to choose."""
+    """What TE shall choose: under the patches unfused, if the run file names no other (none of blockwise's concern)."""
     if layers_of(config) == "local":
         if config.attention in ("flash", "fused"):
             raise TpcheckError(
                 f"attention={config.attention} is Transformer Engine's: use layers=te, on a GPU that has it"
             )
         return AttnBackend.auto
-    return AttnBackend[config.attention or ("auto" if config.strategy == "stock" else "unfused")]
+    if config.strategy == "stock":
+        return AttnBackend[config.attention or "auto"]
+    return AttnBackend[config.attention if config.attention in ("flash", "fused") else "unfused"]
 
 
 def attention_backend(config: RunConfig) -> str:
     """What computed attention in the last step; TE decides for itself, so it is asked, not the configuration."""
+    if config.attention_on(torch.cuda.is_available()) == "blockwise":
+        return "blockwise"
     if layers_of(config) == "local":
         return "megatron"
     from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention

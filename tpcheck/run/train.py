@@ -105,13 +105,8 @@ def enable_patches(config: RunConfig) -> list[dict[str, Any]]:
     if config.strategy == "stock":
         patches.cpu.enable()
     else:
-        patches.enable(
-            config.strategy,
-            config.leaves,
-            config.attention or "unfused",
-            config.symmetric_memory,
-            config.batch or "ordered",
-        )
+        batch = config.batch or "ordered"
+        patches.enable(config.strategy, config.leaves, config.attention, config.symmetric_memory, batch)
     return [dataclasses.asdict(row) for row in patches.status()]
 
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from patches.contract import Attention
+from patches.order.exact.attentions import attention, attention_gradient
 from patches.order.exact.norm import input_gradient, normalised, tree_of_gamma_gradients
 from patches.order.exact.products import add_product, check, product, provenance
 from patches.order.exact.ranks import begin_reading_peers, check_symmetric_memory, rounded_tree_sum
@@ -16,6 +18,9 @@ from patches.order.exact.sums import tree_of_sums
 
 __all__ = [
     "add_product",
+    "attention",
+    "attention_gradient",
+    "attention_unless_named",
     "begin_reading_peers",
     "check",
     "check_symmetric_memory",
@@ -35,5 +40,6 @@ __all__ = [
     "tree_of_sums",
 ]
 
+attention_unless_named: Attention = "unfused"
 cross_entropy = None  # the softmax is kept for backward
 embedding_gradient = None  # ATen's own adds a row's tokens in their order, whatever other rows there are

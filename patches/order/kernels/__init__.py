@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from patches.contract import Attention
 from patches.order.kernels import cross_entropy
+from patches.order.kernels.attentions import attention, attention_gradient
 from patches.order.kernels.bits import provenance
 from patches.order.kernels.embedding import embedding_gradient
 from patches.order.kernels.gemm import add_product, check, product
@@ -18,6 +20,9 @@ from patches.order.kernels.sums import row_sums, tree_of_gamma_gradients, tree_o
 
 __all__ = [
     "add_product",
+    "attention",
+    "attention_gradient",
+    "attention_unless_named",
     "begin_reading_peers",
     "check",
     "check_symmetric_memory",
@@ -36,3 +41,5 @@ __all__ = [
     "tree_of_gamma_gradients",
     "tree_of_sums",
 ]
+
+attention_unless_named: Attention = "blockwise"

@@ -12,6 +12,8 @@ from patches.order.kernels.embedding import BLOCK
 from patches.order.kernels.gemm import NAMES, family, tile_of
 from patches.order.kernels.pairs import INTERPRETED
 from patches.order.kernels.softmaxes import SHORT
+from patches.order.polynomials import EXP2
+from patches.order.visible import WIDEST, keys_at_once
 
 __all__ = ["provenance"]
 
@@ -27,6 +29,10 @@ def provenance() -> dict[str, Any]:
         "accumulator": "float32",
         "float32": "ieee",
         "k_step": {name: tile_of(dtype, 1, False).k for dtype, name in NAMES.items()},
+        "attention": {
+            "keys at once": {name: {w: keys_at_once(w, dtype) for w in (128, WIDEST)} for dtype, name in NAMES.items()}
+        },
+        "exponentials": f"polynomial of degree {len(EXP2)}",
         "sums": {
             "order": "adjacent pairs",
             "chunk of exponentials": CHUNK,

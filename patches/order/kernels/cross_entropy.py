@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from patches.order.kernels.exponentials import exp, log
 from patches.order.kernels.pairs import LAUNCH, narrowed, on, pairs, power_of_two, widened
 
-__all__ = ["CHUNK", "exponentials", "joined", "logits_gradient"]
+__all__ = ["CHUNK", "exponentials", "joined", "logits_gradient", "losses"]
 
 CHUNK = 4096
 TILE = 4096
@@ -59,6 +60,18 @@ def joined(tops_RLC: Tensor, sums_RLC: Tensor, top_R: Tensor | None = None) -> t
     return top_R, total
 
 
+def losses(top_R: Tensor, total_R: Tensor, picked_R: Tensor) -> Tensor:
+    """log S - (z_target - M): float32 [R]."""
+    top_R, total_R, picked_R = (x.contiguous() for x in (top_R, total_R, picked_R))
+    loss = torch.empty_like(total_R)
+    if loss.numel():
+        with on(loss):
+            _losses[(-(-loss.numel() // TILE),)](
+                top_R, total_R, picked_R, loss, loss.numel(), BLOCK=TILE, num_warps=8, **LAUNCH
+            )
+    return loss
+
+
 def logits_gradient(z_RV: Tensor, target_R: Tensor, top_R: Tensor, total_R: Tensor, dloss_R: Tensor) -> Tensor:
     """(softmax - one-hot)·dloss in the dtype of the logits; a target that is no column of theirs hits none."""
     z_RV = z_RV.contiguous()
@@ -88,7 +101,7 @@ def _exponentials(z, tops, sums, columns, leaves, chunks, ALIGNED: tl.constexpr,
     values = widened(tl.load(z + row * columns + column, mask=column < end, other=-float("inf")))
     top = tl.max(values, axis=0)
     shift = tl.where(top == -float("inf"), 0.0, top)  # nothing but -∞: the sum is 0
-    terms = tl.reshape(tl.exp(values - shift), [1, CHUNK])
+    terms = tl.reshape(exp(values - shift), [1, CHUNK])
     one = tl.program_id(0) + tl.arange(0, 1)
     tl.store(tops + one, top)
     tl.store(sums + one, pairs(terms, 1, CHUNK))
@@ -105,9 +118,17 @@ def _joined(
     inside = (row < rows)[:, None] & ((leaf < leaves) & (chunk < chunks))[None, :]
     at = row[:, None] * (leaves * chunks) + (leaf * chunks + chunk)[None, :]
     largest = tl.load(top + row, mask=row < rows, other=0.0)[:, None]
-    scale = tl.exp(tl.load(tops + at, mask=inside, other=0.0) - largest)
+    scale = exp(tl.load(tops + at, mask=inside, other=0.0) - largest)
     terms = tl.where(inside, tl.load(sums + at, mask=inside, other=0.0) * scale, 0.0)
     tl.store(total + row, pairs(terms, ROWS, LEAVES * CHUNKS), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _losses(top, total, picked, loss, rows, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    difference = tl.load(picked + row, mask=inside, other=0.0) - tl.load(top + row, mask=inside, other=0.0)
+    tl.store(loss + row, log(tl.load(total + row, mask=inside, other=1.0)) - difference, mask=inside)
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -116,6 +137,6 @@ def _logits_gradient(z, target, top, total, dloss, dz, columns, blocks, BLOCK: t
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     at = row * columns + column
     values = widened(tl.load(z + at, mask=column < columns, other=0.0))
-    weights = tl.exp(values - tl.load(top + row)) * tl.div_rn(1.0, tl.load(total + row))
+    weights = exp(values - tl.load(top + row)) * tl.div_rn(1.0, tl.load(total + row))
     out = tl.where(column == tl.load(target + row), weights - 1.0, weights) * tl.load(dloss + row)
     tl.store(dz + at, narrowed(out, dz.dtype.element_ty), mask=column < columns)

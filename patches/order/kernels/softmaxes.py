@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patches.order.kernels.cross_entropy import exponentials, joined
+from patches.order.kernels.exponentials import exp, log
 from patches.order.kernels.pairs import LAUNCH, contiguous_rows, narrowed, on, pairs, power_of_two, widened
 from patches.order.kernels.sums import sums_of_rows
 
@@ -81,14 +82,14 @@ def _softmax(
     z = widened(tl.load(x + at, mask=inside, other=-float("inf")))
     if WHOLE:
         z -= tl.max(z, axis=1)[:, None]
-        out = tl.exp(z)
+        out = exp(z)
         sums = pairs(tl.where(column < columns, out, 0.0), ROWS, BLOCK)
     else:
         z -= tl.load(top + row, mask=row < rows, other=0.0)[:, None]
-        out = tl.exp(z)
+        out = exp(z)
         sums = tl.load(total + row, mask=row < rows, other=1.0)
     if LOG:
-        out = z - tl.log(sums)[:, None]
+        out = z - log(sums)[:, None]
     else:
         out *= tl.div_rn(1.0, sums)[:, None]
     tl.store(y + at, narrowed(out, y.dtype.element_ty), mask=inside)
@@ -104,7 +105,7 @@ def _softmax_gradient(
     weights = widened(tl.load(y + at, mask=inside, other=0.0))
     if LOG:
         terms = grad
-        weights = tl.exp(weights)
+        weights = exp(weights)
     else:
         grad *= weights
         terms = grad

@@ -98,6 +98,40 @@ def main():
         checked += 1
         assert launched.key == variants[title], f"launched: {launched.key}\nchecked: {variants[title]}"
     assert checked == 21
+    attention()
+
+
+def attention():
+    """Launches of the attention kernels, forward and backward."""
+    from dataclasses import replace
+
+    from patches.order.kernels import attention_kernels, attentions
+    from patches.order.visible import Packed
+    from tests.patches.kernels.variants_of_attention import CASES, of_attention
+
+    variants = {variant.name: variant for variant in of_attention()}
+    attentions.on = lambda x: nullcontext()
+    attentions.INTERPRETED = True  # operands lie on the CPU
+    attentions.KERNELS |= {name: Compiled(kernel) for name, kernel in attentions.KERNELS.items()}
+    attention_kernels.deltas = Compiled(attention_kernels.deltas)
+    compared: set[str] = set()
+    for title, (dtype, width, visible) in CASES.items():
+        q, dy, y = (torch.empty(256, 1, 4, width, dtype=dtype) for _ in range(3))
+        k, v = (torch.empty(256, 1, 2, width, dtype=dtype) for _ in range(2))
+        if visible.packed is not None:
+            edges = torch.tensor([0, 100, 256])
+            visible = replace(visible, packed=Packed.of(edges, edges))
+        _, top, inverse = attentions.attention(q, k, v, visible, 0.1)
+        attentions.attention_gradient(dy, q, k, v, y, top, inverse, visible, 0.1)
+        launched = {f"attention {name} {title}": kernel.key for name, kernel in attentions.KERNELS.items()}
+        launched[f"attention deltas {title}"] = attention_kernels.deltas.key
+        compared |= launched.keys() & variants.keys()
+        for name in launched.keys() & variants.keys():
+            kernel, at = variants[name].kernel, variants[name].kernel.arg_names.index
+            constants = {(at(argument),): value for argument, value in variants[name].constexprs.items()}
+            checked = key(kernel, variants[name].signature, constants, variants[name].attrs)
+            assert launched[name] == checked, f"{name}\nlaunched: {launched[name]}\nchecked: {checked}"
+    assert compared == variants.keys()
 
 
 if __name__ == "__main__":

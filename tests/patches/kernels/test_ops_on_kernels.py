@@ -13,12 +13,14 @@ pytest.importorskip("triton", reason="Triton is not on the path: make test-kerne
 if torch.cuda.is_available():
     pytest.skip("these ranks hold CPU tensors, which only the interpreter takes", allow_module_level=True)
 
+import patches
 from patches.aten.overrides import LocalInvariance
 from patches.contract import Contract
 from patches.ops.embedding import embedding
 from patches.ops.sharded import Shards
 from patches.order import backend, exact, kernels
 from patches.order.collectives import all_gather
+from patches.registry import REGISTRY
 from tests.support.bits import assert_same_bits
 from tests.support.gated_mlp import assert_right_and_same_bits, attention_keys
 from tests.support.megatron_runs import differences, run
@@ -47,11 +49,26 @@ def test_shared_keys_get_same_gradient_at_every_tp(strategy):
     assert all(torch.equal(one, other) for other in on_ranks(4, attention_keys, strategy, 2, 16))
 
 
-@pytest.mark.parametrize("options", ({}, {"shape": "gpt2", "dtype": "fp32", "tied": True}), ids=("qwen3", "gpt-2"))
-def test_megatron_trains_to_same_bits_at_every_tp(options):
-    one = run("tree", 1, seq=16, **options)
-    for tp, sp in ((2, False), (4, True)):
-        assert not differences(one, run("tree", tp, sp, seq=16, **options)), f"tp={tp} sp={sp}"
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3": {"model": {"num_query_groups": 2}},
+    "transformer engine": {"model": {"num_query_groups": 2}, "te": True},
+    "gpt-2": {"shape": "gpt2", "dtype": "fp32", "tied": True, "microbatches": 1},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_megatron_trains_to_same_bits_at_every_tp(name):
+    options = {"seq": 16, "micro_batch": 1, "steps": 1, **MODELS[name]}
+    if options.get("te"):
+        pytest.importorskip("transformer_engine", reason="Transformer Engine is not on the path: make test-kernels")
+    one = run("tree", 1, **options)
+    for tp, sp in ((2, True), (4, True)):
+        assert not differences(one, run("tree", tp, sp, **options)), f"tp={tp} sp={sp}"
+
+
+def test_attention_is_the_kernels_where_none_is_named():
+    with patches.enabled():
+        assert REGISTRY.contract.attention == "blockwise"
 
 
 def test_megatron_trains_to_same_bits_at_every_layout_where_the_batch_has_no_order():

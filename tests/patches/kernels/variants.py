@@ -11,10 +11,11 @@ from patches.order.kernels import cross_entropy, embedding, gemm, norm, ranks, s
 from patches.order.kernels.gemm import NAMES, tile_of
 from patches.order.kernels.gemm_kernel import COUNTS, kernel
 from tests.patches.kernels.variant import Variant, variant
+from tests.patches.kernels.variants_of_attention import of_attention
 
 
 def all_variants() -> list[Variant]:
-    kinds = (of_products, of_ranks, of_sums, of_norms, of_softmaxes, of_embeddings, of_squares)
+    kinds = (of_products, of_ranks, of_sums, of_norms, of_softmaxes, of_embeddings, of_squares, of_attention)
     return [one for variants in kinds for one in variants()]
 
 
@@ -177,6 +178,8 @@ def of_softmaxes() -> Iterator[Variant]:
             8,
             divisible,
         )
+    pointers = dict.fromkeys(("top", "total", "picked", "loss"), "*fp32")
+    yield variant("losses", cross_entropy._losses, pointers, {"BLOCK": cross_entropy.TILE}, 8)
     pointers = dict.fromkeys(("tops", "sums", "top", "total"), "*fp32")
     yield variant("joined exponentials", cross_entropy._joined, pointers, {"ROWS": 16, "LEAVES": 8, "CHUNKS": 8}, 4)
 

@@ -59,6 +59,7 @@ ELSEWHERE |= {"masked-softmax"}  # tests/patches/test_patches.py
 ELSEWHERE |= {"padded-vocabulary", "padded-vocabulary-0.17"}  # tests/patches/test_patches.py
 ELSEWHERE |= {"saved-optimizer"}  # tests/patches/megatron/test_fully_reshardable.py
 ELSEWHERE |= {patch.name for patch in initial_weights.PATCHES}  # tests/patches/megatron/test_initial_weights.py
+ELSEWHERE |= {"blockwise-attention"}  # tests/patches/megatron/test_blockwise.py
 ELSEWHERE |= {"fused-norm"}  # tests/patches/test_patches.py
 ELSEWHERE |= {"embedding"}  # tests/patches/kernels: in order, it changes nothing on a CPU
 ELSEWHERE |= {"loss-per-token", "zeros-in-gradient"}  # tests/patches/megatron/test_order_free_sums.py

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.megatron_runs import FULL_RECOMPUTE, PIPELINES, differences, run
+from tests.support.megatron_runs import FULL_RECOMPUTE, PIPELINES, differences, matrices, of_the_run, run
 
 CASES: dict[str, dict[str, Any]] = {
     "qwen3": {"steps": 5},
@@ -81,16 +81,6 @@ def test_training_has_the_bits_of_the_local_layers(strategy, name):
     local, te_layers = (run(strategy, 2, True, te=te, **options) for te in (False, True))
     assert not differences(of_the_run(local), of_the_run(te_layers))
     assert matrices(local) <= matrices(te_layers) and matrices(local)
-
-
-def of_the_run(record: dict[str, Any]) -> dict[str, Any]:
-    """What does not name a tensor: TE's layers keep their norms elsewhere than the local ones."""
-    return {name: value for name, value in record.items() if "loss" in name or "norm" in name}
-
-
-def matrices(record: dict[str, Any]) -> set[str]:
-    """Digests of final parameters whose names both kinds of layers share."""
-    return {f"{name} {value}" for name, value in record["final"].items() if "norm" not in name}
 
 
 @pytest.mark.parametrize("name", FIVE_STEPS)

@@ -1,0 +1,127 @@
+"""What attention moves and keeps, on paper, against what a real step's operations do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from patches.megatron.first_step import require_agreement
+from patches.ops import attention as ops
+from patches.order import exact
+from tests.support.ranks import on_ranks
+from tpcheck.cli import main
+from tpcheck.config.load import parse_run
+from tpcheck.config.schema import RunConfig
+from tpcheck.cost.attention import attention_terms
+from tpcheck.run.model import build_model, build_optimizer, train_step, transformer_config
+from tpcheck.run.train import enable_patches
+
+# Sizes of which no other tensor ends in [s, s].
+MODEL = {"preset": "qwen3-tiny", "num_layers": 2, "hidden_size": 48, "head_dim": 8, "num_query_groups": 4,
+         "ffn_hidden_size": 40}  # fmt: skip
+NO_DATA = {"empty", "new_empty", "new_empty_strided", "view", "_unsafe_view", "transpose", "permute", "expand",
+           "detach", "as_strided", "t", "unsqueeze", "squeeze", "slice", "select", "alias", "reshape"}  # fmt: skip
+
+
+class Scores(TorchDispatchMode):
+    """Counts the bytes of every operand and result that is as large as a rank's scores and ends in [s, s]."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        heads = config.micro_batch_size * config.model.num_attention_heads // config.tp
+        self.length, self.size, self.moved = config.seq_length, heads * config.seq_length**2, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function._schema.name.split("::")[1] not in NO_DATA:
+            self.moved += sum(x.nbytes for x in _tensors([*args, result]) if self._is_scores(x))
+        return result
+
+    def _is_scores(self, x: torch.Tensor) -> bool:
+        return x.shape[-2:] == (self.length, self.length) and x.numel() == self.size
+
+
+def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    flat = [each for value in values for each in (value if isinstance(value, (tuple, list)) else [value])]
+    return [x for x in flat if isinstance(x, torch.Tensor)]
+
+
+def counting(function: Any, counts: dict[str, int]) -> Any:
+    """`function`, whose tensors, operands and results, are counted as moved."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        counts["moved"] += sum(x.nbytes for x in _tensors([*args, result]))
+        return result
+
+    return call
+
+
+def keeping(forward: Any, counts: dict[str, int]) -> Any:
+    """The forward of core attention, what it saves beside its operands counted once."""
+
+    def call(self: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        seen = {x.untyped_storage().data_ptr() for x in (query, key, value)}
+        kept = []  # alive, so that no storage takes another's place
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            if x.untyped_storage().data_ptr() not in seen:
+                seen.add(x.untyped_storage().data_ptr())
+                kept.append(x)
+                counts["saved"] += x.nbytes if x.dtype != torch.bool else 0
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            return forward(self, query, key, value, *args, **kwargs)
+
+    return call
+
+
+def counted(config: RunConfig) -> dict[str, int]:
+    """One training step of megatron-core's own model on this rank."""
+    enable_patches(config)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tp)
+    _, pieces = build_model(config, transformer_config(config))
+    optimizer = build_optimizer(config, pieces)
+    counts = {"moved": 0, "saved": 0}
+    DotProductAttention.forward = keeping(DotProductAttention.forward, counts)
+    if config.strategy != "stock":
+        require_agreement(pieces, parallel_state.get_tensor_model_parallel_group())
+        exact.attention = counting(exact.attention, counts)
+        exact.attention_gradient = counting(exact.attention_gradient, counts)
+        ops._sum_over_heads = counting(ops._sum_over_heads, counts)
+    tokens = torch.randint(0, config.model.vocab_size, (config.micro_batch_size, config.seq_length + 1))
+    with Scores(config) as scores:
+        train_step(config, pieces, optimizer, [tokens] * config.microbatches)
+    if config.strategy == "stock":
+        counts["moved"] = scores.moved
+    return counts
+
+
+@pytest.mark.parametrize("tp", (1, 2))
+@pytest.mark.parametrize("kernel", ("unfused", "blockwise"))
+def test_a_step_does_what_the_formulas_say(kernel, tp):
+    settings = {"strategy": "stock"} if kernel == "unfused" else {"strategy": "tree", "attention": kernel}
+    config = parse_run(
+        {"model": MODEL, "tp": tp, "seq_length": 24, "micro_batch_size": 2, "global_batch_size": 4} | settings
+    )
+    terms = [term for term in attention_terms(config) if term.kernel == kernel]
+    total = {q: sum(term.value for term in terms if term.quantity == q) for q in ("moved", "saved")}
+    for counts in on_ranks(tp, counted, config):
+        assert counts["moved"] == pytest.approx(total["moved"], abs=0.5)
+        assert counts["saved"] == pytest.approx(config.microbatches * total["saved"], abs=0.5)
+
+
+def test_command_shows_both(capsys: Any) -> None:
+    assert main(["cost", "qwen3-8b", "--tp", "8", "--gpu", "h100"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("attention moves in memory, GB"))
+    assert lines[at].split()[-3:] == ["unfused", "blockwise", "formula"]
+    moved, saved = ([float(x) for x in line.split()[1:]] for line in lines[at:] if line.startswith("total"))
+    assert moved[0] > 30 * moved[1] and saved[0] > 90 * saved[1]

@@ -1,7 +1,7 @@
 """What computes on a device: `exact` on a CPU, `kernels` on a GPU. Nothing else asks which.
 
 CPU    exact leaves and sums in torch: the bits are those of any CPU, BLAS and thread count
-CUDA   Triton kernels of one fixed order: the bits are those of one architecture family
+CUDA   Triton kernels of one fixed order: the bits are those of one class of tensor cores
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Backend(Protocol):
     def check(self, device: torch.device) -> None:
         """Try on this very `device` that products keep the contract; `UnsupportedError` if they don't."""
 
-    def provenance(self) -> Mapping[str, Any]:
-        """What the bits depend on besides the operands, for the manifest."""
+    def provenance(self, device: torch.device) -> Mapping[str, Any]:
+        """What bits on `device` depend on besides the operands, for the manifest."""
 
     def product(
         self, a_MK: Tensor, b_KN: Tensor, leaves: int = 1, pieces: int = 1, dtype: torch.dtype = torch.float32

@@ -259,7 +259,7 @@ def run(device: str, seconds: float, folder: Path) -> int:
     scale = SCALES[device]
     clock = Clock(device, scale.repeat, seconds)
     report = gpu_report.Report(folder, device)
-    report.contract = dict(backend(torch.device(device)).provenance())
+    report.contract = dict(backend(torch.device(device)).provenance(torch.device(device)))
     every = list(shapes(scale))
     first = [shape for shape in every if shape.tokens == scale.tokens[0]]
 

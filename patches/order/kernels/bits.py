@@ -9,24 +9,24 @@ import triton
 
 from patches.order.kernels.cross_entropy import CHUNK
 from patches.order.kernels.embedding import BLOCK
-from patches.order.kernels.gemm import NAMES, family, tile_of
-from patches.order.kernels.pairs import INTERPRETED
+from patches.order.kernels.golden import class_of, fingerprint
 from patches.order.kernels.softmaxes import SHORT
+from patches.order.kernels.tensor_core import K16_25
 
 __all__ = ["provenance"]
 
 
-def provenance() -> dict[str, Any]:
+def provenance(device: torch.device) -> dict[str, Any]:
     """Facts for the manifest: runs where they differ were never promised to be equal."""
-    here = torch.cuda.is_available() and not INTERPRETED
     return {
         "kernel": "patches.order.gemm_gpu",  # its name when manifests began to tell; a run goes on only under it
-        "revision": 1,
+        "revision": 2,
         "triton": triton.__version__,
-        "family": f"sm_{family(torch.device('cuda'))}" if here else None,
+        "class": class_of(device),
+        "groups": f"{K16_25.group} of K from the start of a leaf",
         "accumulator": "float32",
         "float32": "ieee",
-        "k_step": {name: tile_of(dtype, 1, False).k for dtype, name in NAMES.items()},
+        "functions": fingerprint(device),
         "sums": {
             "order": "adjacent pairs",
             "chunk of exponentials": CHUNK,

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not on the path: make test-kerne
 
 from patches.contract import UnsupportedError
 from patches.order.exact.products import exact_product, tree_of_products
-from patches.order.kernels import gemm, provenance
+from patches.order.kernels import checks, gemm, provenance
 from patches.order.kernels.gemm import product
 from patches.order.tree import cuts, tree_sum
 from tests.support.bits import assert_same_bits
@@ -218,28 +218,29 @@ def test_bad_operands_are_refused(device):
             product(**{"a_MK": a, "b_KN": b, **arguments})
 
 
-def test_provenance_tells_the_k_step():
-    facts = provenance()
-    assert facts["k_step"] == {"bf16": 64, "fp16": 64, "fp32": 32}
+def test_provenance_tells_what_bits_depend_on_and_no_tile(device):
+    facts = provenance(device)
+    assert facts["groups"] == "16 of K from the start of a leaf" and facts["class"] and len(facts["functions"]) == 16
+    assert not facts.keys() & {"k_step", "family", "tile"}
 
 
 def test_check_finds_products_that_depend_on_what_else_is_in_a_call(monkeypatch, device):
-    gemm.check(device)
+    checks.check(device)
     for wrong, of in (("a leaf alone", lambda a, leaves: leaves == 1), ("a row alone", lambda a, leaves: len(a) == 1)):
 
         def broken(a, b, leaves=1, of=of):
             return product(a, b, leaves) * (1 + 2.0**-23 if of(a, leaves) else 1)
 
-        monkeypatch.setattr(gemm, "product", broken)
+        monkeypatch.setattr(checks, "product", broken)
         with pytest.raises(UnsupportedError, match=wrong):
-            gemm.check(device)
+            checks.check(device)
 
 
 def test_check_refuses_a_gpu_that_products_are_not_made_for(monkeypatch):
     monkeypatch.setattr(gemm, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(UnsupportedError, match=r"9.x and 10.x, not 8.0"):
-        gemm.check(torch.device("cuda", 7))
+        checks.check(torch.device("cuda", 7))
 
 
 @pytest.mark.gpu

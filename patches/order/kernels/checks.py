@@ -7,8 +7,9 @@ import triton
 from torch import Tensor
 
 from patches.contract import UnsupportedError
-from patches.order.kernels.gemm import family, product
+from patches.order.kernels.gemm import product
 from patches.order.kernels.golden import class_of
+from patches.order.kernels.plans import family
 from patches.order.tree import cuts, tree_sum
 
 __all__ = ["check"]
@@ -42,5 +43,3 @@ def _same_bits(what: str, found: Tensor, expected: Tensor) -> None:
             f"products on this GPU do not keep the contract: {what} gives other bits (sm_{family(found.device)}, "
             f"Triton {triton.__version__}). Please report it, with the output of `make gpu`"
         )
-
-

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patches.order.kernels.gemm import family, product
+from patches.order.kernels.gemm import product
 from patches.order.kernels.pairs import INTERPRETED
+from patches.order.kernels.plans import family
 from patches.order.kernels.softmaxes import softmax
 from patches.order.kernels.tensor_core import K16_25
 

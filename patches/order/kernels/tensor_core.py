@@ -30,7 +30,7 @@ EXPONENT_OF_ZERO = -126
 
 @dataclass(frozen=True)
 class Model:
-    """A tensor core that adds `group` products at once with `bits` fraction bits; others than 16 and 25 are for tests."""
+    """A tensor core that adds `group` products at once with `bits` fraction bits: 16 and 25, but in tests."""
 
     group: int = 16
     bits: int = 25

@@ -21,6 +21,7 @@ from patches.order.kernels import golden
 from patches.order.kernels.gemm import product
 from patches.order.kernels.tensor_core import K16_25, Model
 from tests.support.bits import assert_same_bits
+from tests.support.operands import exact_leaves
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16)
@@ -147,19 +148,10 @@ def test_this_device_gives_the_golden_bits(device):
     assert golden.digests(product, device) == golden.GOLDEN
 
 
-def exact_leaves(k: int, leaves: int, pieces: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Operands whose leaves' sums are whole multiples of a power of two below 2^24, and whose roots must be rounded."""
-    g = torch.Generator().manual_seed(0)
-    a, b = (torch.randint(-127, 128, shape, generator=g).double() for shape in ((70, k), (k, 40)))
-    for number in range(k):
-        a[:, number] *= 2.0 ** -(number % (k // pieces) * leaves // (k // pieces) * 5 % 13)
-    return a.to(dtype), b.to(dtype)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("k", "leaves", "pieces"), ((512, 8, 1), (1000, 4, 1), (1024, 8, 2), (264, 1, 1)))
 def test_kernels_have_the_models_bits_where_leaves_are_exact(k, leaves, pieces, dtype, device):
-    a, b = exact_leaves(k, leaves, pieces, dtype)
+    a, b = exact_leaves(70, k, 40, leaves, pieces, dtype)
     want = K16_25.product(a, b, leaves, pieces)
     assert_same_bits(product(a.to(device), b.to(device), leaves, pieces), want)
     if leaves > 1:

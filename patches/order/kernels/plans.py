@@ -115,7 +115,9 @@ class Call(NamedTuple):
             return torch.zeros(self.shape, dtype=self.dtype, device=self.device) if into is None else into
         out = torch.empty(self.shape, dtype=self.kept, device=self.device) if into is None else into
         self.plan.launch(a, b, out, scale)
-        return rounded(out, self.dtype) if INTERPRETED and into is None else out
+        if INTERPRETED and into is None:
+            return rounded(out, self.dtype) if scale == 1 else out.to(self.dtype)
+        return out
 
 
 @lru_cache(maxsize=PLANS)

@@ -21,7 +21,7 @@ from patches.order.kernels.gemm_kernel import kernel
 from patches.order.kernels.pairs import INTERPRETED, on, rounded
 from patches.order.kernels.tiles import Tile, tile_of
 
-__all__ = ["NAMES", "Plan", "family", "plan", "processors"]
+__all__ = ["NAMES", "How", "Layout", "Plan", "constants", "family", "layout_of", "plan", "processors"]
 
 INTERPRETED_PROCESSORS = 3
 # Multiprocessors left to a collective that is under way: NCCL's blocks do not fit on one beside a product's, and these
@@ -60,22 +60,43 @@ class Layout(NamedTuple):
         return self.strides[2] == 1 or self.strides[1] != 1
 
 
+def layout_of(x: Tensor) -> Layout:
+    """Of [B, rows, columns], or of one such matrix."""
+    return Layout(x.device, x.shape, x.stride(), x.dtype, x.data_ptr() % 16).batched
+
+
+class How(NamedTuple):
+    """What becomes of a root, and what else the device does meanwhile."""
+
+    added: bool = False
+    scaled: bool = False
+    beside_collective: bool = False
+
+
 class Plan:
-    """A launch of the kernel, but for addresses and the scale."""
+    """A launch of the kernel, but for addresses and the scale; with the tile that suits it, or the one given."""
 
     def __init__(
-        self, a_BRK: Layout, b_BRK: Layout, out_BMN: Layout, leaves: int, pieces: int, how: dict[str, bool]
+        self,
+        a_BRK: Layout,
+        b_BRK: Layout,
+        out_BMN: Layout,
+        leaves: int,
+        pieces: int,
+        how: How,
+        tile: Tile | None = None,
     ) -> None:
         B, M, N = out_BMN.shape
         parts = leaves * pieces
         tma = _suits_tma(a_BRK, parts) and _suits_tma(b_BRK, parts)
-        free = max(1, processors(a_BRK.device) - (SPARED if how["beside_collective"] else 0))
-        tile = tile_of(a_BRK.dtype, leaves, tma, (B, M, N), free)
+        free = max(1, processors(a_BRK.device) - (SPARED if how.beside_collective else 0))
+        tile = tile or tile_of(a_BRK.dtype, leaves, tma, (B, M, N), free)
         tiles_m, tiles_n = triton.cdiv(M, tile.m), triton.cdiv(N, tile.n)
         tiles = B * tiles_m * tiles_n
         programs = min(free, tiles)
         levels = leaves.bit_length() - 1 - tile.register_levels
         K = a_BRK.shape[2] // pieces
+        self.by_tma, self.rounds = tma, tiles / programs
         self._device = a_BRK.device
         self._grid = (programs, 1, 1)
         self._scratch = programs * max(levels, 0) * tile.m * tile.n
@@ -84,7 +105,7 @@ class Plan:
         steps = triton.cdiv(triton.cdiv(K, leaves), tile.k)
         self._numbers = (M, N, K, steps, tiles_m, tiles_n, tiles, *a_BRK.strides, *b_BRK.transposed.strides)
         self._numbers += out_BMN.strides
-        self._constants = constants(tile, leaves, pieces, tma, a_BRK, b_BRK, how["added"], how["scaled"])
+        self._constants = constants(tile, leaves, pieces, tma, a_BRK, b_BRK, how)
         self._options = {"num_warps": tile.warps, "num_stages": tile.stages}
         self._compiled: Callable[..., None] | None = None
 
@@ -145,13 +166,13 @@ def plan(
     whole = None
     if all(shape) and a_MK.shape[-1]:
         out = into or Layout(a_MK.device, shape, _contiguous(shape), kept, 0)
-        how = {"scaled": scaled, "beside_collective": beside_collective, "added": into is not None}
+        how = How(into is not None, scaled, beside_collective)
         whole = Plan(a_MK.batched, b_KN.batched.transposed, out.batched, leaves, pieces, how)
     return Call(whole, shape, dtype, kept, a_MK.device)
 
 
 def constants(
-    tile: Tile, leaves: int, pieces: int, tma: bool, a_BRK: Layout, b_BRK: Layout, added: bool, scaled: bool
+    tile: Tile, leaves: int, pieces: int, tma: bool, a_BRK: Layout, b_BRK: Layout, how: How
 ) -> dict[str, Any]:
     """What the kernel is compiled for, in the order of its arguments."""
     return {
@@ -160,8 +181,8 @@ def constants(
         "TMA": tma,
         "A_ALONG_K": a_BRK.along_k,
         "B_ALONG_K": b_BRK.along_k,
-        "ADD": added,
-        "SCALED": scaled,
+        "ADD": how.added,
+        "SCALED": how.scaled,
         "WIDEN": INTERPRETED and a_BRK.dtype == torch.bfloat16,
         "TILE_M": tile.m,
         "TILE_N": tile.n,

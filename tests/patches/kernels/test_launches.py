@@ -101,9 +101,8 @@ def launch(plans, dtype, layout, leaves, result):
     a_MK = torch.empty(K, T, dtype=dtype).T if "aᵀ" in layout else torch.empty(T, K, dtype=dtype)
     b_KN = torch.empty(N, K, dtype=dtype).T if "bᵀ" in layout else torch.empty(K, N, dtype=dtype)
     out = torch.empty(T, N, dtype=torch.float32 if result == "added" else dtype)
-    a, b, into = (plans.Layout(x.device, x.shape, x.stride(), x.dtype, 0) for x in (a_MK, b_KN, out))
-    how = {"added": result == "added", "scaled": "scaled" in result, "beside_collective": False}
-    plan = plans.Plan(a.batched, b.batched.transposed, into.batched, leaves, 1, how)
+    a, b, into = (plans.layout_of(x) for x in (a_MK, b_KN, out))
+    plan = plans.Plan(a, b.transposed, into, leaves, 1, plans.How(result == "added", "scaled" in result))
     plan.launch(a_MK, b_KN, out, 0.5)
 
 

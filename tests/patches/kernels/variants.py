@@ -9,7 +9,7 @@ import torch
 
 from patches.order.kernels import cross_entropy, embedding, norm, ranks, softmaxes, squares, sums
 from patches.order.kernels.gemm_kernel import COUNTS, kernel
-from patches.order.kernels.plans import NAMES, Layout, constants
+from patches.order.kernels.plans import NAMES, How, Layout, constants
 from patches.order.kernels.tiles import Tile, tiles_of
 from tests.patches.kernels.variant import Variant, variant
 
@@ -48,7 +48,7 @@ def of_product(
     a_along_k, b_along_k = "aᵀ" not in layout, "bᵀ" in layout
     scaled, added = result.startswith("scaled "), result == "added"
     a_BRK, b_BRK = (_laid_out(dtype, along_k) for along_k in (a_along_k, b_along_k))
-    constexprs = constants(tile, leaves, pieces, tma, a_BRK, b_BRK, added, scaled)
+    constexprs = constants(tile, leaves, pieces, tma, a_BRK, b_BRK, How(added, scaled))
     constexprs |= {"a_K" if a_along_k else "a_M": 1, "b_K" if b_along_k else "b_N": 1, "out_N": 1}
     if leaves >> tile.register_levels <= 1:
         constexprs["scratch"] = None

@@ -8,7 +8,7 @@ import torch
 import triton
 
 from patches.order.kernels.cross_entropy import CHUNK
-from patches.order.kernels.embedding import BLOCK
+from patches.order.kernels.embedding import CHUNK as TOKENS
 from patches.order.kernels.golden import class_of, fingerprint
 from patches.order.kernels.softmaxes import SHORT
 from patches.order.kernels.tensor_core import K16_25
@@ -31,6 +31,6 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "order": "adjacent pairs",
             "chunk of exponentials": CHUNK,
             "longest row in one chunk": SHORT,
-            "tokens added at once": BLOCK,
+            "tokens added at once": TOKENS,
         },
     }

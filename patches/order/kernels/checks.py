@@ -87,7 +87,7 @@ def _tiles(a_MK: Tensor, b_KN: Tensor) -> Iterator[Try]:
         for leaves, pieces in some:
             for tile in tiles_of(a.dtype, leaves, True):
                 what = f"{layout} of {leaves} leaves and {pieces} pieces in tiles of {tile.m}x{tile.n}"
-                call = lambda a=a, b=b, kind=(leaves, pieces), tile=tile: _tiled(a, b, *kind, tile)  # noqa: E731
+                call = lambda a=a, b=b, of=(leaves, pieces, tile): _tiled(a, b, of[0], of[1], of[2])  # noqa: E731
                 yield what, call, plain[leaves, pieces]
 
 

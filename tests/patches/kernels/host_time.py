@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from patches.order.kernels import gemm, plans
-from tests.patches.kernels.test_launches import Driver
+from tests.patches.kernels.driver import Driver
 
 _launch = plans.Plan.launch
 

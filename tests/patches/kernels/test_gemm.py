@@ -352,7 +352,6 @@ def test_check_finds_products_that_depend_on_what_else_is_in_a_call(monkeypatch,
     smaller = tiles_of(torch.bfloat16, 1, True)[-1]
     for wrong, name, is_broken in (
         ("a leaf alone", "product", lambda a, b, leaves=1, *_, **__: leaves == 1),
-        ("fewer programs", "product", lambda *_, beside_collective=False, **__: beside_collective),
         (
             "abᵀ of 1 leaves and 1 pieces in tiles of 128x64",
             "_tiled",

@@ -15,6 +15,7 @@ from itertools import product as combinations
 import pytest
 import torch
 
+from tests.patches.kernels.driver import Driver
 from tests.support import ROOT
 
 
@@ -24,21 +25,6 @@ def test_every_launch_is_of_a_checked_variant():
     command = [sys.executable, "-m", "tests.patches.kernels.test_launches"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-class Driver:
-    """As much of a driver as a launch that does not run needs."""
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
 
 
 class Compiled:

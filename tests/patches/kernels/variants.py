@@ -195,15 +195,11 @@ def of_softmaxes() -> Iterator[Variant]:
 def of_embeddings() -> Iterator[Variant]:
     """Gradients, rounded to their own dtype; what holds for bfloat16 holds for float16."""
     for name in ("fp32", "bf16"):
-        pointers = {"dy": f"*{name}", "ids": "*i64", "order": "*i64", "out": f"*{name}"}
-        yield variant(
-            f"embedding {name}",
-            embedding._gradient,
-            pointers,
-            {"BLOCK": embedding.BLOCK, "COLUMNS": embedding.COLUMNS},
-            8,
-            "features",
-        )
+        places = dict.fromkeys(("ids", "start", "end"), "*i64") | {"out": f"*{name}", "sums": "*fp32"}
+        meta = {"CHUNK": embedding.CHUNK, "COLUMNS": embedding.COLUMNS}
+        chunk = places | {"dy": f"*{name}", "order": "*i64"}
+        yield variant(f"embedding {name}", embedding._chunks, chunk, meta, 8, "features")
+        yield variant(f"embedding of frequent rows {name}", embedding._frequent, places, meta, 8, "features")
 
 
 def of_squares() -> Iterator[Variant]:

@@ -45,6 +45,7 @@ ELSEWHERE |= {"padded-vocabulary", "padded-vocabulary-0.17"}  # tests/patches/te
 ELSEWHERE |= {"saved-optimizer"}  # tests/patches/megatron/test_fully_reshardable.py
 ELSEWHERE |= {patch.name for patch in initial_weights.PATCHES}  # tests/patches/megatron/test_initial_weights.py
 ELSEWHERE |= {"fused-norm"}  # tests/patches/test_patches.py
+ELSEWHERE |= {"compiled-functions", "scores-buffer"}  # tests/patches/test_patches.py
 ELSEWHERE |= {"embedding"}  # tests/patches/kernels: it changes nothing on a CPU
 
 PATCHES = [patch for patch in patches._all_patches() if patch.library == "megatron-core"]

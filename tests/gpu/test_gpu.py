@@ -282,7 +282,10 @@ def test_benchmark_and_its_report_run_without_a_gpu(tmp_path):
     kinds = {(row["layer"], row["kind"]) for row in answer["products"]}
     assert kinds == {(x, y) for x in ("QKV", "proj", "fc1", "fc2", "output") for y in ("forward", "dgrad", "wgrad")}
     assert all(row["error"] < 2**-8 for row in answer["products"]) and len(answer["sums"]) == 8
-    assert "## products" in (tmp_path / "bench.md").read_text()
+    layers = {(row["tp"], row["who"].split(",")[0]) for row in answer["layers"]}
+    assert layers == {(tp, who) for tp in (1, 8) for who in ("stock", "ours")}
+    report = (tmp_path / "bench.md").read_text()
+    assert report.index("## layers") < report.index("## products") < report.index("## sums")
 
 
 def test_a_part_that_hangs_costs_no_other_part_its_results(tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ one that fails or hangs does not cost the others' results:
     kernels   tests/patches/kernels, compiled instead of interpreted
     tests     what is marked `gpu`: the bits
 
-The table of layers is printed last, where one looks. Logs, bench.json, bench.md and summary.json go to a folder named after the device. Imports nothing but Python's own.
+The table of layers is printed last, where one looks. Logs, bench.json, bench.md and summary.json go to a folder named
+after the device. Imports nothing but Python's own.
 """
 
 from __future__ import annotations

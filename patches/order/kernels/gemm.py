@@ -9,9 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from patches.order.kernels.library import cublas
 from patches.order.kernels.plans import plan
 
 __all__ = ["add_product", "product"]
+
+LIBRARY = cublas()
 
 
 def product(
@@ -40,7 +43,12 @@ def product(
         b_KN.device, b_KN.shape, b_KN.stride(), b_KN.dtype, b_KN.data_ptr() % 16,
     )  # fmt: skip
     added = None if into is None else (into.device, into.shape, into.stride(), into.dtype, into.data_ptr() % 16)
-    return plan(operands, leaves, pieces, dtype, scale != 1, beside_collective, added).run(a_MK, b_KN, scale, into)
+    call = plan(operands, leaves, pieces, dtype, scale != 1, beside_collective, added)
+    one = leaves == pieces == 1 and scale == 1 and not beside_collective and a_MK.dim() == 2 and call.plan is not None
+    if LIBRARY is not None and one and a_MK.dtype == torch.bfloat16:
+        layout = (operands, dtype, added)
+        return LIBRARY.product(layout, lambda: call.run(a_MK, b_KN, scale, into), a_MK, b_KN, dtype, into)
+    return call.run(a_MK, b_KN, scale, into)
 
 
 def add_product(into: Tensor, a_MK: Tensor, b_KN: Tensor, beside_collective: bool = False) -> None:

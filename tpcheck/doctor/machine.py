@@ -28,6 +28,7 @@ WITHOUT_EFFECT = {
     "NVIDIA_TF32_OVERRIDE": "no float32 product of a patched run is cuBLAS's or cuDNN's",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "no float32 product of a patched run is cuBLAS's",
     "PYTORCH_TUNABLEOP_ENABLED": "it tunes cuBLAS alone",
+    "PATCHES_CUBLAS": "cuBLAS is taken only where it gave the same bits",
     "TRITON_F32_DEFAULT": "the kernels name their precision",
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "the patches make fused attention deterministic themselves",
     "NCCL_ALGO": "NCCL moves sums but adds none, except zeros and whole numbers below 2^53",

@@ -25,6 +25,7 @@ from patches.order.tree import cuts, tree_sum
 __all__ = ["K16_25", "Model"]
 
 LEAST_EXPONENT = {torch.bfloat16: -126, torch.float16: -14, torch.float32: -126}  # of normal numbers
+# As MMA-Sim has it: a zero beside a factor beyond 2^100 would cut other terms. No golden bit tells whether it does.
 EXPONENT_OF_ZERO = -126
 
 

@@ -43,7 +43,7 @@ help:
 	@echo "make test-megatron-lm MEGATRON_LM=path  Megatron-LM's own pretrain_gpt.py, unmodified, on a checkout"
 	@echo "make test-kernels  the GPU kernels without a GPU: in Triton's interpreter, and what the compiler makes of them"
 	@echo "make te-coverage  which lines of Transformer Engine's layers those tests run"
-	@echo "make gpu     on a GPU machine, within ten minutes: its tests and benchmark, into $(GPU_RESULTS)/<device>"
+	@echo "make gpu     on a GPU machine, within ten minutes: a layer against stock, kernels, bits, into $(GPU_RESULTS)/<device>"
 	@echo "make wheels  what make gpu may miss there, fetched here into $(WHEELS), to be carried along"
 	@echo "make test-slurm  the tests that start a real Slurm on this machine: two architectures, faults, accounting"
 	@echo "make test-frameworks  traces of Hugging Face models and DeepSpeed, installed for it"
@@ -157,7 +157,7 @@ test-kernels: $(VENV)/triton-$(TRITON_VERSION) $(VENV)/te-$(lastword $(TE_VERSIO
 	@PYTHONPATH=$< $(PYTEST) -q -W ignore tests/patches/kernels
 	@echo "==> the same under Transformer Engine's layers"
 	@TRITON_INTERPRET=1 PYTHONPATH=$(call colon,$^) $(PYTEST) -q -W ignore tests/patches/kernels/test_ops_on_kernels.py -k transformer
-	@echo "==> GPU kernels compiled for sm_90 and sm_100"
+	@echo "==> GPU kernels compiled for sm_90, sm_100 and sm_103"
 	@PYTHONPATH=$< $(BIN)/python -m tests.patches.kernels.static_kernels
 
 $(VENV)/triton-%: $(READY)

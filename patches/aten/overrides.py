@@ -190,11 +190,12 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if beta == 0:
+        return product(a, b, dtype=a.dtype, scale=alpha)
     total = product(a, b)
     if alpha != 1:
         total.mul_(alpha)
-    if beta != 0:
-        total.add_(c.float() if beta == 1 else c.float() * beta)
+    total.add_(c.float() if beta == 1 else c.float() * beta)
     return total.to(a.dtype)
 
 

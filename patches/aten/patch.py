@@ -17,9 +17,9 @@ __all__ = ["PATCHES"]
 def _install(contract: Contract) -> Undo:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with ExitStack() as undo:
-        undo.callback(LocalInvariance(device.upper()).remove)
-        pin_device(device)
+        pin_device(device)  # its kernels, when they are imported, may keep some of ATen's own
         undo.callback(pin_device, None)
+        undo.callback(LocalInvariance(device.upper()).remove)
         return undo.pop_all().close
 
 

@@ -106,10 +106,15 @@ class _ColumnParallel(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             gathered = begin_all_gather(x, ctx.shards.group if ctx.sp else None)
         if ctx.needs_input_grad[0]:
-            dgrad = ctx.shards.begin_product(dy_TN, weight, x.dtype, ctx.pieces, scatter=ctx.sp)
+            dgrad = ctx.shards.begin_product(
+                dy_TN, weight, x.dtype, ctx.pieces, ctx.sp, beside_collective=ctx.sp and ctx.needs_input_grad[1]
+            )
         dx = dw = None
         if ctx.needs_input_grad[1]:
-            dw = _weight_gradient(ctx.weight, dy, gathered.wait(), ctx.sink, ctx.shards.contract.order_free)
+            travels = ctx.needs_input_grad[0] and ctx.shards.size > 1
+            dw = _weight_gradient(
+                ctx.weight, dy, gathered.wait(), ctx.sink, ctx.shards.contract.order_free, beside_collective=travels
+            )
         if ctx.needs_input_grad[0]:
             dx = dgrad.wait().view(x.shape)
         return dx, dw, None, None, None, None
@@ -120,7 +125,9 @@ def _unflattened(y_TN: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.aten._unsafe_view(y_TN, shape)
 
 
-def _weight_gradient(weight: Any, dy: Tensor, x: Tensor, sink: GradSink, order_free: bool) -> Tensor | None:
+def _weight_gradient(
+    weight: Any, dy: Tensor, x: Tensor, sink: GradSink, order_free: bool, beside_collective: bool = False
+) -> Tensor | None:
     """dyᵀ·x in the weight's dtype, or put into `weight.main_grad`, with the placeholder Megatron's hooks expect."""
     if order_free:
         require_sequences(dy)
@@ -128,10 +135,10 @@ def _weight_gradient(weight: Any, dy: Tensor, x: Tensor, sink: GradSink, order_f
         return add_sequences(weight, (product(dy_sN.t(), x_sK) for dy_sN, x_sK in sequences))
     dy_TN, x_TK = dy.flatten(0, -2), x.flatten(0, -2)
     if not sink.main_grad:
-        return product(dy_TN.t(), x_TK, dtype=weight.dtype)
+        return product(dy_TN.t(), x_TK, dtype=weight.dtype, beside_collective=beside_collective)
     if sink.overwrite:
         weight.main_grad.zero_()
-    add_product(weight.main_grad, dy_TN.t(), x_TK)
+    add_product(weight.main_grad, dy_TN.t(), x_TK, beside_collective)
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True

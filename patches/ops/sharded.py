@@ -68,16 +68,22 @@ class Shards:
         return self.begin_product(a_TtK, b_tKN, dtype, pieces, scatter).wait()
 
     def begin_product(
-        self, a_TtK: Tensor, b_tKN: Tensor, dtype: torch.dtype, pieces: int = 1, scatter: bool = False
-    ) -> AsyncResult:
-        """`product`, whose part across ranks is under way while the caller computes something else."""
+        self, a_TtK: Tensor, b_tKN: Tensor, dtype: torch.dtype, pieces: int = 1, scatter: bool = False,
+        beside_collective: bool = False,
+    ) -> AsyncResult:  # fmt: skip
+        """`product`, whose part across ranks is under way while the caller computes something else.
+
+        Args:
+            beside_collective: another one is under way already while this rank's own part is computed.
+        """
         if self.contract.strategy == "gather":
             a_TK, b_KN = (self._gather_pieces(x, dim, pieces) for x, dim in ((a_TtK, 1), (b_tKN, 0)))
             out = product(a_TK, b_KN, dtype=dtype)
             return AsyncResult.of(out.chunk(self.size)[self.rank].contiguous() if scatter else out)
         if self.size == 1:
             return AsyncResult.of(product(a_TtK, b_tKN, self.leaves, pieces, dtype))
-        return self.begin_reduce_root(product(a_TtK, b_tKN, self.leaves, pieces), dtype, scatter)
+        root = product(a_TtK, b_tKN, self.leaves, pieces, beside_collective=beside_collective)
+        return self.begin_reduce_root(root, dtype, scatter)
 
     def sum_over(self, x: Tensor, dim: int, dtype: torch.dtype, exact_dims: tuple[int, ...] = ()) -> Tensor:
         """Σx over the sharded `dim` of all ranks, rounded once to `dtype`: the other dimensions, on every rank.

@@ -1,7 +1,7 @@
 """What computes on a device: `exact` on a CPU, `kernels` on a GPU. Nothing else asks which.
 
 CPU    exact leaves and sums in torch: the bits are those of any CPU, BLAS and thread count
-CUDA   Triton kernels of one fixed order: the bits are those of one architecture family
+CUDA   Triton kernels of one fixed order: the bits are those of one class of tensor cores
 """
 
 from __future__ import annotations
@@ -42,21 +42,24 @@ class Backend(Protocol):
     def check(self, device: torch.device) -> None:
         """Try on this very `device` that products keep the contract; `UnsupportedError` if they don't."""
 
-    def provenance(self) -> Mapping[str, Any]:
-        """What the bits depend on besides the operands, for the manifest."""
+    def provenance(self, device: torch.device) -> Mapping[str, Any]:
+        """What bits on `device` depend on besides the operands, for the manifest."""
 
     def product(
-        self, a_MK: Tensor, b_KN: Tensor, leaves: int = 1, pieces: int = 1, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+        self, a_MK: Tensor, b_KN: Tensor, leaves: int = 1, pieces: int = 1, dtype: torch.dtype = torch.float32,
+        scale: float = 1.0, beside_collective: bool = False,
+    ) -> Tensor:  # fmt: skip
         """The tree over `leaves` products, rounded once to `dtype`; leaf j takes its share of each of K's `pieces`.
 
         Args:
             a_MK: [M, K], or of one leaf [..., M, K]; float32, bfloat16 or float16, any strides.
             b_KN: [K, N] or [..., K, N], same dtype.
             pieces: 2 where K holds [gate | up]: leaf j is gate[j] ∪ up[j].
+            scale: what the float32 root is multiplied by, in float32, before it is rounded.
+            beside_collective: one is under way, and needs some of the device; the same bits.
         """
 
-    def add_product(self, into: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+    def add_product(self, into: Tensor, a_MK: Tensor, b_KN: Tensor, beside_collective: bool = False) -> None:
         """into += a·b, one addition in float32 per element."""
 
     def attention(

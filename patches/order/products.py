@@ -10,11 +10,19 @@ from patches.order.backend import product_backend
 __all__ = ["add_product", "product"]
 
 
-def product(a_MK: Tensor, b_KN: Tensor, leaves: int = 1, pieces: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+def product(
+    a_MK: Tensor,
+    b_KN: Tensor,
+    leaves: int = 1,
+    pieces: int = 1,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+    beside_collective: bool = False,
+) -> Tensor:
     """`Backend.product`."""
-    return product_backend(a_MK, b_KN).product(a_MK, b_KN, leaves, pieces, dtype)
+    return product_backend(a_MK, b_KN).product(a_MK, b_KN, leaves, pieces, dtype, scale, beside_collective)
 
 
-def add_product(into: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+def add_product(into: Tensor, a_MK: Tensor, b_KN: Tensor, beside_collective: bool = False) -> None:
     """`Backend.add_product`."""
-    product_backend(into, a_MK, b_KN).add_product(into, a_MK, b_KN)
+    product_backend(into, a_MK, b_KN).add_product(into, a_MK, b_KN, beside_collective)

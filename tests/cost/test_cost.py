@@ -26,6 +26,7 @@ from tpcheck.cli import main
 from tpcheck.config.load import parse_run
 from tpcheck.config.schema import RunConfig
 from tpcheck.cost import terms
+from tpcheck.cost.measured import measured
 from tpcheck.cost.memory import parameters
 from tpcheck.cost.terms import LEGEND, STRATEGIES, step, symbols, total
 from tpcheck.run.model import build_model, build_optimizer, train_step, transformer_config
@@ -265,3 +266,25 @@ def test_command_takes_a_run_file(tmp_path: Path, capsys: Any) -> None:
 def test_bad_input_is_answered_with_what_is_allowed(arguments, message, capsys):
     assert main(["cost", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_rates_that_a_gpu_was_measured_at_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def row(tp: int, leaves: int, ms: float, mm_ms: float) -> dict[str, float]:
+        return {"tp": tp, "m": 1000, "k": 1000, "n": 1000, "leaves": leaves, "ms": ms, "mm_ms": mm_ms}
+
+    folder = tmp_path / "results/gpu/nvidia-h100"
+    folder.mkdir(parents=True)
+    rows = [row(8, 1, 0.004, 0.002), row(8, 2, 0.006, 0.003), row(1, 8, 1.0, 1.0)]
+    bench = {"format": 1, "versions": {"device": "NVIDIA H100 80GB HBM3"}, "products": rows}
+    (folder / "bench.json").write_text(json.dumps(bench))
+    monkeypatch.chdir(tmp_path)
+    found = measured("h100", 8)
+    assert found and found.tflops == pytest.approx({"stock": 800, "tree": 400, "gather": 500})
+    assert measured("b300", 8) is None and measured("h100", 4) is None
+    assert main(["cost", "qwen3-8b", "--tp", "8", "--gpu", "h100"]) == 0
+    assert "at rates measured on NVIDIA H100 80GB HBM3, ms" in capsys.readouterr().out
+    (folder / "bench.json").write_text(json.dumps({**bench, "products": [{"tp": 8}]}))
+    assert main(["cost", "qwen3-8b", "--tp", "8", "--gpu", "h100"]) == 2
+    assert "not what `make gpu` writes" in capsys.readouterr().err

@@ -81,6 +81,19 @@ def test_products_that_fail_are_a_line_of_the_table(monkeypatch: pytest.MonkeyPa
     assert (found.name, found.verdict, found.why) == ("products", "no", "OSError: no C compiler")
 
 
+@pytest.mark.parametrize(("classes", "verdicts"), (("aa", []), ("ab", ["no"])))
+def test_gpus_of_several_classes_of_bits_are_a_no(monkeypatch, classes, verdicts):
+    names = ["H100", "H100", "B300"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: names[number])
+    monkeypatch.setattr(machine, "_made_of", lambda device: {"class": classes[device.index // 2]})
+    monkeypatch.setattr(machine.patches, "enabled", lambda *_: contextlib.nullcontext())
+    found = list(machine.sums(parse_run(TINY)))
+    assert [one.found for one in found if one.name == "products"] == [f"class: {name}" for name in classes]
+    assert [one.verdict for one in found if one.name == "GPUs of one run"] == verdicts
+
+
 def test_bad_input_is_answered_in_one_line(capsys: pytest.CaptureFixture[str]):
     assert main(["doctor", "qwen4-tiny"]) == 2
     assert "qwen4-tiny: neither a preset" in capsys.readouterr().err

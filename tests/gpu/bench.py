@@ -1,5 +1,6 @@
 """Speed of the patches' products and sums on a GPU, as ratios of two things timed in turn in one run: `make gpu`.
 
+    layers     a whole layer of Qwen3-8B, forward and backward, against stock Megatron
     products   the GEMMs of Qwen3-8B, one rank's share at every TP size, against torch.mm (cuBLAS), and against one leaf
     tiles      the same product with other tiles, where the kernel lets them be chosen
     sums       GB/s of what has to be read and written, against a copy on the device, and against torch's own
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,14 +26,14 @@ from torch import Tensor
 from patches.order import products
 from patches.order.backend import backend
 from tests.gpu import report as gpu_report
+from tests.gpu.bench_layer import Measured, layers
 from tests.gpu.bench_sums import Sum, overridden, sums
+from tests.gpu.clock import Clock
 from tpcheck.config.presets import PRESETS
 
 LEAVES = 8
 ERROR_ROWS = 64
 TILES_SHARE = 0.3
-BUDGET_MS = 60.0  # of a row's calls of one kind
-FLUSHED = 1 << 28  # bytes, more than any L2 cache holds
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ def measure(shape: Product, clock: Clock, alone: bool = False) -> dict[str, Any]
     if shape.kind == "wgrad":
         main_grad = torch.zeros(shape.m, shape.n, device=clock.device)
         calls["ours"] = lambda: products.add_product(main_grad, a, b)
+        calls["mm"] = lambda: added_by_torch(main_grad, a, b)
     else:
         calls["ours"] = lambda: products.product(a, b, shape.leaves, shape.pieces, dtype)
         if shape.leaves > 1 and not alone:
@@ -131,6 +132,17 @@ def measure(shape: Product, clock: Clock, alone: bool = False) -> dict[str, Any]
     if "one leaf" in ms:
         row["over_one_leaf"] = ms["one leaf"] / ms["ours"]
     return row | _errors(shape, a, b, dtype)
+
+
+def added_by_torch(main_grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """main_grad += a·b in one kernel of cuBLAS, as Apex's and Transformer Engine's fused gradient accumulation have it.
+
+    On a CPU, where there is none, in two.
+    """
+    if main_grad.is_cuda:
+        added: Tensor = torch.ops.aten.addmm.dtype_out(main_grad, a, b, torch.float32, out=main_grad)
+        return added
+    return main_grad.add_(torch.mm(a, b))
 
 
 def _errors(shape: Product, a: Tensor, b: Tensor, dtype: torch.dtype) -> dict[str, float]:
@@ -145,62 +157,18 @@ def _relative(x: Tensor, want: Tensor) -> float:
     return float((x.double() - want).norm() / want.norm())
 
 
-class Clock:
-    """Median milliseconds of calls that take turns, each after the L2 cache was overwritten."""
-
-    def __init__(self, device: str, repeat: tuple[int, int], seconds: float) -> None:
-        self.device, self.repeat, self.seconds = device, repeat, seconds
-        self._deadline = time.monotonic() + seconds
-        self._flushed = torch.empty(FLUSHED if device == "cuda" else 8, dtype=torch.uint8, device=device)
-
-    @property
-    def is_over(self) -> bool:
-        return time.monotonic() > self._deadline
-
-    def times(self, calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-        first = {}
-        for name, call in calls.items():
-            call()  # compiles
-            first[name] = self._timed(call)
-        fewest, most = self.repeat
-        count = max(fewest, min(most, int(BUDGET_MS / max(max(t() for t in first.values()), 1e-3))))
-        taken: dict[str, list[Callable[[], float]]] = {name: [] for name in calls}
-        for _ in range(count):
-            for name, call in calls.items():
-                taken[name].append(self._timed(call))
-        return {name: statistics.median(t() for t in ts) for name, ts in taken.items()}
-
-    def _timed(self, call: Callable[[], object]) -> Callable[[], float]:
-        """Milliseconds of one call, to be asked for later: nothing waits for the GPU in between."""
-        self._flushed.zero_()
-        if self.device == "cpu":
-            began = time.perf_counter()
-            call()
-            seconds = time.perf_counter() - began
-            return lambda: seconds * 1e3
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-
-        def elapsed() -> float:
-            end.synchronize()
-            return begin.elapsed_time(end)
-
-        return elapsed
-
-
 CHANGES: tuple[dict[str, int], ...] = (
-    {}, {"stages": 2}, {"stages": 4}, {"m": 128, "n": 256, "stages": 3}, {"m": 256, "n": 128, "stages": 3},
-    {"m": 128, "n": 128, "stages": 4}, {"warps": 4}, {"register_levels": 1}, {"register_levels": 3},
+    {}, {"m": 128, "n": 256, "stages": 3}, {"m": 128, "n": 128, "warps": 8, "stages": 4}, {"m": 128, "n": 64},
+    {"m": 64, "n": 128, "warps": 4}, {"stages": 2}, {"register_levels": 1}, {"register_levels": 3},
 )  # fmt: skip
 
 
 def tiles(scale: Scale, clock: Clock) -> Iterator[dict[str, Any]]:
     """Large products of every kind with other tiles in place of the contract's, which must give the same bits."""
-    tile_of = getattr(_gemm(clock.device), "tile_of", None)
-    if tile_of is None:
+    if clock.device == "cpu":
         return
+    from patches.order.kernels import plans
+
     until = time.monotonic() + TILES_SHARE * clock.seconds  # every change is compiled anew
     wanted = [(1, "fc1", "forward"), (1, "fc2", "forward")]
     for shape in shapes(dataclasses.replace(scale, tokens=scale.tokens[:1])):
@@ -211,7 +179,7 @@ def tiles(scale: Scale, clock: Clock) -> Iterator[dict[str, Any]]:
         for change in CHANGES:
             if clock.is_over or time.monotonic() > until:
                 return
-            with _tile(tile_of, change):
+            with _tile(plans, change):
                 try:
                     row = measure(shape, clock, alone=True)
                     row["same_bits"] = whole.equal(products.product(a, b, shape.leaves, shape.pieces))
@@ -221,21 +189,15 @@ def tiles(scale: Scale, clock: Clock) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def _tile(tile_of: Callable[..., Any], change: dict[str, int]) -> Iterator[None]:
-    module = _gemm("cuda")
-    module.tile_of = lambda *args: dataclasses.replace(tile_of(*args), **change)
+def _tile(plans: Any, change: dict[str, int]) -> Iterator[None]:
+    tile_of = plans.tile_of
+    plans.tile_of = lambda *args: dataclasses.replace(tile_of(*args), **change)
+    plans.plan.cache_clear()
     try:
         yield
     finally:
-        module.tile_of = tile_of
-
-
-def _gemm(device: str) -> Any:
-    if device == "cpu":
-        return None
-    from patches.order.kernels import gemm
-
-    return gemm
+        plans.tile_of = tile_of
+        plans.plan.cache_clear()
 
 
 def measure_sum(one: Sum, clock: Clock) -> dict[str, Any]:
@@ -259,7 +221,7 @@ def run(device: str, seconds: float, folder: Path) -> int:
     scale = SCALES[device]
     clock = Clock(device, scale.repeat, seconds)
     report = gpu_report.Report(folder, device)
-    report.contract = dict(backend(torch.device(device)).provenance())
+    report.contract = dict(backend(torch.device(device)).provenance(torch.device(device)))
     every = list(shapes(scale))
     first = [shape for shape in every if shape.tokens == scale.tokens[0]]
 
@@ -275,6 +237,7 @@ def run(device: str, seconds: float, folder: Path) -> int:
             except Exception as error:
                 report.failed.append(f"{name(item)}: {type(error).__name__}: {' '.join(f'{error}'.split())[:200]}")
 
+    each("layers", layers(device), lambda one: one.name, Measured())
     each("products", first, str, measure)
     each("sums", sums(device), lambda one: one.name, measure_sum)
     for row in tiles(scale, clock):

@@ -12,10 +12,20 @@ from typing import Any
 
 import torch
 
+from tpcheck.cost.measured import FORMAT
 from tpcheck.run import provenance
 
 Cell = Callable[[dict[str, Any]], str]
 
+LAYERS: dict[str, Cell] = {
+    "TP": lambda r: str(r["tp"]),
+    "layer of Qwen3-8B, one rank's share": lambda r: r["who"],
+    "tokens": lambda r: str(r["tokens"]),
+    "forward, ms": lambda r: f"{r['forward_ms']:.2f}",
+    "forward and backward, ms": lambda r: f"{r['ms']:.2f}",
+    "time / stock": lambda r: f"{r['over_stock']:.2f}" if "over_stock" in r else "",
+    "memory, GiB": lambda r: f"{r['gib']:.2f}",
+}
 PRODUCTS: dict[str, Cell] = {
     "layer": lambda r: r["layer"],
     "": lambda r: r["kind"],
@@ -44,7 +54,7 @@ SUMS: dict[str, Cell] = {
     "speed / copy": lambda r: f"{r['over_copy']:.2f}",
     "speed / torch's": lambda r: f"{r['over_stock']:.2f}",
 }
-TABLES = {"products": PRODUCTS, "tiles": TILES, "sums": SUMS}
+TABLES = {"layers": LAYERS, "products": PRODUCTS, "tiles": TILES, "sums": SUMS}
 
 
 def versions(device: str) -> dict[str, str]:
@@ -76,7 +86,7 @@ class Report:
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        answer = {"versions": versions(self.device), "contract": self.contract, **self.rows}
+        answer = {"format": FORMAT, "versions": versions(self.device), "contract": self.contract, **self.rows}
         answer |= {"summary": self.summary(), "failed": self.failed, "skipped": self.skipped}
         (self.folder / "bench.json").write_text(json.dumps(answer, indent=1, default=str) + "\n")
         (self.folder / "bench.md").write_text(self.text() + "\n")
@@ -84,6 +94,8 @@ class Report:
     def summary(self) -> dict[str, float]:
         """Ratios over all products: the median, the worst, and the worst of large ones."""
         found: dict[str, float] = {}
+        if ours := [row["over_stock"] for row in self.rows["layers"] if row["who"].startswith("ours")]:
+            found["time of a layer / stock, least"], found["time of a layer / stock, most"] = min(ours), max(ours)
         for name, key in (("cuBLAS", "over_mm"), ("one leaf", "over_one_leaf")):
             rows = [row for row in self.rows["products"] if key in row]
             large = [row for row in rows if min(row["m"], row["k"], row["n"]) >= 2048]

@@ -3,12 +3,13 @@
 Missing modules come from wheels that `make wheels` fetched elsewhere. Then, each with a time-out of its own, so that
 one that fails or hangs does not cost the others' results:
 
-    doctor    tpcheck doctor: what is here, and which attention kernels compute each head by itself
+    doctor    tpcheck doctor: what is here, of which class of bits, and which attention keeps heads apart
+    bench     tests.gpu.bench: a layer against stock, kernels against cuBLAS, sums against copies
     kernels   tests/patches/kernels, compiled instead of interpreted
-    tests     what is marked `gpu`
-    bench     tests.gpu.bench
+    tests     what is marked `gpu`: the bits
 
-Logs, bench.json, bench.md and summary.json go to a folder named after the device. Imports nothing but Python's own.
+The table of layers is printed last, where one looks. Logs, bench.json, bench.md and summary.json go to a folder named
+after the device. Imports nothing but Python's own.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ NEEDED = """
 """.split()
 MARGIN = 20  # seconds that a part has to end by itself, and to be ended
 WORKERS = 6  # share the GPU; most of the time goes to compiling
-SHARES = {"doctor": 0.1, "kernels": 0.25, "tests": 0.3, "bench": 0.35}
+SHARES = {"doctor": 0.1, "bench": 0.35, "kernels": 0.25, "tests": 0.3}
 
 
 def main() -> int:
@@ -63,6 +64,8 @@ def main() -> int:
         (folder / "summary.json").write_text(json.dumps(outcomes, indent=1) + "\n")
     for name, outcome in outcomes.items():
         print(f"==> {name}: {outcome['outcome']} after {outcome['seconds']:.0f} s")
+    if "bench" in outcomes and (folder / "bench.md").exists():
+        print((folder / "bench.md").read_text().partition("## products")[0].rstrip())
     print(f"==> results in {folder}, {time.monotonic() - began:.0f} s in all")
     return 0 if all(outcome["outcome"] == "passed" for outcome in outcomes.values()) else 1
 

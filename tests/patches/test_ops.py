@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from patches.contract import Contract, UnsupportedError
+from patches.ops import linear, sharded
 from patches.ops.sharded import Shards
 from patches.order.collectives import tree_all_reduce
 from patches.order.grad_norm import gradient_norm
@@ -65,3 +66,28 @@ def test_all_reduce_adds_by_pairs_in_rank_order(size):
     for got, norm_ in on_ranks(size, reduced, torch.bfloat16):
         assert torch.equal(got, want.bfloat16())
         assert norm_ == pytest.approx(torch.stack(x).double().norm().item(), rel=2**-40)
+
+
+def beside_collectives(sp: bool) -> list[bool]:
+    """Of the products of a column-parallel layer's forward, dgrad and wgrad: which were told of a collective."""
+    told = []
+
+    def recorded(original: Any) -> Any:
+        def call(*args: Any, beside_collective: bool = False, **kwargs: Any) -> Tensor:
+            told.append(beside_collective)
+            return original(*args, **kwargs)
+
+        return call
+
+    linear.product, sharded.product = recorded(linear.product), recorded(sharded.product)
+    group = dist.group.WORLD
+    x = torch.randn(8 // group.size() if sp else 8, 1, 16, requires_grad=True)
+    weight = torch.randn(32 // group.size(), 16, requires_grad=True)
+    shards = Shards(Contract(), group)
+    linear.column_parallel(x, weight, None, shards, sp, linear.GradSink(False)).sum().backward()
+    return told
+
+
+@pytest.mark.parametrize(("size", "sp", "told"), ((1, False, [0, 0, 0]), (2, False, [0, 0, 1]), (2, True, [0, 1, 1])))
+def test_products_leave_processors_to_a_collective_that_is_under_way(size, sp, told):
+    assert on_ranks(size, beside_collectives, sp)[0] == [bool(each) for each in told]

@@ -19,8 +19,9 @@ import torch
 
 import patches
 from patches import registry
+from patches.megatron import dot_product_attention as without_buffer
 from patches.registry import REGISTRY, _resolve, attribute, check_versions
-from tests.support import STAND_IN, plain_megatron
+from tests.support import ROOT, STAND_IN, plain_megatron
 from tests.support.megatron_runs import differences, run
 from tests.support.ranks import on_ranks
 
@@ -30,7 +31,7 @@ SCRIPT = Path(plain_megatron.__file__)
 def targets() -> dict[str, Any]:
     found = {}
     for patch in check_versions([patch for patch in patches._all_patches() if patch.library == "megatron-core"]):
-        if patch.name != "local-kernels" and not patch.lazy:
+        if patch.name not in ("local-kernels", "compiled-functions", "scores-buffer") and not patch.lazy:
             holder, attr = _resolve(patch.target)
             found[patch.target] = inspect.getattr_static(holder, attr)
     return found
@@ -322,3 +323,46 @@ def test_apexs_layer_norm_sums_in_the_order_of_torchs_at_every_tp():
     for name in ("weight", "bias"):
         expected = one[f"WrappedTorchNorm {name}"]
         assert all(torch.equal(found[f"FusedLayerNorm {name}"], expected) for found in (one, two))
+
+
+COMPILED = """
+import torch
+from patches.aten.compiler import without_compiler
+
+calls = []
+
+def counted(graph, inputs):
+    calls.append(graph)
+    return graph.forward
+
+f = torch.compile(lambda x: x * x + x, backend=counted)
+undo = without_compiler()
+assert f(torch.ones(3)).eq(2).all() and torch.compile(lambda x: x + 1, backend=counted)(torch.ones(3)).eq(2).all()
+assert not calls
+undo()
+f(torch.ones(3))
+assert len(calls) == 1
+"""
+
+
+def test_nothing_is_compiled_until_the_patches_are_off() -> None:
+    env = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], cwd=ROOT, env=env, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_scores_take_no_buffer_and_keep_their_bits() -> None:
+    from megatron.core.transformer import dot_product_attention
+
+    with patches.enabled():
+        buffer = dot_product_attention.parallel_state.get_global_memory_buffer().get_tensor(
+            (4, 64, 64), torch.bfloat16, "mpu"
+        )
+        assert buffer.shape == (4, 64, 64) and buffer.untyped_storage().nbytes() == 2
+        q, k = torch.randn(2, 4, 64, 32).bfloat16()
+        scores = torch.baddbmm(buffer, q, k.mT, beta=0.0, alpha=0.125)
+        assert scores.equal(torch.baddbmm(torch.full_like(scores, torch.nan), q, k.mT, beta=0.0, alpha=0.125))
+        assert scores.equal((torch.bmm(q.float(), k.float().mT) * 0.125).bfloat16())
+    assert not isinstance(dot_product_attention.parallel_state, without_buffer._ParallelState)

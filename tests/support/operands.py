@@ -63,3 +63,15 @@ def values(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> 
         x = x.sign() * torch.finfo(dtype).max
     limit = torch.finfo(dtype).max
     return torch.where(x.isinf(), x, x.clamp(-limit, limit)).to(dtype)
+
+
+def exact_leaves(m: int, k: int, n: int, leaves: int, pieces: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[m, k] and [k, n] whose leaves' sums are exact in float32 in any order, but whose roots must be rounded.
+
+    They are whole multiples, below 2^24, of a power of two that differs from leaf to leaf.
+    """
+    assert 127 * 127 * (k // leaves + 1) < 1 << 24
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-127, 128, shape, generator=g).double() for shape in ((m, k), (k, n)))
+    leaf = torch.arange(k) % (k // pieces) * leaves // (k // pieces)
+    return (a * torch.exp2(-(leaf * 5 % 13).double())).to(dtype), b.to(dtype)

@@ -88,6 +88,35 @@ def test_cells_whose_products_are_of_another_kind_were_not_promised_to_be_equal(
     ]
 
 
+def test_architectures_of_one_class_of_bits_are_compared(tmp_path: Path) -> None:
+    of = sweep(tmp_path, matrix={"arch": ["h100", "b300"], "strategy": ["tree"], "tp": [1, 2]})
+    for cell in of.cells:
+        alone = cell.name == "b300-tree-tp2"
+        finish(cell, model="cc" if alone else "aa", products={"class": "k16-25", "functions": "ab"})
+    found = judge(of)
+    assert found.exit_code == 1 and [len(group.cells) for group in found.groups] == [4]
+
+
+@pytest.mark.parametrize(
+    "other",
+    (
+        {"class": "sm_103", "functions": "ab"},
+        {"class": "k16-25", "functions": "cd"},
+        {"class": "k16-25", "functions": "ab", "attention": "flash on B300"},
+    ),
+)
+def test_architectures_of_two_classes_or_with_other_functions_are_parted_and_nobody_is_to_blame(
+    other: dict[str, Any], tmp_path: Path
+) -> None:
+    of = sweep(tmp_path, matrix={"arch": ["h100", "b300"], "strategy": ["tree"], "tp": [1, 2]})
+    for cell in of.cells:
+        h100 = cell.arch == "h100"
+        finish(cell, model="aa" if h100 else "cc", products={"class": "k16-25", "functions": "ab"} if h100 else other)
+    found = judge(of)
+    assert found.exit_code == 0 and [len(group.cells) for group in found.groups] == [2, 2]
+    assert found.groups[0].name.startswith("tree (k16-25 products")
+
+
 def test_products_of_one_family_are_told_apart_by_what_differs(tmp_path: Path) -> None:
     of = sweep(tmp_path, matrix={"strategy": ["tree"], "tp": [1, 2]})
     for cell, triton in zip(of.cells, ("3.4.0", "3.6.0"), strict=True):

@@ -14,6 +14,7 @@ from tpcheck.config.presets import PRESETS
 from tpcheck.config.schema import RunConfig
 from tpcheck.cost.attention import KERNELS, attention_terms
 from tpcheck.cost.datasheets import GPUS, NVLINK_DOMAIN, Gpu
+from tpcheck.cost.measured import Rates, measured
 from tpcheck.cost.memory import GIB, memory
 from tpcheck.cost.terms import LEGEND, STRATEGIES, Quantity, Strategy, Term, step, symbols, total
 from tpcheck.errors import TpcheckError
@@ -31,14 +32,16 @@ def command(model: str, gpu: str, *, as_json: bool, **options: Any) -> int:
     config = _config(model, options)
     terms = step(config)
     totals = {strategy: _totals(terms, config, strategy, GPUS[gpu]) for strategy in STRATEGIES}
+    rates = measured(gpu, config.tp)
     if as_json:
         print(json.dumps({
             "model": model, "config": config.model_dump(include=_SHOWN), "gpu": dataclasses.asdict(GPUS[gpu]),
             "symbols": symbols(config), "terms": [dataclasses.asdict(term) for term in terms], "totals": totals,
             "attention": [dataclasses.asdict(term) for term in attention_terms(config)],
+            "measured": rates and dataclasses.asdict(rates),
         }))  # fmt: skip
     else:
-        print("\n".join(_lines(model, config, terms, totals, GPUS[gpu])))
+        print("\n".join(_lines(model, config, terms, totals, GPUS[gpu], rates)))
     return 0
 
 
@@ -81,8 +84,9 @@ def _totals(terms: list[Term], config: RunConfig, strategy: Strategy, gpu: Gpu) 
 
 
 def _lines(
-    model: str, config: RunConfig, terms: list[Term], totals: dict[Strategy, dict[str, float]], gpu: Gpu
-) -> Iterator[str]:
+    model: str, config: RunConfig, terms: list[Term], totals: dict[Strategy, dict[str, float]], gpu: Gpu,
+    rates: Rates | None,
+) -> Iterator[str]:  # fmt: skip
     sp = "on" if config.sequence_parallel else "off"
     yield (
         f"{model}, TP={config.tp}, sequence parallelism {sp}, {config.dtype}"
@@ -125,6 +129,12 @@ def _lines(
         f"datasheet: {gpu.tflops:g} TFLOP/s bf16 dense, {gpu.memory_gb:g} GB ({gpu.memory_gb * 1e9 / GIB:.0f} GiB), "
         f"NVLink {gpu.nvlink_gbs:g} GB/s a direction; no GPU sustains these"
     )
+    if rates:
+        yield f"{f'at rates measured on {rates.device}, ms':<{width}}" + _cells(STRATEGIES)
+        yield f"  {'products':<{width - 2}}" + _cells(
+            f"{totals[s]['flops'] / rates.tflops[s] / 1e9:.1f}" for s in STRATEGIES
+        )
+        yield f"of {rates.file}: " + ", ".join(f"{s} {rates.tflops[s]:.0f} TFLOP/s" for s in STRATEGIES)
     if config.tp > NVLINK_DOMAIN:
         between = f"between boards TP={config.tp} is slower than this floor"
         yield f"NVLink joins the {NVLINK_DOMAIN} GPUs of a board; {between}"

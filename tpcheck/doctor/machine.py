@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ WITHOUT_EFFECT = {
     "NVIDIA_TF32_OVERRIDE": "no float32 product of a patched run is cuBLAS's or cuDNN's",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "no float32 product of a patched run is cuBLAS's",
     "PYTORCH_TUNABLEOP_ENABLED": "it tunes cuBLAS alone",
+    "PATCHES_CUBLAS": "cuBLAS is taken only where it gave the same bits",
     "TRITON_F32_DEFAULT": "the kernels name their precision",
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "the patches make fused attention deterministic themselves",
     "NCCL_ALGO": "NCCL moves sums but adds none, except zeros and whole numbers below 2^53",
@@ -78,11 +80,7 @@ def devices(config: RunConfig) -> Iterator[Finding]:
         return
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     kinds = dict.fromkeys(f"{gpu.name}, sm_{gpu.major}{gpu.minor}" for gpu in gpus)
-    alike = len({gpu.major for gpu in gpus}) == 1
-    yield Finding(
-        "devices", f"{len(gpus)} GPU{'s' * (len(gpus) > 1)}", "; ".join(kinds), "ok" if alike else unless_stock(config),
-        "" if alike else "GPUs of one run must be of one architecture: their products differ",
-    )  # fmt: skip
+    yield Finding("devices", f"{len(gpus)} GPU{'s' * (len(gpus) > 1)}", "; ".join(kinds))
     if config.world_size > len(gpus):
         yield Finding("devices", "ranks", str(config.world_size), "note", "more than the GPUs of this machine")
 
@@ -90,20 +88,37 @@ def devices(config: RunConfig) -> Iterator[Finding]:
 def sums(config: RunConfig) -> Iterator[Finding]:
     strategy = "tree" if config.strategy == "stock" else config.strategy
     try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        check(device)
-        made_of = backend(device).provenance()
+        found = [_made_of(device) for device in _one_of_each_kind()]
     except Exception as error:  # Triton has many: no C compiler, no driver, a kernel that does not compile
         why = " ".join(f"{type(error).__name__}: {error}".split())
         yield Finding("sums", "products", "cannot be made", unless_stock(config), why[:MOST_CHARACTERS])
         return
-    try:
+    for made_of in found:
         yield Finding("sums", "products", ", ".join(f"{name}: {_short(value)}" for name, value in made_of.items()))
+    if len(found) > 1 and any(made_of != found[0] for made_of in found):
+        yield Finding(
+            "sums", "GPUs of one run", "of several classes of bits", unless_stock(config),
+            "their products differ: choose those of one kind by CUDA_VISIBLE_DEVICES",
+        )  # fmt: skip
+    try:
         with patches.enabled(strategy, config.leaves, config.attention, config.symmetric_memory):
             applied = sum(row.applied for row in patches.status())
         yield Finding("sums", "patches", f"{applied} apply", "ok", "patches.status() lists them")
     except (patches.UnsupportedError, ValueError) as error:
         yield Finding("sums", "patches", "cannot be enabled", unless_stock(config), str(error))
+
+
+def _made_of(device: torch.device) -> Mapping[str, Any]:
+    check(device)
+    return backend(device).provenance(device)
+
+
+def _one_of_each_kind() -> list[torch.device]:
+    """The CPU, or a GPU of every name here."""
+    if not torch.cuda.is_available():
+        return [torch.device("cpu")]
+    numbers = {torch.cuda.get_device_name(number): number for number in reversed(range(torch.cuda.device_count()))}
+    return [torch.device("cuda", number) for number in sorted(numbers.values())]
 
 
 def settings(config: RunConfig) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tpcheck.errors import TpcheckError, shown
 
-__all__ = ["AttemptRecord", "CodeRecord", "DigestsRecord", "EndRecord", "ManifestRecord", "Record", "StepRecord",
+__all__ = ["AttemptRecord", "BenchRecord", "CodeRecord", "DigestsRecord", "EndRecord", "ManifestRecord", "Record", "StepRecord",
            "SubmissionRecord", "SweepRecord"]  # fmt: skip
 
 Json = dict[str, Any]
@@ -104,6 +104,13 @@ class CodeRecord(Record):
     """What a copy of the code was made from."""
 
     digest: str
+
+
+class BenchRecord(Record):
+    """What `make gpu` has measured."""
+
+    versions: Json
+    products: list[Json]
 
 
 class SubmissionRecord(Record):

@@ -22,6 +22,7 @@ from tpcheck.files.records import DigestsRecord, ManifestRecord, StepRecord
 
 __all__ = [
     "append_step",
+    "bits_of",
     "checkpoint_path",
     "checkpoints",
     "code",
@@ -53,6 +54,15 @@ def read_manifest(path: Path) -> Json:
 def products(manifest: Mapping[str, Any]) -> Json | None:
     """What the run's products were made of, None of a stock run; before manifests told, they were exact everywhere."""
     return manifest.get("products", None if manifest["config"].get("strategy") == "stock" else {"leaf": "exact"})
+
+
+def bits_of(products: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What follows from the device of `products`: their class of bits, then what its own functions and kernels gave.
+
+    Before manifests told of classes, products on GPUs were told apart by architecture.
+    """
+    name = products.get("class", products.get("family", "exact"))
+    return name, products.get("functions", ""), products.get("attention", "")
 
 
 def code(manifest: Mapping[str, Any]) -> str | None:

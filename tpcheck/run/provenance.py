@@ -35,7 +35,7 @@ def describe(config: RunConfig, data: Any, patches: list[dict[str, Any]]) -> dic
             "tokens": data.tokens,
         },
         "patches": patches,
-        "products": None if config.strategy == "stock" else _products(),
+        "products": None if config.strategy == "stock" else _products(config),
         "attention": None,  # known after the first step
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
@@ -73,13 +73,17 @@ def git(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _products() -> dict[str, Any]:
+def _products(config: RunConfig) -> dict[str, Any]:
     """What the bits of this run's products depend on; runs where it differs were never promised to be equal."""
     import torch
 
     from patches.order.backend import backend
 
-    return dict(backend(torch.device("cuda" if torch.cuda.is_available() else "cpu")).provenance())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    products = dict(backend(device).provenance(device))
+    if config.attention in ("flash", "fused") and device.type == "cuda":  # no class of bits describes these kernels
+        products["attention"] = f"{config.attention} on {torch.cuda.get_device_name()}"
+    return products
 
 
 def _hardware() -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 What the patches promise (every strategy but stock) must hold; stock is reported, not judged. Read from the
 result directories alone, so it can be given on an unfinished sweep too: it then says what is missing.
-Products of another kind (manifest.json: exact on a CPU, another GPU architecture's tensor cores) part a group.
+Products of another class of bits (manifest.json: exact on a CPU, tensor cores of one class or another) part a group.
 
     exit code 0   every cell is complete, everything promised held
               1   cells of a promised group differ: the first step and the tensors are named
-              2   cells are missing or not what the sweep says, those of one family of GPUs ran with other products,
+              2   cells are missing or not what the sweep says, those of one class of bits ran with other products,
                   or an optimizer was saved in a way that has no digest
 """
 
@@ -47,7 +47,7 @@ class Group:
     variants: tuple[str, ...]  # what sets its cells apart: TP=1, TP=2, …
     cells: Mapping[str, Digests | None]
     difference: tuple[str, ...] = ()  # where two of them part, in lines; only for what was promised
-    mixed: bool = False  # cells that belong here ran with other products of the same family
+    mixed: bool = False  # cells that belong here ran with other products of the same class of bits
     refused: Mapping[str, str] = field(default_factory=dict)  # cells that are complete and can't count, and why
     notes: tuple[str, ...] = ()  # what the digests on record do not tell
 
@@ -242,7 +242,7 @@ def _look(cell: Cell, verify: bool) -> _Found:
 def _by_products(name: str, cells: Sequence[Cell], found: Mapping[str, _Found]) -> list[tuple[str, list[Cell], bool]]:
     """A group's cells by the products that they ran with; one that is missing joins those of its arch.
 
-    True where another kind is of the same family: nobody meant to part those.
+    True where another kind is of the same class of bits: nobody meant to part those.
     """
     kinds: list[tuple[dict[str, Any], list[Cell]]] = []
     missing = []
@@ -259,20 +259,20 @@ def _by_products(name: str, cells: Sequence[Cell], found: Mapping[str, _Found]) 
     for cell in missing:
         here = [members for _, members in kinds if any(member.arch == cell.arch for member in members)]
         (here or [kinds[0][1]])[0].append(cell)
-    families = [kind.get("family", "exact") for kind, _ in kinds]
+    bits = [result_dir.bits_of(kind) for kind, _ in kinds]
     return [
-        (f"{name} ({_distinct(kind, [one for one, _ in kinds])})", members, families.count(family) > 1)
-        for (kind, members), family in zip(kinds, families, strict=True)
+        (f"{name} ({_distinct(kind, [one for one, _ in kinds])})", members, bits.count(own) > 1)
+        for (kind, members), own in zip(kinds, bits, strict=True)
     ]
 
 
 def _distinct(products: dict[str, Any], all_kinds: Sequence[dict[str, Any]]) -> str:
-    """The family of these products, and whatever else differs within it."""
-    family = products.get("family", "exact")
-    relatives = [kind for kind in all_kinds if kind.get("family", "exact") == family]
+    """The class of these products, and whatever else differs within it."""
+    name = result_dir.bits_of(products)[0]
+    relatives = [kind for kind in all_kinds if result_dir.bits_of(kind)[0] == name]
     others = [key for key, value in products.items() if any(kind.get(key) != value for kind in relatives)]
     others = [key if isinstance(products[key], dict) else f"{key} {products[key]}" for key in others]
-    return ", ".join([f"{family} products", *others])
+    return ", ".join([f"{name} products", *others])
 
 
 def _judge(

@@ -21,19 +21,29 @@ def check(device: torch.device) -> None:
     """Nothing to try: exact values are the same on every CPU."""
 
 
-def provenance() -> dict[str, object]:
+def provenance(device: torch.device) -> dict[str, object]:
     """Exact values depend on their operands alone."""
     return {"leaf": "exact"}
 
 
-def product(a_MK: Tensor, b_KN: Tensor, leaves: int = 1, pieces: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The tree over `leaves` exact products, rounded once to `dtype`."""
+def product(
+    a_MK: Tensor,
+    b_KN: Tensor,
+    leaves: int = 1,
+    pieces: int = 1,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+    beside_collective: bool = False,
+) -> Tensor:
+    """The tree over `leaves` exact products, times `scale`, rounded once to `dtype`."""
+    if scale != 1:
+        return product(a_MK, b_KN, leaves, pieces).mul_(scale).to(dtype)
     if leaves == pieces == 1:
         return exact_product(a_MK, b_KN, dtype)
     return rounded(tree_of_products(a_MK, b_KN, leaves, pieces), dtype)
 
 
-def add_product(into: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+def add_product(into: Tensor, a_MK: Tensor, b_KN: Tensor, beside_collective: bool = False) -> None:
     """into += a·b."""
     into.add_(exact_product(a_MK, b_KN))
 

@@ -9,8 +9,9 @@ from patches.contract import Attention
 from patches.order.kernels import cross_entropy
 from patches.order.kernels.attentions import attention, attention_gradient
 from patches.order.kernels.bits import provenance
+from patches.order.kernels.checks import check
 from patches.order.kernels.embedding import embedding_gradient
-from patches.order.kernels.gemm import add_product, check, product
+from patches.order.kernels.gemm import add_product, product
 from patches.order.kernels.norm import input_gradient, normalised
 from patches.order.kernels.pairs import rounded
 from patches.order.kernels.ranks import begin_reading_peers, check_symmetric_memory, rounded_tree_sum

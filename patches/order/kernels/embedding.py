@@ -3,8 +3,9 @@
     ids      7 2 7 9 2 7      sorted, ties in token order:   2 2 | 7 7 7 | 9
     tokens   0 1 2 3 4 5                                     1 4 | 0 2 5 | 3
 
-A program finds the start of a row's tokens, or ends. It adds them in blocks of BLOCK, each by pairs, one block
-after the other. Other rows, on this rank or another, do not affect it. Legend: T tokens, H features.
+A row's tokens are cut into chunks of CHUNK, each of which a program adds by pairs; the chunks of a frequent row, as of
+padding, wait in a scratch buffer, and another launch adds CHUNK of them at a time by pairs, one such block after the
+other. Other rows, on this rank or another, do not affect it. Legend: T tokens, H features.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from patches.order.kernels.pairs import LAUNCH, narrowed, on, pairs_of_rows, power_of_two, widened
 
-__all__ = ["BLOCK", "embedding_gradient"]
+__all__ = ["CHUNK", "embedding_gradient"]
 
-BLOCK = 16
-COLUMNS = 512
+CHUNK = 64
+COLUMNS = 128
 
 
 def embedding_gradient(dy_TH: Tensor, ids_T: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
@@ -31,35 +32,70 @@ def embedding_gradient(dy_TH: Tensor, ids_T: Tensor, rows: int, dtype: torch.dty
     dy_TH = dy_TH.contiguous()
     tokens, features = dy_TH.shape
     out = torch.zeros(rows, features, dtype=dtype, device=dy_TH.device)
+    if not dy_TH.numel():
+        return out
     sorted_T, order_T = ids_T.masked_fill((ids_T < 0) | (ids_T >= rows), rows).sort(stable=True)
+    start_T, end_T = (torch.searchsorted(sorted_T, sorted_T, right=right) for right in (False, True))
+    windows = -(-tokens // CHUNK)
+    sums = torch.empty(2 * windows, features, dtype=torch.float32, device=dy_TH.device)
     columns = min(COLUMNS, power_of_two(features))
     parts = -(-features // columns)
-    if dy_TH.numel():
-        with on(dy_TH):
-            _gradient[(tokens * parts,)](
-                dy_TH, sorted_T, order_T, out, tokens, features, rows, parts,
-                BLOCK=BLOCK, COLUMNS=columns, num_warps=8, **LAUNCH,
-            )  # fmt: skip
+    where = (sorted_T, start_T, end_T, out, sums, tokens, features, rows, parts)
+    meta = {"CHUNK": CHUNK, "COLUMNS": columns, "num_warps": 8, **LAUNCH}
+    with on(dy_TH):
+        _chunks[(tokens * parts,)](dy_TH, order_T, *where, **meta)
+        _frequent[(windows * parts,)](*where, **meta)
     return out
 
 
 @triton.jit(do_not_specialize=["tokens", "rows", "parts"])
-def _gradient(dy, ids, order, out, tokens, features, rows, parts, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    first = tl.program_id(0) // parts
+def _chunks(
+    dy, order, ids, start, end, out, sums, tokens, features, rows, parts, CHUNK: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """A program for every place in the sorted tokens: it adds the chunk that starts there, or ends."""
+    place = tl.program_id(0) // parts
     columns = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)
-    row = tl.load(ids + first)
-    before = tl.load(ids + first - 1, mask=first > 0, other=-1)
-    if (row != before) & (row < rows):
+    row = tl.load(ids + place)
+    first = tl.load(start + place)
+    last = tl.load(end + place)
+    if ((place - first) % CHUNK == 0) & (row < rows):
+        at = place + tl.arange(0, CHUNK)
+        inside = at < last
+        token = tl.load(order + at, mask=inside, other=0)
+        both = inside[:, None] & (columns < features)[None, :]
+        terms = widened(tl.load(dy + token[:, None] * features + columns[None, :], mask=both, other=0.0))
+        total = pairs_of_rows(terms, CHUNK, COLUMNS)
+        if last - first <= CHUNK:
+            tl.store(out + row * features + columns, narrowed(total, out.dtype.element_ty), mask=columns < features)
+        else:
+            tl.store(sums + _slot(place, last, CHUNK) * features + columns, total, mask=columns < features)
+
+
+@triton.jit(do_not_specialize=["tokens", "rows", "parts"])
+def _frequent(
+    ids, start, end, out, sums, tokens, features, rows, parts, CHUNK: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """A program for every CHUNK places: it adds the chunks of the row of several that starts there, or ends."""
+    places = tl.program_id(0) // parts * CHUNK + tl.arange(0, CHUNK)
+    columns = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.load(start + places, mask=places < tokens, other=-1)
+    last = tl.load(end + places, mask=places < tokens, other=-1)
+    begins = (first == places) & (last - first > CHUNK)
+    place = tl.max(tl.where(begins, first, -1))
+    until = tl.max(tl.where(begins, last, -1))
+    row = tl.load(ids + place, mask=place >= 0, other=rows)
+    if row < rows:
         total = tl.zeros([COLUMNS], tl.float32)
-        found = BLOCK
-        while found == BLOCK:
-            place = first + tl.arange(0, BLOCK)
-            same = tl.load(ids + place, mask=place < tokens, other=-1) == row
-            token = tl.load(order + place, mask=same, other=0)
-            at = token[:, None] * features + columns[None, :]
-            terms = widened(tl.load(dy + at, mask=same[:, None] & (columns < features)[None, :], other=0.0))
-            total += pairs_of_rows(terms, BLOCK, COLUMNS)
-            found = tl.sum(same.to(tl.int32))
-            first += BLOCK
-        at = out + row * features + columns
-        tl.store(at, narrowed(total, out.dtype.element_ty), mask=columns < features)
+        while place < until:
+            chunks = place + CHUNK * tl.arange(0, CHUNK)
+            at = _slot(chunks, until, CHUNK)[:, None] * features + columns[None, :]
+            both = (chunks < until)[:, None] & (columns < features)[None, :]
+            total += pairs_of_rows(tl.load(sums + at, mask=both, other=0.0), CHUNK, COLUMNS)
+            place += CHUNK * CHUNK
+        tl.store(out + row * features + columns, narrowed(total, out.dtype.element_ty), mask=columns < features)
+
+
+@triton.jit
+def _slot(place, last, CHUNK: tl.constexpr):
+    """Where the sum of a chunk waits: of those that start within CHUNK places, one is whole and one not, at most."""
+    return place // CHUNK * 2 + (last - place < CHUNK)

@@ -1,59 +1,20 @@
 """Leaf and tree products: one Triton kernel (`gemm_kernel`) for all layouts, batches and numbers of leaves.
 
-No split of K, no autotuning by shape: the k step and the MMA, which set the bits, are fixed per dtype and
-architecture family (`bits.provenance` tells which). Tiles only cut M and N. Legend: M, N result, K summed, B batch,
-R rows of an operand, be they M or N.
+No split of K: bits depend on groups of 16 along K, counted from a leaf's start (`tensor_core`), and on nothing that
+`tiles` or `plans` choose. Legend: M, N result, K summed, B batch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
-
 import torch
-import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from patches.contract import UnsupportedError
-from patches.order.kernels.gemm_kernel import kernel
-from patches.order.kernels.pairs import INTERPRETED, on, rounded
-from patches.order.tree import cuts, tree_sum
+from patches.order.kernels.library import cublas
+from patches.order.kernels.plans import plan
 
-__all__ = ["NAMES", "add_product", "check", "family", "product", "tile_of"]
+__all__ = ["add_product", "product"]
 
-INTERPRETED_PROGRAMS = 3
-GROUP_M = 8
-FAMILIES = (9, 10)
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a product is cut for the machine; only `k` may change results."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-    register_levels: int
-
-
-@lru_cache
-def tile_of(dtype: torch.dtype, leaves: int, tma: bool, narrow: bool = False) -> Tile:
-    """The tile for operands of `dtype`, one or several leaves, loads by TMA or by pointers (which take registers).
-
-    `narrow`: N is at most 128, as of attention's products with values.
-    """
-    if dtype == torch.float32:
-        return Tile(64, 64, 32, 4, 2, 1)
-    if not tma:
-        return Tile(128, 128, 64, 8, 3, 1)
-    if leaves == 1:
-        return Tile(128, 128 if narrow else 256, 64, 8, 4, 0)
-    return Tile(128, 128, 64, 8, 3, 2)
+LIBRARY = cublas()
 
 
 def product(
@@ -62,6 +23,8 @@ def product(
     leaves: int = 1,
     pieces: int = 1,
     dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+    beside_collective: bool = False,
     into: Tensor | None = None,
 ) -> Tensor:
     """a·b as the tree over `leaves` of K, accumulated in float32 and rounded once to `dtype`, zeros as +0.
@@ -71,181 +34,26 @@ def product(
         b_KN: [K, N] or [B, K, N], same dtype.
         leaves: a power of two; leaf j of K starts at ⌊j·K/leaves⌋.
         pieces: 2 where K holds [gate | up]: leaf j is gate[j], then up[j].
+        scale: what the float32 root is multiplied by, in float32, before it is rounded.
+        beside_collective: leave some multiprocessors to one that is under way; the same bits.
         into: float32 [M, N] or [B, M, N] that the float32 root is added to and which is returned; `dtype` is ignored.
     """
-    _check(a_MK, b_KN, leaves, pieces, dtype, into)
-    a_BMK, b_BKN = (x if x.dim() == 3 else x.unsqueeze(0) for x in (a_MK, b_KN))
-    shape = (*a_MK.shape[:-1], b_KN.shape[-1])
-    if into is None:
-        # The interpreter does not round to bfloat16 correctly: there torch does.
-        kept = torch.float32 if INTERPRETED else dtype
-        make = torch.empty if a_MK.shape[-1] else torch.zeros
-        out = make(shape, dtype=kept, device=a_MK.device)
-    else:
-        out = into
-    if out.numel() and a_MK.shape[-1]:
-        _launch(a_BMK, b_BKN, out if out.dim() == 3 else out.unsqueeze(0), leaves, pieces, into is not None)
-    return rounded(out, dtype) if into is None and INTERPRETED else out
+    operands = (
+        a_MK.device, a_MK.shape, a_MK.stride(), a_MK.dtype, a_MK.data_ptr() % 16,
+        b_KN.device, b_KN.shape, b_KN.stride(), b_KN.dtype, b_KN.data_ptr() % 16,
+    )  # fmt: skip
+    added = None if into is None else (into.device, into.shape, into.stride(), into.dtype, into.data_ptr() % 16)
+    call = plan(operands, leaves, pieces, dtype, scale != 1, beside_collective, added)
+    one = leaves == pieces == 1 and scale == 1 and not beside_collective and a_MK.dim() == 2 and call.plan is not None
+    if LIBRARY is not None and one and a_MK.dtype == torch.bfloat16:
+        layout = (operands, dtype, added)
+        return LIBRARY.product(layout, lambda: call.run(a_MK, b_KN, scale, into), a_MK, b_KN, dtype, into)
+    return call.run(a_MK, b_KN, scale, into)
 
 
-def add_product(into: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+def add_product(into: Tensor, a_MK: Tensor, b_KN: Tensor, beside_collective: bool = False) -> None:
     """into += a·b."""
     if into.dtype == torch.float32:
-        product(a_MK, b_KN, into=into)
+        product(a_MK, b_KN, beside_collective=beside_collective, into=into)
     else:
-        into.add_(product(a_MK, b_KN))
-
-
-def check(device: torch.device) -> None:
-    """Compare, on this very `device`, bits that must not depend on tiles, loads, or what else is in a call.
-
-    Raises:
-        UnsupportedError: they do, or it is no GPU that products are made for.
-    """
-    family(device)
-    generator = torch.Generator("cpu").manual_seed(0)
-    a_MK, b_NK = (
-        torch.randn(size, 1024, generator=generator, device="cpu").to(device, torch.bfloat16) for size in (200, 328)
-    )
-    whole = product(a_MK, b_NK.T, leaves=8)
-    for what, count in (("a leaf alone", 8), ("half of the leaves", 2)):
-        parts = cuts(1024, count)
-        roots = [product(a_MK[:, lo:hi], b_NK[:, lo:hi].T, leaves=8 // count) for lo, hi in parts]
-        _same_bits(what, tree_sum(roots), whole)
-    _same_bits("a row alone", product(a_MK[7:8], b_NK.T, leaves=8), whole[7:8])
-    unaligned = torch.cat([a_MK[:, :1], a_MK], 1)[:, 1:]  # out of TMA's reach
-    _same_bits("loads by pointers", product(unaligned, b_NK.T, leaves=8), whole)
-
-
-def _same_bits(what: str, found: Tensor, expected: Tensor) -> None:
-    if not torch.equal(found.view(torch.int32), expected.view(torch.int32)):
-        raise UnsupportedError(
-            f"products on this GPU do not keep the contract: {what} gives other bits (sm_{family(found.device)}, "
-            f"Triton {triton.__version__}). Please report it, with the output of `make gpu`"
-        )
-
-
-def _launch(a_BMK: Tensor, b_BKN: Tensor, out_BMN: Tensor, leaves: int, pieces: int, add: bool) -> None:
-    B, M, N = out_BMN.shape
-    K = a_BMK.shape[2] // pieces
-    device = a_BMK.device
-    b_BNK = b_BKN.transpose(1, 2)
-    a_along_k, b_along_k = (_along_k(x) for x in (a_BMK, b_BNK))
-    parts = leaves * pieces
-    tma = _suits_tma(a_BMK, a_along_k, parts) and _suits_tma(b_BNK, b_along_k, parts)
-    tile = tile_of(a_BMK.dtype, leaves, tma, N <= 128)
-    tiles_m, tiles_n = triton.cdiv(M, tile.m), triton.cdiv(N, tile.n)
-    programs = min(_programs(device), B * tiles_m * tiles_n)
-    levels = leaves.bit_length() - 1 - tile.register_levels
-    scratch = None
-    if levels > 0:
-        scratch = torch.empty(programs * levels * tile.m * tile.n, dtype=torch.float32, device=device)
-    with on(a_BMK):
-        kernel[(programs,)](
-            _descriptor(a_BMK, a_along_k, parts, tile.m, tile.k) if tma else a_BMK,
-            _descriptor(b_BNK, b_along_k, parts, tile.n, tile.k) if tma else b_BKN,
-            out_BMN,
-            scratch,
-            M,
-            N,
-            K,
-            triton.cdiv(triton.cdiv(K, leaves), tile.k),
-            tiles_m,
-            tiles_n,
-            B * tiles_m * tiles_n,
-            *a_BMK.stride(),
-            *b_BKN.stride(),
-            *out_BMN.stride(),
-            **_constexprs(tile, leaves, pieces, tma, a_along_k, b_along_k, add, a_BMK.dtype),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-
-
-def _constexprs(
-    tile: Tile, leaves: int, pieces: int, tma: bool, a_along_k: bool, b_along_k: bool, add: bool, dtype: torch.dtype
-) -> dict[str, Any]:
-    return {
-        "LEAVES": leaves,
-        "PIECES": pieces,
-        "TMA": tma,
-        "A_ALONG_K": a_along_k,
-        "B_ALONG_K": b_along_k,
-        "ADD": add,
-        "WIDEN": INTERPRETED and dtype == torch.bfloat16,
-        "TILE_M": tile.m,
-        "TILE_N": tile.n,
-        "TILE_K": tile.k,
-        "REGISTER_LEVELS": tile.register_levels,
-        "GROUP": GROUP_M,
-    }
-
-
-def _along_k(x_BRK: Tensor) -> bool:
-    """Whether K, rather than the rows, lies side by side in memory."""
-    return x_BRK.stride(2) == 1 or x_BRK.stride(1) != 1
-
-
-def _suits_tma(x_BRK: Tensor, along_k: bool, parts: int) -> bool:
-    """TMA wants tensor cores' dtypes, K in equal parts, one unit stride, others of multiples of 16 bytes."""
-    if x_BRK.dtype == torch.float32 or x_BRK.shape[2] % parts or x_BRK.stride(2 if along_k else 1) != 1:
-        return False
-    *apart, _ = _by_leaf(x_BRK, along_k, parts)[1]
-    bytes_apart = [stride * x_BRK.element_size() for stride in apart]
-    return x_BRK.data_ptr() % 16 == 0 and all(0 < each < 1 << 40 and each % 16 == 0 for each in bytes_apart)
-
-
-def _descriptor(x_BRK: Tensor, along_k: bool, parts: int, rows: int, k: int) -> TensorDescriptor:
-    return TensorDescriptor(x_BRK, *_by_leaf(x_BRK, along_k, parts), [1, 1, rows, k] if along_k else [1, 1, k, rows])
-
-
-def _by_leaf(x_BRK: Tensor, along_k: bool, parts: int) -> tuple[list[int], list[int]]:
-    """Sizes and strides of [B, parts, R, K/parts], or with the last two swapped where rows lie side by side."""
-    (B, R, K), (by_B, by_R, by_K) = x_BRK.shape, x_BRK.stride()
-    inside = [(R, by_R), (K // parts, by_K)]
-    dims = [(B, by_B), (parts, K // parts * by_K), *(inside if along_k else reversed(inside))]
-    line = 16 // x_BRK.element_size()  # in place of the stride of a dimension of size 1, which is arbitrary
-    return [size for size, _ in dims], [*(by if size > 1 else line for size, by in dims[:3]), 1]
-
-
-@lru_cache
-def family(device: torch.device) -> int:
-    """The architecture of a GPU that products are made for, as in sm_90; `UnsupportedError` for others."""
-    if INTERPRETED:
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    if major not in FAMILIES:
-        raise UnsupportedError(f"products are made for compute capability 9.x and 10.x, not {major}.{minor}")
-    return 10 * major + minor
-
-
-@lru_cache
-def _programs(device: torch.device) -> int:
-    return INTERPRETED_PROGRAMS if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _check(a: Tensor, b: Tensor, leaves: int, pieces: int, dtype: torch.dtype, into: Tensor | None) -> None:
-    allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in NAMES)
-    if a.dtype != b.dtype or a.dtype not in NAMES:
-        raise TypeError(
-            f"products take two operands of one dtype of {', '.join(map(str, NAMES))}: {a.dtype}, {b.dtype}"
-        )
-    if dtype not in NAMES:
-        raise TypeError(f"a product is rounded to one of {allowed}, not {dtype}")
-    shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
-    if a.dim() not in (2, 3) or a.dim() != b.dim() or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
-        raise ValueError(f"a product takes [M, K]·[K, N] or [B, M, K]·[B, K, N], not {shapes}")
-    if leaves < 1 or leaves & (leaves - 1):
-        raise ValueError(f"leaves={leaves}: use a power of two")
-    if pieces not in (1, 2) or a.shape[-1] % pieces:
-        raise ValueError(f"pieces={pieces}: use 1, or 2 where K={a.shape[-1]} is even")
-    if not (a.is_cuda and b.device == a.device) and not INTERPRETED:
-        raise ValueError(f"both operands must be on one GPU: {a.device}, {b.device}")
-    if into is None:
-        return
-    if into.dtype != torch.float32:
-        raise TypeError(f"a product is added into float32, not {into.dtype}")
-    if into.shape != (*a.shape[:-1], b.shape[-1]) or into.device != a.device:
-        raise ValueError(
-            f"the product of {shapes} on {a.device} cannot be added into {tuple(into.shape)} on {into.device}"
-        )
+        into.add_(product(a_MK, b_KN, beside_collective=beside_collective))

@@ -26,6 +26,7 @@ def kernel(
     b,
     out,
     scratch,
+    scale,
     M,
     N,
     K,
@@ -48,11 +49,13 @@ def kernel(
     A_ALONG_K: tl.constexpr,
     B_ALONG_K: tl.constexpr,
     ADD: tl.constexpr,
+    SCALED: tl.constexpr,
     WIDEN: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     REGISTER_LEVELS: tl.constexpr,
+    FLATTEN: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """a, b: TMA descriptors or pointers. K: length of a piece. steps: k steps of a leaf's piece.
@@ -67,7 +70,7 @@ def kernel(
     if LEVELS > 0:
         pending = scratch + tl.cast(tl.program_id(0), tl.int64) * (LEVELS * TILE)
         pending += tl.arange(0, TILE_M)[:, None] * TILE_N + tl.arange(0, TILE_N)[None, :]
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         # Tiles that run at the same time share rows and columns: GROUP rows of tiles at a time, column by column.
         batch = tile // (tiles_m * tiles_n)
         in_batch = tile % (tiles_m * tiles_n)
@@ -89,19 +92,22 @@ def kernel(
                 if subtree != SUBTREES - 1:
                     tl.store(pending + level * TILE, root)
                 tl.debug_barrier()  # another thread may be the one that reads, or next writes, an element
-        _store(root, out + tl.cast(batch, tl.int64) * out_B, m, n, M, N, out_M, out_N, ADD, TILE_M, TILE_N)
+        if SCALED:
+            root = (root + 0.0) * scale  # a root's zeros are +0
+        _store(root, out + tl.cast(batch, tl.int64) * out_B, m, n, M, N, out_M, out_N, ADD, SCALED, TILE_M, TILE_N)
 
 
 @triton.jit
 def _store(
-    root, out, m, n, M, N, out_M, out_N, ADD: tl.constexpr, TILE_M: tl.constexpr, COLUMNS: tl.constexpr
+    root, out, m, n, M, N, out_M, out_N,
+    ADD: tl.constexpr, SCALED: tl.constexpr, TILE_M: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Round and store, or add, at most 64 columns at a time: what addresses and old values take is registers."""
     if COLUMNS > 64:
         HALF: tl.constexpr = COLUMNS // 2
         left, right = root.reshape(TILE_M, 2, HALF).permute(0, 2, 1).split()
-        _store(left, out, m, n, M, N, out_M, out_N, ADD, TILE_M, HALF)
-        _store(right, out, m, n + HALF, M, N, out_M, out_N, ADD, TILE_M, HALF)
+        _store(left, out, m, n, M, N, out_M, out_N, ADD, SCALED, TILE_M, HALF)
+        _store(right, out, m, n + HALF, M, N, out_M, out_N, ADD, SCALED, TILE_M, HALF)
     else:
         rows = m + tl.arange(0, TILE_M)
         columns = n + tl.arange(0, COLUMNS)
@@ -109,6 +115,8 @@ def _store(
         at = out + rows.to(tl.int64)[:, None] * out_M + columns.to(tl.int64)[None, :] * out_N
         if ADD:
             tl.store(at, tl.load(at, mask=inside) + root, mask=inside)
+        elif SCALED:
+            tl.store(at, root.to(out.dtype.element_ty), mask=inside)
         else:
             tl.store(at, root.to(out.dtype.element_ty) + 0.0, mask=inside)
 

@@ -42,6 +42,7 @@ LAUNCH = {"enable_fp_fusion": False}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_HERE = nullcontext()
 
 
 @triton.jit
@@ -93,7 +94,8 @@ def power_of_two(n: int) -> int:
 
 def on(x: Tensor) -> AbstractContextManager[Any]:
     """Launch kernels on the device of `x`."""
-    return nullcontext() if INTERPRETED else torch.cuda.device(x.device)
+    here = INTERPRETED or x.device.index == torch.cuda.current_device()
+    return _HERE if here else torch.cuda.device(x.device)
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,6 +23,13 @@ from typing import Any
 
 from tests.patches.kernels.variant import Variant
 
+# Instructions of tensor cores, and those that `kernels.tensor_core` describes: 16 products at a time, into float32.
+MMAS = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)\.[\w.:]+")
+MODELLED = re.compile(
+    r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.(?:bf16\.bf16|f16\.f16)"
+    r"|tcgen05\.mma\.cta_group::1\.kind::f16"
+    r"|mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(?:bf16\.bf16|f16\.f16)\.f32"
+)
 # Additions and multiplications that the assembler may contract to one rounding.
 CONTRACTIBLE = re.compile(r"\b(?:add|sub|mul)(?:\.ftz)?\.f32")
 TABLE = Path(__file__).with_name("static.json")
@@ -34,7 +41,7 @@ TOLERANCE = {"registers": 7, "stack": 0, "shared": 0}
 
 @dataclass(frozen=True)
 class Facts:
-    """Registers per thread, bytes of stack per thread, bytes of shared memory per block, waits for tensor cores.
+    """Registers and bytes of stack per thread, bytes of shared memory per block, instructions of tensor cores.
 
     `waits` are the assembler's wgmma waits for everything in flight: more than the compiler asked for (`asked`)
     mean that it found the asynchronous instructions unsafe and put them one after the other. `contractible` are
@@ -44,7 +51,7 @@ class Facts:
     registers: int
     stack: int
     shared: int
-    mma: bool
+    mma: tuple[str, ...]
     asked: int = 0
     waits: int = 0
     contractible: int = 0
@@ -93,7 +100,11 @@ def broken_rules(name: str, case: tuple[Variant, int], facts: Facts) -> list[str
     rules = {
         f"has {facts.stack} bytes of stack": facts.stack <= STACK_LIMIT.get(family, sys.maxsize),
         f"takes {facts.shared} bytes of shared memory": facts.shared <= SHARED_LIMIT,
-        "does not use the tensor cores": facts.mma or variant.expects != "mma",
+        "does not use the tensor cores": bool(facts.mma) or variant.expects != "mma",
+        f"adds otherwise than the tensor core on paper: {', '.join(facts.mma)}": all(
+            map(MODELLED.fullmatch, facts.mma)
+        ),
+        "spills": facts.stack == 0 or variant.expects != "mma" or family != 90,
         "waits for every wgmma": facts.waits <= facts.asked,
         "may round a multiplication and an addition as one": variant.fp_fusion or not facts.contractible,
     }
@@ -134,13 +145,13 @@ def facts_of(variant: Variant, family: int) -> Facts:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = _printed(tools / "cuobjdump", "--dump-resource-usage", cubin.name)
-        code = _printed(tools / "nvdisasm", "-c", cubin.name)
+        code = _printed(tools / "nvdisasm", "-c", cubin.name) if family == 90 else ""  # wgmma is Hopper's alone
     ptx = compiled.asm["ptx"]
     return Facts(
         registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
         stack=int(re.findall(r"STACK:(\d+)", usage)[-1]),
         shared=compiled.metadata.shared,
-        mma=("wgmma.mma_async" if family == 90 else "tcgen05.mma") in ptx,
+        mma=tuple(sorted(set(MMAS.findall(ptx)))),
         asked=ptx.count("wgmma.wait_group.sync.aligned 0"),
         contractible=len(CONTRACTIBLE.findall(ptx)),
         waits=len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", code)),

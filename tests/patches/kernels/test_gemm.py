@@ -18,10 +18,13 @@ pytest.importorskip("triton", reason="Triton is not on the path: make test-kerne
 
 from patches.contract import UnsupportedError
 from patches.order.exact.products import exact_product, tree_of_products
-from patches.order.kernels import gemm, provenance
+from patches.order.kernels import checks, gemm_kernel, plans, provenance
 from patches.order.kernels.gemm import product
+from patches.order.kernels.tensor_core import K16_25
+from patches.order.kernels.tiles import Tile, tile_of, tiles_of
 from patches.order.tree import cuts, tree_sum
 from tests.support.bits import assert_same_bits
+from tests.support.operands import exact_leaves
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LAYOUTS = ("ab", "abᵀ", "aᵀb", "aᵀbᵀ")  # dgrad, forward, wgrad, neither operand as the tensor cores like it
@@ -42,11 +45,25 @@ def assert_right(y, a, b, leaves=1, pieces=1):
     assert ((y.cpu().double() - exact).abs() <= bound).all()
 
 
+@pytest.fixture(autouse=True)
+def _forget_plans():
+    plans.plan.cache_clear()
+    yield
+    plans.plan.cache_clear()
+
+
+def replan(monkeypatch, **changes):
+    """From now on plans are made with these in place of functions and numbers of `plans`."""
+    for name, change in changes.items():
+        monkeypatch.setattr(plans, name, change)
+    plans.plan.cache_clear()
+
+
 @pytest.fixture(params=(True, False), ids=("tma", "pointers"))
 def loads(request, monkeypatch):
     """Both ways to load, where the operands leave the choice."""
     if not request.param:
-        monkeypatch.setattr(gemm, "_suits_tma", lambda *_: False)
+        replan(monkeypatch, _suits_tma=lambda *_: False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -106,11 +123,11 @@ def test_gated_leaves_are_gate_then_up_in_one_accumulator(device):
 @pytest.mark.parametrize("K", (512, 4 * 72))
 def test_tma_and_pointers_have_same_bits(K, layout, leaves, pieces, device, monkeypatch):
     a, b = operands(136, 264, K, device, layout=layout)
-    suits_tma, chosen = gemm._suits_tma, []
-    monkeypatch.setattr(gemm, "_suits_tma", lambda *args: chosen.append(suits_tma(*args)) or chosen[-1])
+    suits_tma, chosen = plans._suits_tma, []
+    replan(monkeypatch, _suits_tma=lambda *args: chosen.append(suits_tma(*args)) or chosen[-1])
     by_tma = product(a, b, leaves, pieces)
     assert chosen == [True, True]
-    monkeypatch.setattr(gemm, "_suits_tma", lambda *_: False)
+    replan(monkeypatch, _suits_tma=lambda *_: False)
     assert_same_bits(product(a, b, leaves, pieces), by_tma)
 
 
@@ -168,6 +185,111 @@ def test_batch_of_interleaved_heads_needs_no_copy(device):
     assert_same_bits(product(scores, k), product(scores, k.contiguous()))
 
 
+def assert_models_bits(y, a, b, leaves):
+    """At the borders of tiles and some places between, on which an element's bits cannot depend."""
+    rows, columns = ([i for i in range(size) if i % 64 in (0, 1, 37, 63)] for size in y.shape)
+    assert_same_bits(y[rows][:, columns].cpu(), K16_25.product(a[rows], b[:, columns], leaves))
+
+
+TILES = [(1, tile) for tile in tiles_of(torch.bfloat16, 1, True)] + [
+    (4, tile) for tile in tiles_of(torch.bfloat16, 4, True)
+]
+
+
+@pytest.mark.parametrize(("leaves", "tile"), TILES, ids=lambda x: f"{x.m}x{x.n}" if isinstance(x, Tile) else f"{x}")
+def test_tile_has_no_say(leaves, tile, device, monkeypatch):
+    """Every tile's bits are the model's, on operands whose sums within a leaf are exact (elsewhere NumPy's are not)."""
+    a, b = (x.to(device) for x in exact_leaves(200, 256, 272, leaves, 1, torch.bfloat16))
+    chosen = []
+    replan(monkeypatch, tile_of=lambda *_: chosen.append(tile) or tile)
+    assert_models_bits(product(a, b, leaves), a, b, leaves)
+    assert_models_bits(product(a, b, leaves, into=torch.zeros(200, 272, device=device)), a, b, leaves)
+    assert chosen == [tile, tile]
+
+
+@pytest.mark.parametrize("programs", (1, 2, 100))
+def test_number_of_programs_has_no_say(programs, device, monkeypatch):
+    a, b = (x.to(device) for x in exact_leaves(300, 256, 200, 4, 1, torch.bfloat16))
+    replan(monkeypatch, processors=lambda device: programs)
+    assert_models_bits(product(a, b, 4), a, b, 4)
+
+
+def test_fewer_programs_run_beside_a_collective_and_give_the_same_bits(device, monkeypatch):
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid[0])
+            return kernel[grid]
+
+    a, b = operands(600, 500, 64, device, torch.float16)
+    kernel = plans.kernel
+    replan(monkeypatch, kernel=Kernel(), processors=lambda device: 5, SPARED=2)
+    whole = product(a, b)
+    assert_same_bits(product(a, b, beside_collective=True), whole)
+    assert grids == [5, 3]
+
+
+def test_tile_follows_the_shape_so_that_few_processors_idle():
+    def chosen(m, n, leaves=1):
+        tile = tile_of(torch.bfloat16, leaves, True, (1, m, n), 132)
+        return tile.m, tile.n
+
+    assert chosen(8192, 24576) == (128, 256)
+    assert chosen(4096, 512) == (128, 128)  # 128 tiles on 132 processors, not 64
+    assert chosen(2048, 512) == (128, 64)
+    assert chosen(8192, 4096, leaves=8) == (128, 128)
+    assert chosen(2048, 512, leaves=8) == (128, 64)
+
+
+def test_plan_is_made_once_for_operands_laid_out_alike(device, monkeypatch):
+    made = []
+    monkeypatch.setattr(plans, "tile_of", lambda *args: made.append(args) or tile_of(*args))
+    for _ in range(3):
+        a, b = operands(40, 40, 64, device)
+        product(a, b)
+    assert len(made) == 1
+    product(a.T.contiguous().T, b)
+    assert len(made) == 2
+
+
+def test_second_launch_goes_straight_to_the_compiled_kernel(device, monkeypatch):
+    """With all that Triton passed to it at the first: arguments, then what it was compiled for, in that order."""
+    asked, launched = [], []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments: launched.append((grid, arguments))
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: asked.append((grid, arguments, options)) or Compiled()
+
+    replan(monkeypatch, kernel=Kernel())
+    a, b = operands(48, 64, 64, device)
+    for _ in range(3):
+        product(a, b, leaves=2)
+    ((grid, arguments, options),) = asked
+    names = gemm_kernel.kernel.arg_names
+    assert [*options][:-2] == names[len(arguments) :] and [*options][-2:] == ["num_warps", "num_stages"]
+    assert len(launched) == 2
+    for place, given in launched:
+        assert place == grid and given[3:] == (*arguments[3:], *[*options.values()][:-2])
+        for mine, first in zip(given[:2], arguments[:2], strict=True):
+            assert mine.base.data_ptr() == first.base.data_ptr() and {**vars(mine), "base": 0} == {
+                **vars(first),
+                "base": 0,
+            }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scale_is_one_multiplication_of_the_root(dtype, device):
+    a, b = operands(70, 90, 64, device, dtype)
+    a[1] = 0
+    for scale in (0.08838834764831845, -3.0):
+        assert_same_bits(product(a, b, 2, dtype=dtype, scale=scale), product(a, b, 2).mul_(scale).to(dtype))
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_root_is_rounded_once(dtype, device):
     a, b = operands(130, 140, 512, device, dtype)
@@ -218,28 +340,40 @@ def test_bad_operands_are_refused(device):
             product(**{"a_MK": a, "b_KN": b, **arguments})
 
 
-def test_provenance_tells_the_k_step():
-    facts = provenance()
-    assert facts["k_step"] == {"bf16": 64, "fp16": 64, "fp32": 32}
+def test_provenance_tells_what_bits_depend_on_and_no_tile(device):
+    facts = provenance(device)
+    assert facts["groups"] == "16 of K from the start of a leaf" and facts["class"] and len(facts["functions"]) == 16
+    assert not facts.keys() & {"k_step", "family", "tile"}
 
 
 def test_check_finds_products_that_depend_on_what_else_is_in_a_call(monkeypatch, device):
-    gemm.check(device)
-    for wrong, of in (("a leaf alone", lambda a, leaves: leaves == 1), ("a row alone", lambda a, leaves: len(a) == 1)):
+    checks.check(device)
+    tiled = checks._tiled
+    smaller = tiles_of(torch.bfloat16, 1, True)[-1]
+    for wrong, name, is_broken in (
+        ("a leaf alone", "product", lambda a, b, leaves=1, *_, **__: leaves == 1),
+        (
+            "abᵀ of 1 leaves and 1 pieces in tiles of 128x64",
+            "_tiled",
+            lambda *args: args[4] == smaller and args[1].stride(0) == 1,
+        ),
+    ):
+        right = product if name == "product" else tiled
 
-        def broken(a, b, leaves=1, of=of):
-            return product(a, b, leaves) * (1 + 2.0**-23 if of(a, leaves) else 1)
+        def broken(*args, right=right, is_broken=is_broken, **kwargs):
+            return right(*args, **kwargs) * (1 + 2.0**-23 if is_broken(*args, **kwargs) else 1)
 
-        monkeypatch.setattr(gemm, "product", broken)
-        with pytest.raises(UnsupportedError, match=wrong):
-            gemm.check(device)
+        with monkeypatch.context() as patch:
+            patch.setattr(checks, name, broken)
+            with pytest.raises(UnsupportedError, match=wrong):
+                checks.check(device)
 
 
 def test_check_refuses_a_gpu_that_products_are_not_made_for(monkeypatch):
-    monkeypatch.setattr(gemm, "INTERPRETED", False)
+    monkeypatch.setattr(plans, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(UnsupportedError, match=r"9.x and 10.x, not 8.0"):
-        gemm.check(torch.device("cuda", 7))
+        checks.check(torch.device("cuda", 7))
 
 
 @pytest.mark.gpu

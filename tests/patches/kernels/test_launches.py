@@ -15,6 +15,7 @@ from itertools import product as combinations
 import pytest
 import torch
 
+from tests.patches.kernels.driver import Driver
 from tests.support import ROOT
 
 
@@ -24,21 +25,6 @@ def test_every_launch_is_of_a_checked_variant():
     command = [sys.executable, "-m", "tests.patches.kernels.test_launches"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-class Driver:
-    """As much of a driver as a launch that does not run needs."""
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
 
 
 class Compiled:
@@ -65,40 +51,46 @@ def key(kernel, signature, constants, attrs):
 def main():
     from triton.runtime import driver
 
-    from patches.order.kernels import gemm
-    from tests.patches.kernels.variants import of_products
+    from patches.order.kernels import plans
+    from patches.order.kernels.tiles import tiles_of
+    from tests.patches.kernels.variants import of_product, of_products
 
     driver.set_active(Driver())
-    variants = {}
-    for variant in of_products():
-        names = variant.kernel.arg_names
-        constants = {(names.index(name),): value for name, value in variant.constexprs.items()}
-        variants[variant.name] = key(variant.kernel, variant.signature, constants, variant.attrs)
-    launched = gemm.kernel = Compiled(gemm.kernel)
-    gemm.on = lambda x: nullcontext()
-    gemm._programs = lambda device: 132
-    gemm.family = lambda device: 90
-    suits_tma = gemm._suits_tma
-    T, K, checked = 256, 1024, 0
-    for name, layout, leaves, how, N in combinations(
-        ("bf16", "fp16", "fp32"), ("abᵀ", "ab", "aᵀb"), (1, 8), ("tma", "pointers"), (768, 128)
+    checked = {variant.name for variant in of_products()}
+    launched = plans.kernel = Compiled(plans.kernel)
+    plans.on = lambda x: nullcontext()
+    plans.processors = lambda device: 132
+    count = 0
+    for dtype, layout, leaves, tma in combinations(
+        (torch.bfloat16, torch.float16, torch.float32), ("abᵀ", "ab", "aᵀb", "scaled abᵀ"), (1, 8), (True, False)
     ):
-        result = "added" if layout == "aᵀb" else name
-        title = f"gemm {name} {layout} leaves={leaves} pieces=1 {how} {result}"
-        if N == 128:
-            title = f"gemm {name} {layout} narrow {how} {result}" if leaves == 1 else ""
-        if title not in variants:
-            continue
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
-        a_MK = torch.empty(K, T, dtype=dtype).T if "aᵀ" in layout else torch.empty(T, K, dtype=dtype)
-        b_KN = torch.empty(N, K, dtype=dtype).T if "bᵀ" in layout else torch.empty(K, N, dtype=dtype)
-        out = torch.empty(1, T, N, dtype=torch.float32 if result == "added" else dtype)
-        gemm._suits_tma = suits_tma if how == "tma" else lambda *_: False
-        gemm._launch(a_MK.unsqueeze(0), b_KN.unsqueeze(0), out, leaves, 1, result == "added")
-        checked += 1
-        assert launched.key == variants[title], f"launched: {launched.key}\nchecked: {variants[title]}"
-    assert checked == 21
+        name = plans.NAMES[dtype]
+        result = "added" if layout == "aᵀb" else "scaled " * ("scaled" in layout) + name
+        for tile in tiles_of(dtype, leaves, tma):
+            variant = of_product(dtype, layout.removeprefix("scaled "), leaves, 1, tma, result, tile)
+            if variant.name not in checked:
+                continue
+            plans.tile_of = lambda *_, tile=tile: tile
+            suits_tma, plans._suits_tma = plans._suits_tma, (plans._suits_tma if tma else lambda *_: False)
+            launch(plans, dtype, layout, leaves, result)
+            plans._suits_tma = suits_tma
+            names = variant.kernel.arg_names
+            constants = {(names.index(name),): value for name, value in variant.constexprs.items()}
+            want = key(variant.kernel, variant.signature, constants, variant.attrs)
+            assert launched.key == want, f"launched: {launched.key}\nchecked: {want}"
+            count += 1
+    assert count == 32
     attention()
+
+
+def launch(plans, dtype, layout, leaves, result):
+    T, K, N = 256, 1024, 768
+    a_MK = torch.empty(K, T, dtype=dtype).T if "aᵀ" in layout else torch.empty(T, K, dtype=dtype)
+    b_KN = torch.empty(N, K, dtype=dtype).T if "bᵀ" in layout else torch.empty(K, N, dtype=dtype)
+    out = torch.empty(T, N, dtype=torch.float32 if result == "added" else dtype)
+    a, b, into = (plans.layout_of(x) for x in (a_MK, b_KN, out))
+    plan = plans.Plan(a, b.transposed, into, leaves, 1, plans.How(result == "added", "scaled" in result))
+    plan.launch(a_MK, b_KN, out, 0.5)
 
 
 def attention():

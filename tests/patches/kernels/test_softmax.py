@@ -13,8 +13,9 @@ import torch
 pytest.importorskip("triton", reason="Triton is not on the path: make test-kernels")
 
 from patches.order.exact.sums import exact_sum
+from patches.order.kernels import embedding
 from patches.order.kernels.cross_entropy import CHUNK, exponentials, joined, logits_gradient, losses
-from patches.order.kernels.embedding import BLOCK, embedding_gradient
+from patches.order.kernels.embedding import embedding_gradient
 from patches.order.kernels.softmaxes import SHORT, softmax, softmax_gradient
 from patches.order.polynomials import ULPS
 from patches.order.tree import tree_sum
@@ -112,19 +113,22 @@ def test_logits_gradient_is_right_and_the_same_on_every_rank(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_embedding_row_sums_its_own_tokens_in_order(dtype, device):
-    rows, tokens = 6, 5 * BLOCK
+@pytest.mark.parametrize("chunk", (4, 64))
+def test_embedding_row_sums_its_own_tokens_in_order(chunk, dtype, device, monkeypatch):
+    monkeypatch.setattr(embedding, "CHUNK", chunk)
+    rows, tokens = 6, max(5 * chunk, 100)
     ids = torch.randint(0, rows, (tokens,))
-    ids[ids == 4] = 1  # a row without tokens, and one of more than a block
+    ids[ids == 4] = 1  # a row without tokens, and one of several chunks; of more than 4 x 4, where 4 tokens are one
     dy = torch.randn(tokens, 20)
     whole = embedding_gradient(dy.to(device, dtype), ids.to(device), rows, dtype)
     for row in range(rows):
         own = dy.to(dtype)[ids == row]
+        sums = [by_pairs(part, 0) for part in own.split(chunk)]
         total = torch.zeros(20)
-        for block in own.split(BLOCK):
-            total = total + by_pairs(block, 0)
+        for first in range(0, len(sums), chunk):
+            total = total + by_pairs(torch.stack(sums[first : first + chunk]), 0)
         assert_same_bits(whole[row], total.to(dtype))
-        assert_close(whole[row], exact_sum(own, 0), ULP * (len(own) / BLOCK + 4) * exact_sum(own.abs(), 0))
+        assert_close(whole[row], exact_sum(own, 0), ULP * (len(sums) / chunk + 14) * exact_sum(own.abs(), 0))
     halves = [embedding_gradient(dy.to(device, dtype), ids.to(device) - 3 * rank, 3, dtype) for rank in range(2)]
     assert_same_bits(torch.cat(halves), whole)
     mine = ids < 3  # what other ranks' tokens are, and whether there are any

@@ -7,9 +7,10 @@ from itertools import product as combinations
 
 import torch
 
-from patches.order.kernels import cross_entropy, embedding, gemm, norm, ranks, softmaxes, squares, sums
-from patches.order.kernels.gemm import NAMES, tile_of
+from patches.order.kernels import cross_entropy, embedding, norm, ranks, softmaxes, squares, sums
 from patches.order.kernels.gemm_kernel import COUNTS, kernel
+from patches.order.kernels.plans import NAMES, How, Layout, constants
+from patches.order.kernels.tiles import Tile, tiles_of
 from tests.patches.kernels.variant import Variant, variant
 from tests.patches.kernels.variants_of_attention import of_attention
 
@@ -20,7 +21,7 @@ def all_variants() -> list[Variant]:
 
 
 def of_products() -> Iterator[Variant]:
-    """What the layers launch: by TMA or by pointers, every layout, number of leaves and pieces, result."""
+    """What the layers launch: by TMA or by pointers, every layout, number of leaves and pieces, result and tile."""
     one, tree = (1,), (1, 2, 4, 8)
     loads = ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True), (torch.float32, False))
     for dtype, tma in loads:
@@ -32,35 +33,38 @@ def of_products() -> Iterator[Variant]:
             *combinations(("ab",), some, (1, 2), results),  # dgrad; 2 pieces where the layer is gated
             *combinations(("aᵀb",), one, one, (*results, "added")),  # wgrad
             ("aᵀbᵀ", 1, 1, name),
+            *([("abᵀ", 1, 1, f"scaled {name}")] if tma else []),  # attention's scores
         ):
-            how = "tma" if tma else "pointers"
-            title = f"gemm {name} {layout} leaves={leaves} pieces={pieces} {how} {result}"
-            yield _product(title, dtype, layout, leaves, pieces, tma, result)
-    for layout, result in combinations(("ab", "aᵀb"), ("bf16", "fp32")):  # attention: P·V, dQ, dK, dV
-        yield _product(
-            f"gemm bf16 {layout} narrow tma {result}", torch.bfloat16, layout, 1, 1, True, result, narrow=True
-        )
+            largest, *smaller = tiles_of(dtype, leaves, tma)
+            # Of the smaller ones 1 and 8 leaves of bfloat16 are enough: others are the same code, cut elsewhere.
+            few = dtype == torch.bfloat16 and leaves in (1, 8)
+            for tile in (largest, *(smaller if few else ())):
+                yield of_product(dtype, layout, leaves, pieces, tma, result, tile)
 
 
-def _product(
-    title: str, dtype: torch.dtype, layout: str, leaves: int, pieces: int, tma: bool, result: str, narrow: bool = False
+def of_product(
+    dtype: torch.dtype, layout: str, leaves: int, pieces: int, tma: bool, result: str, tile: Tile
 ) -> Variant:
+    """A product as it is launched for operands of models' sizes; `result` is a dtype's name, scaled or added."""
     a_along_k, b_along_k = "aᵀ" not in layout, "bᵀ" in layout
-    tile = tile_of(dtype, leaves, tma, narrow)
-    constexprs = gemm._constexprs(tile, leaves, pieces, tma, a_along_k, b_along_k, result == "added", dtype)
+    scaled, added = result.startswith("scaled "), result == "added"
+    a_BRK, b_BRK = (_laid_out(dtype, along_k) for along_k in (a_along_k, b_along_k))
+    constexprs = constants(tile, leaves, pieces, tma, a_BRK, b_BRK, How(added, scaled))
     constexprs |= {"a_K" if a_along_k else "a_M": 1, "b_K" if b_along_k else "b_N": 1, "out_N": 1}
     if leaves >> tile.register_levels <= 1:
         constexprs["scratch"] = None
-    pointers = {"a": NAMES[dtype], "b": NAMES[dtype], "out": result, "scratch": "fp32"}
-    signature = dict.fromkeys(kernel.arg_names, "i32")
-    signature |= {argument: "*" + element.replace("added", "fp32") for argument, element in pointers.items()}
+    out = "fp32" if added else result.removeprefix("scaled ")
+    pointers = {"a": NAMES[dtype], "b": NAMES[dtype], "out": out, "scratch": "fp32"}
+    signature = dict.fromkeys(kernel.arg_names, "i32") | {"scale": "fp32"}
+    signature |= {argument: f"*{element}" for argument, element in pointers.items()}
     signature |= dict.fromkeys(constexprs, "constexpr")
     if tma:
         for argument, rows, along_k in (("a", tile.m, a_along_k), ("b", tile.n, b_along_k)):
             block = f"1,1,{rows},{tile.k}" if along_k else f"1,1,{tile.k},{rows}"
             signature[argument] = f"tensordesc<{NAMES[dtype]}[{block}]>"
+    how = f"{'tma' if tma else 'pointers'} {tile.m}x{tile.n}"
     return Variant(
-        name=title,
+        name=f"gemm {NAMES[dtype]} {layout} leaves={leaves} pieces={pieces} {how} {result}",
         kernel=kernel,
         signature=signature,
         constexprs=constexprs,
@@ -73,7 +77,14 @@ def _product(
         num_warps=tile.warps,
         num_stages=tile.stages,
         expects="" if dtype == torch.float32 else "mma",
+        families=(90, 100) if dtype == torch.float32 else (90, 100, 103),
     )
+
+
+def _laid_out(dtype: torch.dtype, along_k: bool) -> Layout:
+    """[1, 256, 256], with K or the rows side by side."""
+    strides = (1 << 16, 256, 1) if along_k else (1 << 16, 1, 256)
+    return Layout(torch.device("cuda"), (1, 256, 256), strides, dtype, 0)
 
 
 def of_ranks() -> Iterator[Variant]:
@@ -187,15 +198,11 @@ def of_softmaxes() -> Iterator[Variant]:
 def of_embeddings() -> Iterator[Variant]:
     """Gradients, rounded to their own dtype; what holds for bfloat16 holds for float16."""
     for name in ("fp32", "bf16"):
-        pointers = {"dy": f"*{name}", "ids": "*i64", "order": "*i64", "out": f"*{name}"}
-        yield variant(
-            f"embedding {name}",
-            embedding._gradient,
-            pointers,
-            {"BLOCK": embedding.BLOCK, "COLUMNS": embedding.COLUMNS},
-            8,
-            "features",
-        )
+        places = dict.fromkeys(("ids", "start", "end"), "*i64") | {"out": f"*{name}", "sums": "*fp32"}
+        meta = {"CHUNK": embedding.CHUNK, "COLUMNS": embedding.COLUMNS}
+        chunk = places | {"dy": f"*{name}", "order": "*i64"}
+        yield variant(f"embedding {name}", embedding._chunks, chunk, meta, 8, "features")
+        yield variant(f"embedding of frequent rows {name}", embedding._frequent, places, meta, 8, "features")
 
 
 def of_squares() -> Iterator[Variant]:

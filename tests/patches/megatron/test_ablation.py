@@ -63,6 +63,7 @@ ELSEWHERE |= {"blockwise-attention"}  # tests/patches/megatron/test_blockwise.py
 ELSEWHERE |= {"fused-norm"}  # tests/patches/test_patches.py
 ELSEWHERE |= {"embedding"}  # tests/patches/kernels: in order, it changes nothing on a CPU
 ELSEWHERE |= {"loss-per-token", "zeros-in-gradient"}  # tests/patches/megatron/test_order_free_sums.py
+ELSEWHERE |= {"compiled-functions", "scores-buffer"}  # tests/patches/test_patches.py
 
 PATCHES = [patch for patch in patches._all_patches() if patch.library == "megatron-core"]
 NEEDED = check_versions(PATCHES)

@@ -61,3 +61,13 @@ def test_run_does_not_go_on_with_products_of_another_kind(told: bool) -> None:
     assert resume.continued(before, {"data": data, "products": exact}, 3)["history"][0]["until_step"] == 3
     with pytest.raises(TpcheckError, match="of another kind, .*exact.*sm_90"):
         resume.continued(before, {"data": data, "products": tensor_cores}, 3)
+
+
+def test_run_goes_on_wherever_bits_are_of_its_class() -> None:
+    """On a B300 what an H100 began: neither names its architecture where both give the golden bits."""
+    h100, other = ({"class": name, "functions": "ab"} for name in ("k16-25", "sm_103"))
+    before = {"data": {"digest": "d"}, "config": {"strategy": "tree"}, "products": h100}
+    now = {"data": before["data"], "hardware": {"gpus": ["B300"]}}
+    assert resume.continued(before, {**now, "products": dict(h100)}, 3)["history"]
+    with pytest.raises(TpcheckError, match="of another kind, .*k16-25.*sm_103"):
+        resume.continued(before, {**now, "products": other}, 3)

@@ -33,11 +33,12 @@ def hold(file: Path, patience: float = 0.0) -> Iterator[IO[bytes]]:
 
 
 def is_locked(file: Path) -> bool:
-    """Whether a process holds the lock of `file`."""
-    if not file.exists():
+    """Whether a process holds the lock of `file`; whoever may read it may ask."""
+    try:
+        with open(file, "rb") as probe:
+            return not _takes(probe, fcntl.LOCK_SH)
+    except FileNotFoundError:
         return False
-    with open(file, "ab") as probe:
-        return not _takes(probe, fcntl.LOCK_SH)
 
 
 def _takes(file: IO[bytes], kind: int) -> bool:

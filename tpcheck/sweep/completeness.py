@@ -18,7 +18,7 @@ from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.files.lock import hold, is_locked
-from tpcheck.files.names import LOCK, MANIFEST
+from tpcheck.files.names import LOCK, LOG, MANIFEST
 from tpcheck.sweep.spec import Cell
 
 __all__ = ["Digests", "digests_of", "is_complete", "only_one", "other_settings"]
@@ -59,7 +59,8 @@ def is_complete(cell: Cell) -> bool:
     if not (cell.path / MANIFEST).exists():
         return False
     if changes := other_settings(cell, result_dir.read_manifest(cell.path)["config"]):
-        raise TpcheckError(f"{cell.path} was made with other settings ({changes}): remove it, or add output=DIR")
+        first = "wait for what is training it, or end that" if is_locked(cell.path / LOG) else "remove it"
+        raise TpcheckError(f"{cell.path} was made with other settings ({changes}): {first}, or add output=DIR")
     return digests_of(cell) is not None
 
 

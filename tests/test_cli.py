@@ -115,3 +115,12 @@ def test_a_terminal_that_lacks_our_letters_is_written_to() -> None:
     command = [sys.executable, "-m", "tpcheck", "cost", "qwen3-8b"]
     done = subprocess.run(command, env=environment, cwd=ROOT, check=False, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("package", ["click", "blake3"])
+def test_a_python_without_one_of_the_packages_says_so_in_one_line(package: str, tmp_path: Path) -> None:
+    hide = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv[0] = 'tpcheck'"
+    call = [sys.executable, "-c", f"{hide}; runpy.run_module('tpcheck', run_name='__main__')", "hash", str(tmp_path)]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=120)
+    message = f"tpcheck: error: {sys.executable} has no {package}: use a Python that tpcheck is installed for\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)

@@ -21,7 +21,7 @@ import click
 from tpcheck import __version__
 from tpcheck.config.strategies import STRATEGIES
 from tpcheck.cost.datasheets import GPUS
-from tpcheck.errors import TpcheckError
+from tpcheck.errors import TpcheckError, missing_package
 from tpcheck.order.setting import TARGETS
 
 __all__ = ["main"]
@@ -42,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except OSError as error:
         return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except Exception:
+    except Exception as error:
+        if message := missing_package(error):
+            return _refuse(message)
         traceback.print_exc()
         return BUG
 

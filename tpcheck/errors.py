@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import reprlib
+import sys
 
-__all__ = ["LETTERS", "TpcheckError", "shown"]
+__all__ = ["LETTERS", "TpcheckError", "missing_package", "shown"]
 
 LETTERS = 80  # of a value in a message
 
 
 class TpcheckError(Exception):
     """Bad input. The message says what was found, where, and what to do about it."""
+
+
+def missing_package(error: Exception) -> str:
+    """What to do about `error`, if it says that this Python lacks a whole package; nothing otherwise."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name or "." in error.name:
+        return ""
+    return f"{sys.executable} has no {error.name}: use a Python that tpcheck is installed for"
 
 
 def shown(value: object) -> str:

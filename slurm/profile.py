@@ -9,6 +9,8 @@ quotes the rest. Only `setup` is shell code, by purpose: it is the user's own.
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,7 +29,7 @@ from pydantic import (
 )
 
 from tpcheck.config.load import read_yaml, unknown_key
-from tpcheck.errors import TpcheckError
+from tpcheck.errors import LETTERS, TpcheckError, shown
 
 __all__ = ["Arch", "Container", "Profile", "load_profile", "plain"]
 
@@ -46,13 +48,16 @@ OURS = {  # sbatch options that the submit side decides
     "requeue": "max_retries",
     "chdir": "the directory that you submit from",
     "open-mode": "append, always",
+    "clusters": "SLURM_CONF: status and cancel ask that Slurm",
+    "wait": "--wait of tpcheck sweep",
+    **dict.fromkeys(("parsable", "quiet", "test-only", "wrap"), "tpcheck, which reads what sbatch answers"),
 }
 
 
 def plain(text: str) -> str:
     """`text`, which must be one line without control characters."""
     if CONTROL.search(text):
-        raise ValueError(f"line ends and control characters are not allowed, found {text!r}")
+        raise ValueError(f"line ends and control characters are not allowed, found {shown(text)}")
     return text
 
 
@@ -60,13 +65,33 @@ def _text(value: Any) -> Any:
     """Numbers as YAML has them are as good as text; true and false are not, for nobody knows what a shell sees."""
     if isinstance(value, bool):
         raise ValueError(f"write 1, 0 or a word in quotes, not {str(value).lower()}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no text: write a word in quotes, or leave it out")
     return str(value) if isinstance(value, int | float) else value
+
+
+def _something(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it is empty: give it a value, or leave it out")
+    return text
+
+
+def _number(value: Any) -> Any:
+    """pydantic would take true for 1 and "4" for 4."""
+    if isinstance(value, bool | str):
+        raise ValueError(f"write a number, not {str(value).lower() if isinstance(value, bool) else shown(value)}")
+    return value
+
+
+def _at_home(text: str) -> str:
+    """`text`, whose ~ is the home of whoever submits, as in a shell."""
+    return os.path.expanduser(text)
 
 
 def _minutes(value: Any) -> int:
     found = DURATION.fullmatch(value) if isinstance(value, str) else None
     if not found:
-        raise ValueError(f'write it in quotes as "4:00:00" or "1-12:00:00", not {value!r}')
+        raise ValueError(f'write it in quotes as "4:00:00" or "1-12:00:00", not {shown(value)}')
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
     if not (whole := (days * 24 + hours) * 60 + minutes + -(-seconds // 60)):
         raise ValueError("it must be at least a minute")
@@ -75,7 +100,7 @@ def _minutes(value: Any) -> int:
 
 def _option(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", name):
-        raise ValueError(f"{name!r} is no long option: write it without --, as in mail-type")
+        raise ValueError(f"{shown(name)} is no long option: write it without --, as in mail-type")
     return name
 
 
@@ -87,7 +112,7 @@ def _sbatch_option(name: str) -> str:
 
 def _variable(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise ValueError(f"{name!r} is no name of an environment variable")
+        raise ValueError(f"{shown(name)} is no name of an environment variable")
     return name
 
 
@@ -95,8 +120,12 @@ def _value(value: Any) -> bool | str:
     """An option's value; true stands for a bare flag."""
     if value is True:
         return True
-    if value is None or isinstance(value, bool | list | dict):
-        raise ValueError(f"give it a value, or true for an option that takes none, not {value!r}; or leave it out")
+    if (
+        value is None
+        or isinstance(value, bool | list | dict)
+        or (isinstance(value, float) and not math.isfinite(value))
+    ):
+        raise ValueError(f"give it a value, or true for an option that takes none, not {shown(value)}; or leave it out")
     return plain(str(value))
 
 
@@ -105,7 +134,12 @@ def _list(value: Any) -> Any:
 
 
 Text = Annotated[str, BeforeValidator(_text), AfterValidator(plain)]
-Words = Annotated[list[Text], BeforeValidator(_list), Field(min_length=1)]
+Name = Annotated[Text, AfterValidator(_something)]
+FilePath = Annotated[Name, AfterValidator(_at_home)]
+Words = Annotated[list[FilePath], BeforeValidator(_list), Field(min_length=1)]
+Whole = Annotated[int, BeforeValidator(_number)]
+Measure = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+Switch = Annotated[bool, Field(strict=True)]
 Env = dict[Annotated[str, AfterValidator(_variable)], Text]
 Value = Annotated[bool | str, PlainValidator(_value)]
 Sbatch = dict[Annotated[str, AfterValidator(_sbatch_option)], Value]
@@ -121,9 +155,9 @@ class Section(BaseModel):
 class Container(Section):
     """An image that every rank runs in, by the pyxis plugin's options of srun."""
 
-    image: Text
-    mounts: list[Text] = []  # SRC:DST[:ro]; the sweep's output is added
-    workdir: Text | None = None
+    image: FilePath
+    mounts: list[FilePath] = []  # SRC:DST[:ro]; the sweep's output is added
+    workdir: Name | None = None
     srun: Srun = {}  # more options: container-name: pytorch, no-container-mount-home: true
 
 
@@ -134,15 +168,15 @@ class Arch(Section):
     training, for the estimate of a cell's time.
     """
 
-    partition: Text | None = None
-    constraint: Text | None = None
-    nodes: int = Field(gt=0)
-    gpus_per_node: int = Field(0, ge=0)
-    ranks_per_node: int | None = Field(None, gt=0)
-    gres: Text | None = None  # gpu:h100 asks for --gres=gpu:h100:8 instead of --gpus-per-node=8
-    request_gpus: bool = True  # false where a node comes with all its GPUs and the site refuses to be asked
-    memory_gib: float = Field(gt=0)
-    tflops: float | None = Field(None, gt=0)
+    partition: Name | None = None
+    constraint: Name | None = None
+    nodes: Whole = Field(gt=0)
+    gpus_per_node: Whole = Field(0, ge=0)
+    ranks_per_node: Whole | None = Field(None, gt=0)
+    gres: Name | None = None  # gpu:h100 asks for --gres=gpu:h100:8 instead of --gpus-per-node=8
+    request_gpus: Switch = True  # false where a node comes with all its GPUs and the site refuses to be asked
+    memory_gib: Measure
+    tflops: Measure | None = None
     sbatch: Sbatch = {}
     env: Env = {}
 
@@ -161,25 +195,27 @@ class Arch(Section):
 class Profile(Section):
     """Everything a site's Slurm needs to know that a sweep file does not say."""
 
-    partition: Text | None = None
-    account: Text | None = None
-    qos: Text | None = None
-    reservation: Text | None = None
-    exclusive: bool = False
+    partition: Name | None = None
+    account: Name | None = None
+    qos: Name | None = None
+    reservation: Name | None = None
+    exclusive: Switch = False
     time: Annotated[int, BeforeValidator(_minutes)]  # minutes; the limit of one start of a cell
-    save_before_end: int = Field(300, ge=30)  # seconds before the limit at which a cell saves and queues again
-    max_retries: int = Field(10, ge=0)
-    throttle: int = Field(8, gt=0)  # cells that run at once, per array
+    save_before_end: Whole = Field(
+        300, ge=30, le=65535
+    )  # seconds before the limit at which a cell saves and queues again
+    max_retries: Whole = Field(10, ge=0, le=10_000)
+    throttle: Whole = Field(8, gt=0)  # cells that run at once, per array
     launcher: Literal["srun", "torchrun"] = "srun"
     python: Words | None = None  # the command; default: this Python, or the container's `python`
-    cpus_per_rank: int | None = Field(None, gt=0)
-    logs: Text | None = None  # where scripts and output go; default: slurm/ in the sweep's output
+    cpus_per_rank: Whole | None = Field(None, gt=0)
+    logs: FilePath | None = None  # where scripts and output go; default: slurm/ in the sweep's output
     setup: list[Text] = []
     env: Env = {}
     sbatch: Sbatch = {}
     srun: Srun = {}
     container: Container | None = None
-    architectures: dict[Text, Arch] = Field(min_length=1)
+    architectures: dict[Name, Arch] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _time_to_save(self) -> Profile:
@@ -247,13 +283,15 @@ def _explain(error: ValidationError) -> str:
     """The first problem that pydantic found, as one line that names what is allowed."""
     first = error.errors()[0]
     # pydantic names the branches of unions and validators in between; a user knows only keys.
-    where = ".".join(str(part) for part in first["loc"] if not re.search(r"[\[\]()]", str(part)))
+    where = ".".join(str(part)[:LETTERS] for part in first["loc"] if not re.search(r"[\[\]()]", str(part)))
     if first["type"] == "extra_forbidden":
         return unknown_key(first["loc"], where, _keys(first["loc"][:-1]))
     if first["type"] == "missing":
         return f"{where} is missing"
     message = first["msg"].removeprefix("Value error, ")
-    found = "" if first["type"] == "value_error" or isinstance(first["input"], dict) else f", not {first['input']!r}"
+    found = (
+        "" if first["type"] == "value_error" or isinstance(first["input"], dict) else f", not {shown(first['input'])}"
+    )
     return f"{where}: {message}{found}" if where else f"{message}{found}"
 
 

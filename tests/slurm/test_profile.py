@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,32 @@ def test_times_are_written_as_slurm_writes_them(text: str, minutes: int) -> None
         ({"partition": ["a"]}, "partition: Input should be a valid string"),
         ({"launcher": "mpirun"}, "launcher: Input should be 'srun' or 'torchrun', not 'mpirun'"),
         ({"python": []}, "python"),
+        ({"python": ""}, "python.0: it is empty: give it a value, or leave it out"),
+        ({"partition": " "}, "partition: it is empty: give it a value, or leave it out"),
+        ({"reservation": math.nan}, "reservation: nan is no text"),
+        ({"env": {"A": math.inf}}, "env.A: inf is no text"),
+        ({"sbatch": {"mem": math.inf}}, "sbatch.mem: give it a value, or true for an option that takes none, not inf"),
+        ({"sbatch": {"wait": True}}, "sbatch.wait: wait is decided by --wait of tpcheck sweep"),
+        ({"sbatch": {"parsable": True}}, "sbatch.parsable: parsable is decided by tpcheck, which reads"),
+        ({"sbatch": {"clusters": "b"}}, "sbatch.clusters: clusters is decided by SLURM_CONF"),
+        ({"exclusive": "zero"}, "exclusive: Input should be a valid boolean, not 'zero'"),
+        ({"exclusive": 0}, "exclusive: Input should be a valid boolean, not 0"),
+        ({"throttle": True}, "throttle: write a number, not true"),
+        ({"max_retries": "3"}, "max_retries: write a number, not '3'"),
+        ({"max_retries": 1 << 70}, "max_retries: Input should be less than or equal to 10000"),
+        ({"time": "99-00:00:00", "save_before_end": 70000}, "save_before_end: Input should be less than or equal to"),
+        *(
+            ({"architectures": {"h100": H100 | {key: value}}}, f"architectures.h100.{key}: {why}")
+            for key, value, why in [
+                ("nodes", True, "write a number, not true"),
+                ("gpus_per_node", True, "write a number, not true"),
+                ("ranks_per_node", "2", "write a number, not '2'"),
+                ("memory_gib", math.inf, "Input should be a finite number, not inf"),
+                ("tflops", math.inf, "Input should be a finite number, not inf"),
+                ("tflops", True, "write a number, not true"),
+                ("request_gpus", 1, "Input should be a valid boolean, not 1"),
+            ]
+        ),
     ],
 )
 def test_a_bad_profile_is_refused_in_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -80,6 +107,27 @@ def test_a_bad_profile_is_refused_in_one_line(tmp_path: Path, changes: dict[str,
         load(tmp_path, LEAST | changes)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).startswith(f"{tmp_path}/cluster.yaml: ")
+
+
+def test_a_tilde_is_the_home_of_whoever_submits(monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    many = profile(
+        python=["apptainer", "exec", "~/image.sif", "python"],
+        logs="~/logs",
+        container={"image": "~/x.sqsh", "mounts": ["~/data:/data"]},
+    )
+    assert many.command == ["apptainer", "exec", "/home/me/image.sif", "python"]
+    assert many.logs == "/home/me/logs"
+    assert many.container
+    assert (many.container.image, many.container.mounts) == ("/home/me/x.sqsh", ["/home/me/data:/data"])
+    assert profile(python="~/venv/bin/python").command == ["/home/me/venv/bin/python"]
+
+
+@pytest.mark.parametrize("key", ["partition", "time", "throttle", "exclusive", "launcher", "setup", "x" * 5000])
+def test_a_long_value_does_not_flood_the_message(tmp_path: Path, key: str) -> None:
+    with pytest.raises(TpcheckError) as error:
+        load(tmp_path, LEAST | {key: f"{'x' * 100_000}\x00" if key == "partition" else "x" * 100_000})
+    assert key[:80] in str(error.value) and len(str(error.value)) < 600
 
 
 @pytest.mark.parametrize(

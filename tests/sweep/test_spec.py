@@ -73,6 +73,7 @@ def test_without_an_output_results_go_to_results(tmp_path: Path) -> None:
         ({"matrix": {"tpp": [1]}}, "cell tpp1: unknown key tpp: did you mean tp?"),
         ({"matrix": {"tp": [1, 1]}}, "would both be cell tp1"),
         ({"matrix": {"data.path": ["/a/b", "/a b"]}}, "would both be cell a_b"),
+        ({"name": "n" * 201}, "name: String should have at most 200 characters"),
         ({"matrix": {"arch": [100]}}, "matrix.arch holds [100]: name machines as the cluster's profile does"),
         ({"matrix": {"output": ["x"]}}, "output cannot be in the matrix"),
         ({"matrix": {"strategy": ["tree"], "tp": [3]}}, "cell tree-tp3: tp=3"),

@@ -42,7 +42,7 @@ class SweepFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)  # part of a file's name
     base: dict[str, Any] | str
     matrix: dict[str, list[Scalar]] = Field(min_length=1)
     exclude: list[dict[str, Scalar]] = []

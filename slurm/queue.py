@@ -14,9 +14,10 @@ import datetime
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+from slurm import commands
 from slurm.submissions import Submission
 from tpcheck.errors import TpcheckError
 
@@ -28,7 +29,6 @@ ENDED = frozenset(
 )
 PATIENCE_SECONDS = 30.0
 PAUSE_SECONDS = 2.0
-CALL_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,19 @@ def job_states(
     """
     if not submissions:
         return {}
-    names = ",".join(submission.job_name for submission in submissions)
+    ours = [submission.job_name for submission in submissions]
+    names = ",".join(ours)
     queue = "squeue --noheader --array --all --states=all --name".split()
     answer = _patiently([*queue, names, "--format=%j|%F|%K|%T|%N|%r"], patience, waiting)
-    found = dict(_queued(answer))
+    # A script that somebody has submitted again by hand has the same name: what may still run counts.
+    found = dict(sorted(_queued(_rows(answer, 6, ours)), key=lambda item: item[1].active))
     if any((each.job_name, index) not in found for each in submissions for index in range(len(each.cells))):
         since = min(datetime.datetime.fromisoformat(submission.time) for submission in submissions)
         accounts = "sacct --noheader --parsable2 --allocations --duplicates --format=JobName,JobID,Submit,Start,State"
         window = (since - datetime.timedelta(days=1)).astimezone().strftime("%Y-%m-%dT%H:%M:%S")
         known = _try([*f"{accounts},NodeList".split(), "--starttime", window, "--name", names])
-        found = {**dict(_accounted(known.stdout if known and known.returncode == 0 else "")), **found}
+        ended = known.stdout if known and known.returncode == 0 else ""
+        found = {**dict(_accounted(_rows(ended, 6, ours))), **found}
     return found
 
 
@@ -87,7 +90,7 @@ def _patiently(command: Sequence[str], patience: float, waiting: Callable[[str],
             ) from None
         if done and done.returncode == 0:
             return done.stdout
-        why = " ".join(done.stderr.split()) if done else f"no answer within {CALL_SECONDS:.0f} s"
+        why = " ".join(done.stderr.split()) if done else f"no answer within {commands.CALL_SECONDS:.0f} s"
         if time.monotonic() > deadline:
             raise TpcheckError(f"{command[0]} does not answer, so nothing is known of the jobs: {why}")
         waiting(f"{command[0]}: {why}")
@@ -97,7 +100,7 @@ def _patiently(command: Sequence[str], patience: float, waiting: Callable[[str],
 def _try(command: Sequence[str]) -> subprocess.CompletedProcess[str] | None:
     """The command's outcome; None when it took too long. sacct may be missing, squeue may not."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=CALL_SECONDS)
+        return commands.run(command)
     except subprocess.TimeoutExpired:
         return None
     except FileNotFoundError:
@@ -106,19 +109,23 @@ def _try(command: Sequence[str]) -> subprocess.CompletedProcess[str] | None:
         raise
 
 
-def _queued(text: str) -> Iterator[tuple[tuple[str, int], JobState]]:
-    for line in text.splitlines():
-        job_name, job, index, state, nodes, reason = line.split("|", 5)
-        place = int(index) if index.isdigit() else 0  # N/A for a plain job
+def _rows(text: str, columns: int, names: Collection[str]) -> list[list[str]]:
+    """The lines about jobs called `names`, in their columns; others are what a site's wrapper or plugin prints."""
+    rows = (line.split("|", columns - 1) for line in text.splitlines())
+    return [row for row in rows if len(row) == columns and row[0] in names]
+
+
+def _queued(rows: Sequence[Sequence[str]]) -> Iterator[tuple[tuple[str, int], JobState]]:
+    for job_name, job, index, state, nodes, reason in rows:
+        place = int(index) if index.isdecimal() else 0  # N/A for a plain job
         yield (job_name, place), JobState(job, state, nodes, "" if reason == "None" else reason)
 
 
-def _accounted(text: str) -> Iterator[tuple[tuple[str, int], JobState]]:
+def _accounted(rows: Sequence[Sequence[str]]) -> Iterator[tuple[tuple[str, int], JobState]]:
     """How jobs ended, oldest record first, so that of a requeued job the last one counts.
 
     Records of running and pending jobs lag behind: squeue would have shown them.
     """
-    rows = [line.split("|") for line in text.splitlines()]
     for job_name, job, _, _, said, nodes in sorted(rows, key=lambda row: (row[2], row[3])):
         state = said.partition(" ")[0]  # "CANCELLED by 1000"
         if state in ENDED:
@@ -128,6 +135,7 @@ def _accounted(text: str) -> Iterator[tuple[tuple[str, int], JobState]]:
 
 
 def _places(text: str) -> list[int]:
-    """Places in an array: `3`, or `[1-2,5%4]` for those that never started; a plain job has place 0."""
-    ranges = re.findall(r"(\d+)(?:-(\d+))?", text.partition("%")[0])
-    return [place for first, last in ranges for place in range(int(first), int(last or first) + 1)] or [0]
+    """Places in an array: `3`, or `[1-2,5,8-12:2%4]` for those that never started; a plain job has place 0."""
+    ranges = re.findall(r"(\d+)(?:-(\d+)(?::(\d+))?)?", text.partition("%")[0])
+    parts = (range(int(first), int(last or first) + 1, int(step or 1)) for first, last, step in ranges)
+    return [place for part in parts for place in part] or [0]

@@ -13,7 +13,8 @@ meet() {
     # A port for every start, so that what a lost node still runs cannot join. What the shell that submitted this had
     # been told of ranks is not meant for them.
     unset RANK LOCAL_RANK WORLD_SIZE
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MASTER_ADDR=$(plainly scontrol show hostnames "$SLURM_JOB_NODELIST" |
+        grep -m 1 -x "${SLURM_JOB_NODELIST%%[[,]*}[^ ]*") # and no line that a site's wrapper prints
     MASTER_PORT=$((20000 + (SLURM_JOB_ID * 31 + restart) % 12000))
     export MASTER_ADDR MASTER_PORT
 }
@@ -26,21 +27,34 @@ begin() {
         "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}" "${SLURM_ARRAY_TASK_ID:-0}" "$restart" \
         "$SLURM_JOB_NODELIST" "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$SLURM_JOB_NAME" >>"$cell/attempts.jsonl"
     echo "tpcheck: ${cell##*/} on $SLURM_JOB_NODELIST, start $((restart + 1))"
-    if [[ -e $cell/cancelled ]]; then exit 0; fi
+    if [[ -e $cell/cancelled ]]; then
+        echo "tpcheck: not started, but cancelled by tpcheck cancel"
+        exit 0
+    fi
     if ((restart > max_retries)); then # by Slurm itself: a lost node, a preemption
         echo "tpcheck: not started again, after $max_retries times: call tpcheck sweep to go on"
         exit 1
     fi
     trap '[[ $(state) != *TimeLimit ]] || again' TERM # too late to save: at least the last checkpoint counts
+    # Slurm sends USR2 to the ranks, `scancel --full` to this shell as well and `scancel --batch` to it alone; srun
+    # passes it on, and to be told twice is no more than to be told once.
+    trap '[[ -z $! ]] || kill -USR2 $! 2>/dev/null' USR2
 }
+
+# Slurm's commands take options from the environment, too: a filter of the user's would hide this job from it.
+plainly() (
+    # shellcheck disable=SC2086 # names
+    unset ${!SQUEUE_@} ${!SCONTROL_@} SLURM_CLUSTERS
+    exec "$@"
+)
 
 # A controller that is being restarted does not answer for a while.
 patiently() {
     local _
-    for _ in {1..12}; do "$@" && return 0; sleep 10; done
+    for _ in {1..12}; do plainly "$@" && return 0; sleep 10; done
     return 1
 }
-state() { patiently squeue --noheader --job="$this" --states=all --format='%T %r'; }
+state() { patiently squeue --noheader --job="$this" --states=all --format='tpcheck: %T %r' | sed -n 's/^tpcheck: //p'; }
 ended() { grep -qs "\"kind\": \"$1\"" "$TPCHECK_ENDS"; }
 
 # Queues this job again, to go on from the cell's last checkpoint. When Slurm itself is ending it, it was cancelled,

@@ -21,7 +21,7 @@ from typing import Any
 from slurm.allocation import Allocation
 from slurm.profile import Profile, plain
 from slurm.sbatch import render
-from tpcheck.errors import TpcheckError
+from tpcheck.errors import TpcheckError, shown
 
 __all__ = ["Script"]
 
@@ -158,12 +158,14 @@ class Script:
         return [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items()]
 
     def _path(self, path: Path) -> str:
-        """A path as a script may hold it: sbatch replaces %, and some characters would end its line."""
+        """A path as a script may hold it: sbatch replaces % and drops backslashes, some characters end its line."""
         text = str(path.absolute())
         try:
             plain(text)
         except ValueError as error:
-            raise TpcheckError(f"path {text!r}: {error}") from None
+            raise TpcheckError(f"path {shown(text)}: {error}") from None
         if "%" in text:
             raise TpcheckError(f"path {text}: sbatch would replace the % in it: use another")
+        if "\\" in text:
+            raise TpcheckError(f"path {text}: sbatch takes every backslash away: use another")
         return text

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,16 @@ def test_the_folders_of_a_sweep_may_have_any_name(tmp_path: Path, name: str) -> 
     assert not list(tmp_path.rglob("PWNED"))
 
 
-@pytest.mark.parametrize("name", ["per%cent", "line\nend", "tab\there"])
+@pytest.mark.parametrize("name", ["per%cent", "line\nend", "tab\there", "back\\slash"])
 def test_folders_that_a_script_cannot_hold_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(TpcheckError, match=r"sbatch would replace the %|control characters"):
+    with pytest.raises(TpcheckError, match=r"sbatch would replace the %|control characters|takes every backslash"):
         assert in_folder(script(), tmp_path / name).text
+
+
+@pytest.mark.parametrize("place", ["output", "code", "folder", "cwd"])
+def test_no_path_may_hold_a_backslash(place: str) -> None:
+    with pytest.raises(TpcheckError, match=r"back\\slash: sbatch takes every backslash away"):
+        assert replace(script(), **{place: Path("/back\\slash")}).text
 
 
 def test_backslashes_are_refused_where_sbatch_would_drop_them() -> None:
@@ -177,6 +184,26 @@ def test_a_terminated_job_waits_for_its_step_otherwise(tmp_path: Path, state: st
     assert (ran.code, ran.requeued) == (3, [])
 
 
+@pytest.mark.parametrize("name", ["SQUEUE_PARTITION", "SQUEUE_USERS", "SCONTROL_LOCAL", "SLURM_CLUSTERS"])
+def test_options_in_the_users_environment_do_not_hide_a_job_from_its_script(tmp_path: Path, name: str) -> None:
+    ran = run(in_folder(script(), tmp_path).text, tmp_path, "echo ADDRESS=$MASTER_ADDR", **{name: "b300"})
+    assert (ran.code, ran.requeued) == (0, ["45"]) and "ADDRESS=node1\n" in ran.output
+
+
+def test_lines_that_a_sites_wrappers_print_are_passed_over(tmp_path: Path) -> None:
+    text = in_folder(script(), tmp_path).text
+    ran = run(text, tmp_path, "echo ADDRESS=$MASTER_ADDR", FAKE_BANNER="node42 is down until TimeLimit")
+    assert (ran.code, ran.requeued) == (0, ["45"]) and "ADDRESS=node1\n" in ran.output
+
+
+def test_usr2_to_the_script_is_passed_on_to_its_step_and_the_cell_is_queued_again(tmp_path: Path) -> None:
+    text = in_folder(script(), tmp_path).text
+    step = "kill -USR2 $(ps -o ppid= -p $PPID)"  # srun's parent: the script
+    told = "for _ in {1..100}; do kill -0 $PPID || { touch $FAKE/told; break; }; sleep 0.1; done"
+    ran = run(text, tmp_path, f"{step}; {told}")
+    assert (ran.code, ran.requeued) == (0, ["45"]) and (tmp_path / "told").exists()
+
+
 def test_of_an_array_only_the_element_itself_is_queued_again(tmp_path: Path) -> None:
     array = {"SLURM_ARRAY_JOB_ID": "45", "SLURM_ARRAY_TASK_ID": "1"}
     ran = run(in_folder(script("srun-gpu", setup=[]), tmp_path).text, tmp_path, "exit 0", **array)
@@ -188,7 +215,7 @@ def test_a_cancelled_cell_does_not_start_again(tmp_path: Path) -> None:
     text = in_folder(script(), tmp_path).text
     (tmp_path / "out/tree-tp2/cancelled").touch()
     ran = run(text, tmp_path)
-    assert (ran.code, ran.steps, ran.requeued) == (0, [], [])
+    assert (ran.code, ran.steps, ran.requeued) == (0, [], []) and "cancelled by tpcheck cancel" in ran.output
 
 
 def test_a_start_beyond_the_last_retry_that_slurm_makes_by_itself_does_nothing(tmp_path: Path) -> None:
@@ -253,6 +280,21 @@ def test_sweep_sbatch_does_the_cell_of_its_place_in_the_array(tmp_path: Path) ->
     ran = run(path.read_text(), tmp_path, **sweep, SLURM_ARRAY_JOB_ID="44", SLURM_ARRAY_TASK_ID="1")
     assert ran.requeued == ["44_1"] and ran.steps[0][-2] == f"{tmp_path}/out/b/run.yaml"
     assert run(path.read_text(), tmp_path, **sweep, SLURM_ARRAY_TASK_ID="7").code != 0
+    assert run(path.read_text(), tmp_path, **sweep, FIRST="1", SLURM_ARRAY_TASK_ID="0").steps[-1][-2] == (
+        f"{tmp_path}/out/b/run.yaml"
+    )
+
+
+@pytest.mark.parametrize("path", SBATCH_FILES, ids=lambda path: path.name)
+def test_the_output_of_plain_sbatch_does_not_change_the_clone_that_it_is_called_in(path: Path) -> None:
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)", path.read_text(), re.MULTILINE))
+    log = options["output"].replace("%x", options["job-name"])
+    for pattern in ("%j", "%A", "%a"):
+        log = log.replace(pattern, "45")
+    done = subprocess.run(["git", "check-ignore", "--no-index", log], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 128:
+        pytest.skip("not a clone")
+    assert "%" not in log and done.stdout.strip() == log
 
 
 @pytest.mark.parametrize("path", SBATCH_FILES, ids=lambda path: path.name)

@@ -79,8 +79,12 @@ class Ran:
 
 STANDINS = {
     "srun": 'printf "%s\\0" "${SHOWN-}" "$@" >>"$FAKE/steps"; printf "\\1" >>"$FAKE/steps"; bash -c "$FAKE_STEP"',
-    "squeue": 'echo "${FAKE_STATE:-RUNNING None}"',
-    "scontrol": 'if [ "$1" = show ]; then echo node1; else echo "$2" >>"$FAKE/requeued"; fi',
+    # Filters of the environment hide the job; what a site's wrapper may print comes first.
+    "squeue": '[ -z "${FAKE_BANNER-}" ] || echo "$FAKE_BANNER"; [ -z "${!SQUEUE_*}$SLURM_CLUSTERS" ] || exit 0\n'
+    "for word; do case $word in --format=*) format=${word#*=} ;; esac; done\n"
+    'echo "${format/"%T %r"/${FAKE_STATE:-RUNNING None}}"',
+    "scontrol": '[ -z "${FAKE_BANNER-}" ] || echo "$FAKE_BANNER"; [ -z "${!SCONTROL_*}$SLURM_CLUSTERS" ] || exit 1\n'
+    'if [ "$1" = show ]; then echo node1; else echo "$2" >>"$FAKE/requeued"; fi',
     "python": "exit 99",
 }
 

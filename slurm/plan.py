@@ -3,7 +3,8 @@
     DIR/sweep.json, DIR/CELL/run.yaml, DIR/cells.txt     a line for every cell, in the order of the array
     DIR/code/DIGEST                                      where it is not called in a clone, whose code would do
 
-Prints one line to submit for every kind of machine and number of ranks; the site's own options are the user's.
+Prints one line to submit for every kind of machine and number of ranks, more where arrays must be small; the site's
+own options are the user's.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from slurm.commands import max_array_size
 from tpcheck.errors import TpcheckError
 from tpcheck.files.names import CANCELLED, CELLS, DIGESTS, EXIT_REASONS
 from tpcheck.sweep.completeness import is_complete, only_one
@@ -25,19 +27,22 @@ __all__ = ["plan", "prepare"]
 def plan(path: Path, overrides: Sequence[str] = ()) -> list[str]:
     """Write the directory; the lines that submit it."""
     sweep = load_sweep(path, overrides)
-    arrays: dict[tuple[str | None, int], list[str]] = {}
+    largest = max_array_size() or len(sweep.cells)
+    arrays: dict[tuple[str | None, int, int], list[str]] = {}
     with only_one(sweep.output):
         todo = [(place, cell) for place, cell in enumerate(sweep.cells) if not is_complete(cell)]
         write_sweep(sweep)
         for place, cell in todo:
             prepare(cell)
-            arrays.setdefault((cell.arch, cell.config.world_size), []).append(str(place))
+            first = place - place % largest
+            arrays.setdefault((cell.arch, cell.config.world_size, first), []).append(str(place - first))
         (sweep.output / CELLS).write_text("".join(f"{cell.name}\n" for cell in sweep.cells))
     script, code = Path(__file__).with_name("sweep.sbatch"), _code(sweep.output)
     return [
-        f"OUTPUT={shlex.quote(str(sweep.output))} {code}sbatch --array={','.join(places)} --ntasks={ranks} "
+        f"OUTPUT={shlex.quote(str(sweep.output))} {f'FIRST={first} ' if first else ''}{code}"
+        f"sbatch --array={','.join(places)} --ntasks={ranks} "
         f"{f'--constraint={shlex.quote(arch)} ' if arch else ''}{shlex.quote(str(script))}"
-        for (arch, ranks), places in arrays.items()
+        for (arch, ranks, first), places in arrays.items()
     ]
 
 

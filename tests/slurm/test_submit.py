@@ -2,87 +2,27 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from slurm import queue, submissions, submit
-from slurm.plan import plan
 from slurm.snapshot import Snapshot
 from slurm.submissions import Submission
 from tests.support import ROOT
 from tests.support.finished import begin, finish, sweep_file
+from tests.support.slurm_site import Site, anonymous
 from tpcheck.cli import main
 from tpcheck.config.load import load_run
-from tpcheck.errors import TpcheckError
+from tpcheck.files import result_dir
 from tpcheck.files.names import CANCELLED, EXIT_REASONS, SUBMISSIONS
 from tpcheck.run import launch
-from tpcheck.sweep.spec import Cell, load_sweep
-
-H100 = {"constraint": "h100", "nodes": 2, "ranks_per_node": 2, "memory_gib": 8}
-PROFILE = {"time": "0:30:00", "architectures": {"h100": H100}}
-STANDINS = {
-    "sbatch": 'env | grep -E "^(SBATCH|SLURM)_" >"$FAKE/variables"\n'
-    '[ ! -e "$FAKE/error" ] || { cat "$FAKE/error" >&2; exit 1; }\n'
-    'number=$(($(ls "$FAKE/submitted" | wc -l) + 100)); cp "$1" "$FAKE/submitted/$number"\n'
-    'echo "Submitted batch job $number"',
-    "squeue": '[ ! -e "$FAKE/down" ] || { echo "Unable to contact slurm controller" >&2; exit 1; }; cat "$FAKE/queue"',
-    "srun": "exit 1",
-    "sacct": "echo accounting storage is disabled >&2; exit 1",
-}
-
-
-class Site:
-    """A folder with a sweep, a profile, and a Slurm that notes what it is asked."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.out = folder, folder / "out"
-        self.sweep = sweep_file(folder)
-        (folder / "cluster.yaml").write_text(yaml.safe_dump(PROFILE))
-        (folder / "submitted").mkdir()
-        (folder / "queue").touch()
-        (folder / "bin").mkdir()
-        for name, body in STANDINS.items():
-            (folder / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
-            (folder / "bin" / name).chmod(0o755)
-
-    @property
-    def cells(self) -> dict[str, Cell]:
-        return {cell.name: cell for cell in load_sweep(self.sweep).cells}
-
-    @property
-    def submitted(self) -> list[str]:
-        return [path.read_text() for path in sorted((self.folder / "submitted").iterdir())]
-
-    @property
-    def recorded(self) -> list[Submission]:
-        return submissions.read(self.out)
-
-    def submit(self, *options: str) -> int:
-        return main(["sweep", str(self.sweep), "--cluster", str(self.folder / "cluster.yaml"), *options])
-
-    def queue(self, submission: Submission, word: str, job: str = "100") -> None:
-        """Let squeue say this of every element of `submission`."""
-        lines = [f"{submission.job_name}|{job}|{place}|{word}||None" for place in range(len(submission.cells))]
-        (self.folder / "queue").write_text("\n".join(lines) + "\n")
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
-    monkeypatch.setenv("FAKE", str(tmp_path))
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=":")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(submit, "job_states", functools.partial(queue.job_states, patience=0))
-    return Site(tmp_path)
 
 
 def test_cells_with_one_allocation_are_one_array_whose_number_is_recorded(site: Site) -> None:
@@ -101,11 +41,7 @@ def test_a_dry_run_prints_what_would_be_submitted_and_writes_nothing(site: Site,
     assert site.submit("--dry-run") == 0 and not site.out.exists()
     printed = capsys.readouterr().out
     assert site.submit() == 0
-    assert _anonymous(printed) == _anonymous("".join(f"{text}\n" for text in site.submitted))
-
-
-def _anonymous(text: str) -> str:
-    return re.sub(r"\bs\.[0-9a-f]{8}", "s.NAME", text)
+    assert anonymous(printed) == anonymous("".join(f"{text}\n" for text in site.submitted))
 
 
 def test_a_dry_run_needs_no_slurm(site: Site, monkeypatch: Any) -> None:
@@ -191,16 +127,6 @@ def test_a_slurm_that_does_not_answer_submits_nothing(site: Site, capsys: Any) -
     assert len(site.submitted) == 2
 
 
-def test_errors_of_sbatch_are_shown_whole(site: Site, capsys: Any) -> None:
-    why = "sbatch: error: invalid partition specified: nope\nsbatch: error: Batch job submission failed: Invalid\n"
-    (site.folder / "error").write_text(why)
-    assert site.submit() == 2
-    error = capsys.readouterr().err
-    assert error == f"tpcheck: error: sbatch refuses stock-tp1, tree-tp1: {' '.join(why.split())}\n"
-    (site.folder / "error").unlink()
-    assert site.submit() == 0 and len(site.submitted) == 2
-
-
 @pytest.mark.parametrize("program", ["sbatch", "srun"])
 def test_without_slurm_the_way_out_is_named(site: Site, program: str, monkeypatch: Any, capsys: Any) -> None:
     (site.folder / "bin" / program).unlink()
@@ -215,13 +141,33 @@ def test_options_about_slurm_need_a_cluster(site: Site, option: str, capsys: Any
     assert f"{option} is about Slurm: add --cluster NAME" in capsys.readouterr().err
 
 
-def test_what_the_shell_says_to_sbatch_does_not_spoil_the_script(site: Site, monkeypatch: Any) -> None:
-    for name in ("SBATCH_JOB_NAME", "SBATCH_CONSTRAINT", "SBATCH_WAIT", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT"):
-        monkeypatch.setenv(name, "3")
-    monkeypatch.setenv("SBATCH_ACCOUNT", "lab")  # of which the profile says nothing
+@pytest.mark.parametrize("name", ["SQUEUE_PARTITION", "SQUEUE_USERS", "SQUEUE_SOMETHING_NEW", "SLURM_CLUSTERS"])
+def test_what_filters_squeue_in_the_users_shell_hides_no_job(site: Site, name: str, monkeypatch: Any) -> None:
     site.submit()
-    assert os.environ["SBATCH_CONSTRAINT"] == "3"
-    assert (site.folder / "variables").read_text() == "SBATCH_ACCOUNT=lab\n"
+    site.queue(site.recorded[0], "PENDING")
+    monkeypatch.setenv(name, "")
+    monkeypatch.setenv(f"{name}_", "x")
+    assert site.submit() == 0
+    assert [each.cells for each in site.recorded[2:]] == [("stock-tp2", "tree-tp2")]
+    assert os.environ[f"{name}_"] == "x"
+
+
+def test_a_job_of_a_cell_that_the_sweep_has_no_more_is_named(site: Site, capsys: Any) -> None:
+    site.submit()
+    site.queue(site.recorded[0], "RUNNING")
+    sweep_file(site.folder, matrix={"strategy": ["stock"], "tp": [1, 2]})
+    assert site.submit() == 0
+    assert f"no longer in the sweep: tree-tp1; tpcheck cancel {site.out} ends it" in capsys.readouterr().out
+    assert [each.cells for each in site.recorded[2:]] == [("stock-tp2",)]
+
+
+@pytest.mark.parametrize("output", ["a\\b", "per%cent"])
+def test_an_output_that_a_script_cannot_hold_is_refused_before_anything_is_written(
+    site: Site, output: str, capsys: Any
+) -> None:
+    assert site.submit(f"output={output}") == 2
+    assert f"path {site.folder}/{output}" in capsys.readouterr().err
+    assert site.submitted == [] and not (site.folder / output / "sweep.json").exists()
 
 
 def test_a_cell_made_with_other_settings_is_refused_before_anything_is_submitted(site: Site, capsys: Any) -> None:
@@ -241,6 +187,26 @@ def test_a_cell_that_is_queued_with_other_settings_is_refused(site: Site, capsys
     assert len(site.submitted) == 2 and (site.out / "sweep.json").read_bytes() == planned
 
 
+@pytest.mark.parametrize("submitted", [True, False], ids=["by-a-job", "by-hand"])
+def test_a_cell_that_runs_with_other_settings_is_to_be_cancelled_not_removed(
+    site: Site, submitted: bool, capsys: Any
+) -> None:
+    if submitted:
+        site.submit()
+        site.queue(site.recorded[0], "RUNNING")
+    cell = site.cells["stock-tp1"]
+    cell.path.mkdir(parents=True, exist_ok=True)
+    result_dir.write_manifest(cell.path, {"config": cell.config.model_dump(mode="json")})
+    with contextlib.ExitStack() as held:
+        if not submitted:
+            held.enter_context(launch._exclusively(cell.config))
+        before = len(site.submitted)
+        assert site.submit("seed=7") == 2
+    error = capsys.readouterr().err
+    assert "stock-tp1 is pending or running with other settings (seed: 1234 there, 7 now): call tpcheck cancel" in error
+    assert len(site.submitted) == before
+
+
 def test_a_cell_that_ends_while_slurm_is_asked_is_not_submitted_again(site: Site, monkeypatch: Any) -> None:
     site.submit()
     site.queue(site.recorded[0], "COMPLETED")
@@ -257,11 +223,15 @@ def test_a_cell_that_ends_while_slurm_is_asked_is_not_submitted_again(site: Site
     assert [each.cells for each in site.recorded[2:]] == [("stock-tp2", "tree-tp2")]
 
 
-def test_a_plan_refuses_what_was_made_with_other_settings(site: Site) -> None:
-    finish(site.cells["stock-tp1"])
-    with pytest.raises(TpcheckError, match="seed: 1234 there"):
-        plan(site.sweep, ["seed=7"])
-    assert not (site.out / "sweep.json").exists()
+def test_nobody_is_told_to_remove_what_is_being_trained(site: Site, capsys: Any) -> None:
+    cell = site.cells["stock-tp1"]
+    begin(cell)
+    with launch._exclusively(cell.config):
+        assert site.submit("--dry-run", "seed=7") == 2
+        assert main(["sweep", str(site.sweep), "seed=7"]) == 2
+    assert capsys.readouterr().err.count("wait for what is training it, or end that, or add output=DIR") == 2
+    assert site.submit("--dry-run", "seed=7") == 2
+    assert "remove it, or add output=DIR" in capsys.readouterr().err
 
 
 def test_a_mark_of_tpcheck_cancel_goes_when_the_cell_is_submitted_again(site: Site) -> None:
@@ -270,25 +240,6 @@ def test_a_mark_of_tpcheck_cancel_goes_when_the_cell_is_submitted_again(site: Si
         (site.cells["tree-tp1"].path / name).touch()
     site.submit()
     assert not any((site.cells["tree-tp1"].path / name).exists() for name in (CANCELLED, EXIT_REASONS))
-
-
-def test_a_plan_prepares_a_sweep_for_plain_sbatch(site: Site) -> None:
-    finish(site.cells["stock-tp1"])
-    lines = [shlex.split(line) for line in plan(site.sweep)]
-    code = Snapshot.now().place(site.out)
-    assert [line[:5] for line in lines] == [
-        [f"OUTPUT={site.out}", f"CODE={code}", "sbatch", "--array=1,3", "--ntasks=2"],
-        [f"OUTPUT={site.out}", f"CODE={code}", "sbatch", "--array=2", "--ntasks=1"],
-    ]
-    assert (code / "slurm" / "requeue.sh").is_file()
-    assert (site.out / "cells.txt").read_text().split() == list(site.cells)
-    assert load_run(site.out / "tree-tp2" / "run.yaml").tp == 2
-
-
-def test_a_plan_made_in_the_clone_needs_no_copy_of_the_code(site: Site, monkeypatch: Any) -> None:
-    monkeypatch.chdir(ROOT)
-    assert {shlex.split(line)[1] for line in plan(site.sweep)} == {"sbatch"}
-    assert not (site.out / "code").exists()
 
 
 def test_jobs_run_the_code_of_the_moment_when_they_were_submitted(site: Site) -> None:

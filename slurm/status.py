@@ -4,6 +4,7 @@
     Slurm knows the job          its state in our words: pending, running, requeued, timed-out, …
     Slurm has forgotten it       cancelled by `tpcheck cancel`, else failed when it had started, missing when not
     never submitted              missing
+    no longer in the sweep       left out, unless its job is pending or running
 
 A Slurm that does not answer leaves the states unknown, and the table says so.
 """
@@ -11,24 +12,25 @@ A Slurm that does not answer leaves the states unknown, and the table says so.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
-from rich.table import Table
 
 from slurm import submissions
+from slurm.last_words import last_words
 from slurm.queue import JobState, job_states
+from slurm.status_table import WAITING, CellState, Row, explain, print_changes, table
 from slurm.submissions import Submission
+from tpcheck.config.load import load_run
+from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files.json_files import readable_lines
 from tpcheck.files.lock import is_locked
-from tpcheck.files.names import CANCELLED, EXIT_REASONS, LOCK, LOG
+from tpcheck.files.names import CANCELLED, EXIT_REASONS, LOCK, LOG, RUN
 from tpcheck.files.records import EndRecord
 from tpcheck.sweep import conclude
 from tpcheck.sweep.completeness import digests_of
@@ -38,13 +40,14 @@ from tpcheck.sweep.stored_spec import read_sweep
 
 __all__ = ["Row", "command", "follow", "look"]
 
-CellState = Literal[
-    "pending", "running", "requeued", "preempted", "timed-out", "node-failed", "failed", "cancelled",
-    "complete", "missing", "unknown",
-]  # fmt: skip
+# States of jobs that somebody has to release; their reasons do not always say so.
+HELD = ("SPECIAL_EXIT", "REQUEUE_HOLD", "RESV_DEL_HOLD")
 # By what Slurm says; a job in any other state is running, or about to.
 CELL_STATES: dict[str, CellState] = {
+    **dict.fromkeys(HELD, "pending"),
     "PENDING": "pending",
+    "SUSPENDED": "suspended",
+    "STOPPED": "suspended",
     "PREEMPTED": "preempted",
     "TIMEOUT": "timed-out",
     "DEADLINE": "timed-out",
@@ -56,31 +59,8 @@ CELL_STATES: dict[str, CellState] = {
     "OUT_OF_MEMORY": "failed",
     "COMPLETED": "failed",  # or there were digests
 }
-ACTIVE: set[CellState] = {"pending", "running", "requeued", "unknown"}
-STYLE: dict[CellState, str] = {"complete": "green", "running": "yellow", "failed": "bold red", "unknown": "magenta"}
-HEADINGS = ("cell", "job", "state", "nodes", "step", "tokens/s", "retries", "log")
 REFRESH_SECONDS = 5.0
 REASON = 300  # letters of it
-
-
-@dataclass(frozen=True)
-class Row:
-    """One cell, as it is now. `why` is Slurm's reason for waiting, or what a failed cell said last."""
-
-    cell: str
-    job: str
-    state: CellState
-    nodes: str
-    step: str
-    speed: str
-    retries: int
-    log: Path | None
-    why: str
-
-    @property
-    def active(self) -> bool:
-        """Whether the cell may still change by itself."""
-        return self.state in ACTIVE
 
 
 def command(output: Path, watch: bool = False) -> int:
@@ -90,8 +70,8 @@ def command(output: Path, watch: bool = False) -> int:
         follow(sweep, console)
     else:
         rows, unknown = look(sweep)
-        console.print(_table(rows, output))
-        _explain(rows, unknown, console)
+        console.print(table(rows, output, console.width))
+        _explain(rows, output, unknown, console)
     return 0
 
 
@@ -103,22 +83,32 @@ def follow(sweep: Sweep, console: Console) -> list[Row]:
         while True:
             rows, unknown = look(sweep)
             if live:
-                live.update(_table(rows, sweep.output), refresh=True)
+                live.update(table(rows, sweep.output, console.width), refresh=True)
             else:
-                _print_changes(rows, shown, console)
-            if not any(row.active for row in rows):
+                print_changes(rows, shown, console)
+            if not any(row.active and not row.dropped for row in rows):
                 break
             if unknown:
                 console.print(unknown, markup=False, soft_wrap=True)
             time.sleep(REFRESH_SECONDS)
-    _explain(rows, "", console)
+    _explain(rows, sweep.output, "", console)
     return rows
 
 
+def _explain(rows: Sequence[Row], output: Path, unknown: str, console: Console) -> None:
+    explain(rows, output, console)
+    if unknown:
+        console.print(unknown, markup=False, soft_wrap=True)
+
+
 def look(sweep: Sweep) -> tuple[list[Row], str]:
-    """A row for every cell; when Slurm can't be asked, also why."""
+    """A row for every cell, and for those whose job goes on though the sweep has them no more.
+
+    When Slurm can't be asked, also why.
+    """
     latest = submissions.latest(submissions.read(sweep.output))
-    unfinished = [cell.name for cell in sweep.cells if not digests_of(cell)]
+    cells = {cell.name: cell for cell in sweep.cells}
+    unfinished = [name for name in [*cells, *latest] if name not in cells or not digests_of(cells[name])]
     asked = {latest[name].job_name: latest[name] for name in unfinished if name in latest}
     known: Mapping[tuple[str, int], JobState] | None = None
     unknown = ""
@@ -126,7 +116,22 @@ def look(sweep: Sweep) -> tuple[list[Row], str]:
         known = job_states(list(asked.values()), patience=0)
     except TpcheckError as error:
         unknown = str(error)
-    return [_row(cell, latest.get(cell.name), known) for cell in sweep.cells], unknown
+    rows = [_row(cell, latest.get(cell.name), known) for cell in sweep.cells]
+    for name, submission in latest.items():
+        job_state = (known or {}).get((submission.job_name, submission.cells.index(name)))
+        if name not in cells and job_state and job_state.active:
+            row = _row(_as_submitted(sweep.output, name), submission, known)
+            rows.append(dataclasses.replace(row, dropped=True))
+    return rows, unknown
+
+
+def _as_submitted(output: Path, name: str) -> Cell:
+    """A cell that the sweep no longer has."""
+    try:
+        config = load_run(output / name / RUN)
+    except TpcheckError:  # all that it is for is the step that the cell has come to
+        config = RunConfig()
+    return Cell(name, {}, {}, config.model_copy(update={"output": str(output / name)}))
 
 
 def _row(cell: Cell, submission: Submission | None, known: Mapping[tuple[str, int], JobState] | None) -> Row:
@@ -138,8 +143,11 @@ def _row(cell: Cell, submission: Submission | None, known: Mapping[tuple[str, in
     state = _state(cell, submission, job_state, bool(tried), asked=known is not None)
     step, _, speed = progress(cell)
     nodes = (job_state.nodes if job_state else "") or (tried[-1].nodes if tried else "")
-    log = _log(cell, submission, job, bool(tried))
-    why = _why(state, job, job_state, _said(cell, log))
+    logs = _logs(cell, submission, job, bool(tried))
+    why, log = _why(state, job, job_state), next(iter(logs), None)
+    if state == "failed":
+        said, log = _said(cell, logs)
+        why = _failure(job_state, said, submission)
     return Row(cell.name, job, state, nodes, step, speed, tried[-1].restart if tried else 0, log, why)
 
 
@@ -152,78 +160,52 @@ def _state(
         return "running" if is_locked(cell.path / LOCK) or is_locked(cell.path / LOG) else "missing"
     if not asked:
         return "unknown"
+    cancelled = (cell.path / CANCELLED).exists()
     if job_state is None:
-        cancelled = (cell.path / CANCELLED).exists()
         return "cancelled" if cancelled else "failed" if started else "missing"
+    if job_state.name == "COMPLETED" and cancelled:  # the script found the mark when it started
+        return "cancelled"
     state = CELL_STATES.get(job_state.name, "running")
     return "requeued" if state == "pending" and started else state
 
 
-def _log(cell: Cell, submission: Submission | None, job: str, started: bool) -> Path | None:
-    """The run's log; what the job itself has printed, where that did not come to the run."""
-    log = cell.path / LOG if (cell.path / LOG).exists() else None
-    if submission and not (log and started):
-        return next(iter(_job_logs(submission, job)), log)
-    return log
+def _logs(cell: Cell, submission: Submission | None, job: str, started: bool) -> list[Path]:
+    """The run's log, then what the job itself has printed; the other way round where that did not come to the run."""
+    run = [cell.path / LOG] if (cell.path / LOG).exists() else []
+    printed = submission.folder.glob(f"{job}_*log.*") if submission else ()
+    jobs = sorted(printed, key=lambda log: log.stat().st_mtime, reverse=True)
+    return [*run, *jobs] if started else [*jobs, *run]
 
 
-def _job_logs(submission: Submission, job: str) -> list[Path]:
-    return sorted(submission.folder.glob(f"{job}_*log.*"), key=lambda log: log.stat().st_mtime, reverse=True)
-
-
-def _why(state: CellState, job: str, job_state: JobState | None, said: str) -> str:
-    if state in ("pending", "requeued"):
-        return job_state.reason if job_state else ""
+def _why(state: CellState, job: str, job_state: JobState | None) -> str:
+    """Slurm's reason for waiting, or what is known of a job that Slurm does not know."""
+    if job_state and state in WAITING:
+        word = job_state.name.lower().replace("_", " ") if job_state.name in HELD else ""
+        return ", ".join(part for part in (word, job_state.reason) if part)
     if state == "missing" and job:
         return f"Slurm knows nothing of job {job}, which never started: cancelled while it was pending, or long ago"
-    if state != "failed":
-        return ""
-    ended = job_state.name.lower() if job_state else "Slurm has forgotten the job"
-    return ", ".join(part for part in (ended, said) if part)
+    return ""
 
 
-def _said(cell: Cell, log: Path | None) -> str:
-    """Why a run failed: what the rank that failed first has left, or else the last line of the log."""
+def _failure(job_state: JobState | None, said: str, submission: Submission | None) -> str:
+    """What is known of a failed cell: how Slurm calls its end, unless that is no news, and what it said itself."""
+    ended = job_state.name.lower().replace("_", " ") if job_state else "Slurm has forgotten the job"
+    if said and ended == "failed":
+        return said
+    if said:
+        return f"{ended}, {said}"
+    where = f" to {submission.folder}" if submission else ""
+    reason = f" ({job_state.reason})" if job_state and job_state.reason else ""
+    return f"{ended}{reason}, and it has written nothing{where}: can its nodes write there?"
+
+
+def _said(cell: Cell, logs: Sequence[Path]) -> tuple[str, Path | None]:
+    """Why a run failed, and where to read on: what the rank that failed first has left, or else a line of the logs."""
     ends = readable_lines(cell.path / EXIT_REASONS, EndRecord)
     failed = [end["why"] for end in ends if end["kind"] == "failed" and "why" in end]
     if failed:
-        return str(failed[0])[:REASON]
-    lines = log.read_text(errors="replace").splitlines() if log and log.exists() else []
-    return ([line.strip() for line in lines if line.strip()] or [""])[-1][:REASON]
-
-
-def _cells(row: Row, output: Path) -> tuple[str, ...]:
-    state = f"{row.state}: {row.why}" if row.why and row.state in ("pending", "requeued") else row.state
-    log = str(row.log.absolute()).removeprefix(f"{output.absolute()}/") if row.log else ""
-    return row.cell, row.job, state, row.nodes, row.step, row.speed, str(row.retries), log
-
-
-def _table(rows: Sequence[Row], output: Path) -> Table:
-    table = Table(title=escape(str(output)), title_justify="left")
-    for heading in HEADINGS:
-        right = heading in ("step", "tokens/s", "retries")
-        table.add_column(heading, justify="right" if right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, _cells(row, output)), style=STYLE.get(row.state, ""))
-    return table
-
-
-def _print_changes(rows: Sequence[Row], shown: dict[str, tuple[str, ...]], console: Console) -> None:
-    for row in rows:
-        line = (row.cell, row.job, row.state, row.nodes)
-        if shown.get(row.cell) != line:
-            shown[row.cell] = line
-            step = f"step {row.step}" if row.step else ""
-            console.print(
-                f"{row.cell:<24} {row.state:<11} {row.job} {row.nodes} {step}".rstrip(), markup=False, soft_wrap=True
-            )
-
-
-def _explain(rows: Sequence[Row], unknown: str, console: Console) -> None:
-    """Below the table: what went wrong, and where to read about it."""
-    for row in rows:
-        if row.why and row.state not in ("pending", "requeued"):
-            where = f"; see {row.log}" if row.log else ""
-            console.print(f"{row.cell} {row.state}: {row.why}{where}", markup=False, highlight=False, soft_wrap=True)
-    if unknown:
-        console.print(unknown, markup=False, soft_wrap=True)
+        return str(failed[0])[:REASON], next(iter(logs), None)
+    for log in sorted(logs, key=lambda log: log.parent == cell.path):  # the job's own first: it tells of killed ranks
+        if words := last_words(log):
+            return words[:REASON], log
+    return "", next(iter(logs), None)

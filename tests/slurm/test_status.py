@@ -1,131 +1,21 @@
-"""States, status and cancel, with stand-ins for squeue, sacct and scancel that print what a real Slurm printed."""
+"""`tpcheck status`: what is shown of every cell, with stand-ins for squeue and sacct."""
 
 from __future__ import annotations
 
-import json
-import os
+import dataclasses
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from slurm import submissions
-from slurm.queue import JobState, job_states
 from slurm.status import look
 from tests.support.finished import begin, finish, sweep
+from tests.support.slurm_answers import NAME, attempt, cell_states, say, submission
 from tpcheck.cli import main
-from tpcheck.errors import TpcheckError
-from tpcheck.files.names import ATTEMPTS
+from tpcheck.files import result_dir
 from tpcheck.sweep.spec import Sweep
-from tpcheck.sweep.stored_spec import write_sweep
-
-NAME = "s.0a1b2c3d"
-CELLS = ("stock-tp1", "stock-tp2", "tree-tp1", "tree-tp2")
-
-
-@pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of commands that comes before everything else; each notes its arguments in `<name>.calls`."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    say(folder, "squeue", "")
-    say(folder, "sacct", "Slurm accounting storage is disabled", code=1)
-    say(folder, "scancel", "")
-    return folder
-
-
-def say(folder: Path, command: str, text: str, code: int = 0) -> None:
-    """Have `command` print `text`, on standard error when it fails."""
-    (folder / f"{command}.text").write_text(text)
-    to = ">&2" if code else ""
-    script = f'#!/bin/sh\necho "$@" >> {folder}/{command}.calls\ncat {folder}/{command}.text {to}\nexit {code}\n'
-    (folder / command).write_text(script)
-    (folder / command).chmod(0o755)
-
-
-def submission(
-    cells: tuple[str, ...] = CELLS, job: str | None = "77", folder: Path = Path("jobs")
-) -> submissions.Submission:
-    return submissions.Submission("2026-02-03T04:05:06+00:00", "local", NAME, job, cells, folder)
-
-
-@pytest.fixture
-def submitted(tmp_path: Path) -> Sweep:
-    """A sweep of four cells in one array."""
-    made = sweep(tmp_path)
-    write_sweep(made)
-    submissions.record(made.output, submission(folder=tmp_path / "jobs"))
-    return made
-
-
-def attempt(of: Sweep, cell: str, restart: int = 0) -> None:
-    line = {"job": "77", "array_index": 0, "restart": restart, "nodes": "h1", "began": "x", "job_name": NAME}
-    (of.output / cell).mkdir(exist_ok=True)
-    with (of.output / cell / ATTEMPTS).open("a") as file:
-        print(json.dumps(line), file=file)
-
-
-def cell_states(of: Sweep) -> dict[str, str]:
-    return {row.cell: row.state for row in look(of)[0]}
-
-
-def test_squeue_tells_of_plain_jobs_and_of_array_elements(slurm: Path) -> None:
-    say(
-        slurm,
-        "squeue",
-        f"{NAME}|77|2|PENDING||JobArrayTaskLimit\n{NAME}|77|0|RUNNING|h[1-2]|None\ns.x|80|N/A|FAILED|b1|a|b\n",
-    )
-    assert job_states([submission()]) == {
-        (NAME, 0): JobState("77", "RUNNING", "h[1-2]"),
-        (NAME, 2): JobState("77", "PENDING", "", "JobArrayTaskLimit"),
-        ("s.x", 0): JobState("80", "FAILED", "b1", "a|b"),
-    }
-
-
-def test_sacct_is_asked_for_what_squeue_has_forgotten_and_its_last_final_record_counts(slurm: Path) -> None:
-    say(slurm, "squeue", f"{NAME}|77|0|RUNNING|h1|None\n")
-    records = [
-        "77_0|2026-02-03T04:05:06|2026-02-03T04:05:07|PREEMPTED|h1",
-        "77_1|2026-02-03T04:09:06|2026-02-03T04:09:07|COMPLETED|b1",
-        "77_1|2026-02-03T04:05:06|2026-02-03T04:05:07|NODE_FAIL|h2",
-        "77_[2-3%4]|2026-02-03T04:05:06|Unknown|CANCELLED by 0|None assigned",
-    ]
-    say(slurm, "sacct", "".join(f"{NAME}|{record}\n" for record in records))
-    assert job_states([submission()]) == {
-        (NAME, 0): JobState("77", "RUNNING", "h1"),
-        (NAME, 1): JobState("77", "COMPLETED", "b1"),
-        (NAME, 2): JobState("77", "CANCELLED"),
-        (NAME, 3): JobState("77", "CANCELLED"),
-    }
-    assert "--starttime 2026-02-0" in (slurm / "sacct.calls").read_text()
-
-
-def test_sacct_is_not_believed_when_it_says_that_a_job_runs_which_squeue_does_not_know(slurm: Path) -> None:
-    say(slurm, "sacct", f"{NAME}|77_0|2026-02-03T04:05:06|2026-02-03T04:05:07|RUNNING|h1\n")
-    assert job_states([submission()]) == {}
-
-
-def test_a_silent_controller_is_asked_again_and_then_is_an_error(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slurm.queue.PAUSE_SECONDS", 0.01)
-    say(slurm, "squeue", "Unable to contact slurm controller", code=1)
-    heard: list[str] = []
-    with pytest.raises(
-        TpcheckError, match="squeue does not answer, so nothing is known of the jobs: Unable to contact"
-    ):
-        job_states([submission()], patience=0.2, waiting=heard.append)
-    assert heard[0] == "squeue: Unable to contact slurm controller"
-    assert len((slurm / "squeue.calls").read_text().splitlines()) > 2
-
-    def mend(why: str) -> None:
-        say(slurm, "squeue", f"{NAME}|77|0|RUNNING|h1|None\n")
-
-    assert job_states([submission()], waiting=mend) == {(NAME, 0): JobState("77", "RUNNING", "h1")}
-
-
-def test_without_slurm_commands_the_error_says_where_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(TpcheckError, match="squeue is not on this machine"):
-        job_states([submission()])
+from tpcheck.sweep.stored_spec import write_run, write_sweep
 
 
 def test_digests_make_a_cell_complete_whatever_slurm_says(submitted: Sweep, slurm: Path) -> None:
@@ -141,7 +31,8 @@ def test_digests_make_a_cell_complete_whatever_slurm_says(submitted: Sweep, slur
     [
         ("RUNNING", "running"), ("COMPLETING", "running"), ("CONFIGURING", "running"), ("TIMEOUT", "timed-out"),
         ("PREEMPTED", "preempted"), ("NODE_FAIL", "node-failed"), ("CANCELLED", "cancelled"),
-        ("OUT_OF_MEMORY", "failed"), ("COMPLETED", "failed"), ("PENDING", "requeued"),
+        ("OUT_OF_MEMORY", "failed"), ("COMPLETED", "failed"), ("PENDING", "requeued"), ("SPECIAL_EXIT", "requeued"),
+        ("REQUEUE_HOLD", "requeued"), ("SUSPENDED", "suspended"), ("STOPPED", "suspended"), ("SIGNALING", "running"),
     ],
 )  # fmt: skip
 def test_states_of_jobs_in_our_words_where_a_cell_had_started(
@@ -150,6 +41,14 @@ def test_states_of_jobs_in_our_words_where_a_cell_had_started(
     attempt(submitted, "stock-tp1")
     say(slurm, "squeue", f"{NAME}|77|0|{word}||None\n")
     assert cell_states(submitted)["stock-tp1"] == ours
+
+
+def test_a_job_that_found_itself_cancelled_when_it_started_has_not_failed(submitted: Sweep, slurm: Path) -> None:
+    attempt(submitted, "stock-tp1")
+    say(slurm, "squeue", f"{NAME}|77|0|COMPLETED|h1|None\n")
+    assert cell_states(submitted)["stock-tp1"] == "failed"
+    (submitted.output / "stock-tp1" / "cancelled").touch()
+    assert cell_states(submitted)["stock-tp1"] == "cancelled"
 
 
 def test_a_cell_that_slurm_has_forgotten_failed_if_it_had_started(submitted: Sweep, slurm: Path) -> None:
@@ -189,7 +88,136 @@ def test_a_job_that_fails_before_its_run_is_explained_by_its_own_log(submitted: 
     log.write_text("module: command not found\n")
     say(slurm, "squeue", f"{NAME}|77|0|FAILED|h1|NonZeroExitCode\n")
     row = look(submitted)[0][0]
-    assert (row.log, row.why) == (log, "failed, module: command not found")
+    assert (row.log, row.why) == (log, "module: command not found")
+
+
+HEADER = "tpcheck: stock-tp1 on h1, start 1\n"
+SRUN = "srun: error: h1: task 0: {}\nsrun: launch/slurm: _step_signal: Terminating StepId=7.0\n"
+BEYOND = "tpcheck: not queued again, after 10 times: call tpcheck sweep to go on"
+
+
+@pytest.mark.parametrize(
+    ("log", "why"),
+    [
+        pytest.param(
+            f"{HEADER}0: slurmstepd-h1: error: execve(): /no/python: No such file or directory\n"
+            f"{SRUN.format('Exited with exit code 2')}",
+            "slurmstepd-h1: error: execve(): /no/python: No such file or directory",
+            id="no-such-python",
+        ),
+        pytest.param(
+            f"{HEADER}0: tpcheck: error: /usr/bin/python has no click: use another\n"
+            f"1: tpcheck: error: /usr/bin/python has no click: use another\n{SRUN.format('Exited with exit code 2')}",
+            "tpcheck: error: /usr/bin/python has no click: use another",
+            id="no-click",
+        ),
+        pytest.param(
+            f"{HEADER}0: python: can't open file '/out/code/12': [Errno 2] No such file or directory\n"
+            f"{SRUN.format('Exited with exit code 2')}",
+            "python: can't open file '/out/code/12': [Errno 2] No such file or directory",
+            id="no-code",
+        ),
+        pytest.param(
+            f"{HEADER}0: step 3\n{SRUN.format('Killed')}"
+            "1: slurmstepd-h1: error: *** STEP 7.0 ON h1 CANCELLED AT 2026-11-26T07:09:31 ***\n"
+            "srun: error: h1: task 1: Terminated\nsrun: Force Terminated StepId=7.0\n",
+            "srun: error: h1: task 0: Killed",
+            id="killed",
+        ),
+        pytest.param(f"{HEADER}0: step 3\n{SRUN.format('Killed')}{BEYOND}\n", BEYOND, id="killed-too-often"),
+        pytest.param(f"{HEADER}0: old\n{HEADER}module: not found\n", "module: not found", id="the-last-start-counts"),
+        pytest.param("tpcheck: not started\n", "tpcheck: not started", id="cancelled"),
+    ],
+)  # fmt: skip
+def test_the_reason_of_a_failure_is_the_line_that_says_it(submitted: Sweep, slurm: Path, log: str, why: str) -> None:
+    attempt(submitted, "stock-tp1")
+    (submitted.output.parent / "jobs").mkdir()
+    (submitted.output.parent / "jobs" / "77_0_0_log.out").write_text(log)
+    say(slurm, "squeue", f"{NAME}|77|0|FAILED|h1|NonZeroExitCode\n")
+    assert look(submitted)[0][0].why == why
+
+
+def test_a_job_that_has_said_nothing_is_explained_by_what_slurm_knows_and_where_its_output_should_be(
+    submitted: Sweep, slurm: Path
+) -> None:
+    say(slurm, "squeue", f"{NAME}|77|0|FAILED|h1|RaisedSignal:53\n{NAME}|77|1|OUT_OF_MEMORY|h1|None\n")
+    first, second, *_ = look(submitted)[0]
+    folder = submitted.output.parent / "jobs"
+    assert first.why == f"failed (RaisedSignal:53), and it has written nothing to {folder}: can its nodes write there?"
+    assert second.why.startswith("out of memory, and it has written nothing")
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("SPECIAL_EXIT||JobHeldUser", "pending: special exit, JobHeldUser"),
+        ("REQUEUE_HOLD||None", "pending: requeue hold"),
+        ("SUSPENDED|h1|None", "suspended"),
+        ("PENDING||launch failed requeued held", "pending: launch failed requeued held"),
+    ],
+)
+def test_why_a_job_does_not_go_on_is_shown(
+    submitted: Sweep, slurm: Path, said: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say(slurm, "squeue", f"{NAME}|77|0|{said}\n")
+    assert main(["status", str(submitted.output)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "stock-tp1 " in line)
+    assert line.split("│")[3].strip() == shown
+
+
+LONG = "QOSMaxSubmitJobPerUserLimit"
+
+
+@pytest.mark.parametrize("reason", ["launch failed requeued held", LONG])
+@pytest.mark.parametrize("width", [200, 120, 80, 60, 40])
+def test_on_any_screen_a_cell_takes_a_line_or_two_of_whole_words(
+    submitted: Sweep,
+    slurm: Path,
+    width: int,
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tpcheck.sweep.conclude.console", lambda: Console(width=width))
+    finish(submitted.cells[0])
+    begin(submitted.cells[1], (3.0, 2.0))
+    attempt(submitted, "stock-tp2", restart=1)
+    (submitted.output / "stock-tp2/log.txt").touch()
+    say(
+        slurm,
+        "squeue",
+        f"{NAME}|18687046|1|RUNNING|gpu[0042-0043]|None\n{NAME}|18687046|2|PENDING||{reason}\n"
+        f"{NAME}|18687046|3|PENDING||Resources\n",
+    )
+    assert main(["status", str(submitted.output)]) == 0
+    out = capsys.readouterr().out
+    heading, *rows = [line for line in out.splitlines() if line.startswith(("│", "┃"))]
+    assert all(len(line) <= width for line in (heading, *rows)) and len(rows) <= 5  # one of them in two lines
+    words = set(out.replace("│", " ").split())
+    assert words >= {"complete", "running", "stock-tp1", "stock-tp2", "tree-tp1", "tree-tp2", "Resources"}
+    assert words >= set(reason.split())
+    shown = heading.replace("┃", " ").split()
+    assert {"cell", "state"} <= set(shown)
+    assert {"job", "step"} <= set(shown) or width < 60
+    assert ("log" in shown) == (width >= 120)
+
+
+def test_a_cell_that_the_sweep_has_no_more_is_shown_as_long_as_its_job_goes_on(
+    submitted: Sweep, slurm: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sweep(dataclasses.replace(submitted, cells=submitted.cells[:2]))
+    write_run(submitted.cells[2], submitted.cells[2].path)
+    result_dir.write_manifest(submitted.cells[2].path, {"config": submitted.cells[2].config.model_dump(mode="json")})
+    attempt(submitted, "tree-tp1")
+    running = f"{NAME}|77|2|RUNNING|h1|None\n"
+    say(slurm, "squeue", f"{running}{NAME}|77|3|FAILED|h1|None\n")
+    assert main(["status", str(submitted.output)]) == 0
+    out = capsys.readouterr().out
+    assert "running, not in the sweep" in out and "tree-tp2" not in out
+    assert f"tree-tp1 is no longer in the sweep: tpcheck cancel {submitted.output} tree-tp1 ends its job" in out
+    assert main(["status", str(submitted.output), "--watch"]) == 0  # and is not waited for
+    assert main(["cancel", str(submitted.output), "tree-tp1"]) == 0
+    assert (slurm / "scancel.calls").read_text() == "77_2\n"
 
 
 def test_logs_are_shown_relative_to_the_sweep_and_brackets_as_they_are(
@@ -226,43 +254,6 @@ def test_watch_ends_when_nothing_can_change_and_prints_a_line_per_change(
     assert main(["status", str(submitted.output), "--watch"]) == 0
     changes = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("stock-tp1 ")]
     assert changes == ["running", "timed-out"]
-
-
-def test_cancel_cancels_exactly_the_elements_of_the_cells_named(
-    submitted: Sweep, slurm: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = [
-        f"{NAME}|77|{place}|{word}||None\n" for place, word in enumerate("RUNNING COMPLETED PENDING PENDING".split())
-    ]
-    say(slurm, "squeue", "".join(lines))
-    assert main(["cancel", str(submitted.output), "tree-tp1", "stock-tp2"]) == 0
-    assert (slurm / "scancel.calls").read_text() == "77_2\n"
-    assert capsys.readouterr().out == "cancelled tree-tp1 (job 77_2)\n"
-    say(slurm, "squeue", lines[0])
-    assert cell_states(submitted)["tree-tp1"] == "cancelled"
-    say(slurm, "squeue", "".join(lines))
-    assert main(["cancel", str(submitted.output)]) == 0
-    assert (slurm / "scancel.calls").read_text() == "77_2\n77_0 77_2 77_3\n"
-
-
-def test_cancel_finds_a_submission_whose_number_was_never_written_down(tmp_path: Path, slurm: Path) -> None:
-    made = sweep(tmp_path)
-    write_sweep(made)
-    submissions.record(made.output, submission(("tree-tp1",), job=None))
-    say(slurm, "squeue", f"{NAME}|91|N/A|PENDING||Priority\n")
-    assert main(["cancel", str(made.output)]) == 0
-    assert (slurm / "scancel.calls").read_text() == "91\n"
-
-
-def test_cancel_refuses_a_cell_that_does_not_exist_and_shows_the_error_of_scancel(
-    submitted: Sweep, slurm: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["cancel", str(submitted.output), "tree-tp16"]) == 2
-    assert "tree-tp16 is no cell of" in capsys.readouterr().err
-    say(slurm, "squeue", f"{NAME}|77|0|RUNNING|h1|None\n")
-    say(slurm, "scancel", "scancel: error: Access denied", code=1)
-    assert main(["cancel", str(submitted.output)]) == 2
-    assert "Access denied" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["status", "cancel", "verdict"])

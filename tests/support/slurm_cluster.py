@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.support import slurm_conf, slurm_keeper
@@ -45,18 +46,18 @@ class Cluster:
     """A context manager: Slurm runs while it is open.
 
     `environment` is what a command needs to speak to it. `min_job_age` is how many seconds the controller remembers
-    an ended job. `fail`, `kill_slurmd` and `kill_controller` break things; `start_slurmd` and `start_controller`
-    mend them.
+    an ended job; `settings` are more lines of slurm.conf. `fail`, `kill_slurmd` and `kill_controller` break things;
+    `start_slurmd` and `start_controller` mend them.
     """
 
-    def __init__(self, accounting: bool = False, min_job_age: int = 300) -> None:
+    def __init__(self, accounting: bool = False, min_job_age: int = 300, settings: Sequence[str] = ()) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir=_memory()))
         self.folder.chmod(0o755)
         self.accounting = accounting
         self.ports = _free_ports(3 + len(NODES))
         self.environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(self.folder / "etc/slurm.conf")}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
-        slurm_conf.write(self.folder, self.ports, accounting, min_job_age)
+        slurm_conf.write(self.folder, self.ports, accounting, min_job_age, settings)
 
     def __enter__(self) -> Cluster:
         keeper = [sys.executable, slurm_keeper.__file__, str(self.folder)]

@@ -56,6 +56,7 @@ PreemptMode=REQUEUE
 # Without it a preempted job gets no SIGUSR2.
 SlurmctldParameters=preempt_send_user_signal
 {accounting}
+{settings}
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 PriorityTier=10 PreemptMode=off
 PartitionName=h100 Nodes=h[1-2] MaxTime=INFINITE DefaultTime=10 PriorityTier=10 PreemptMode=off
@@ -101,7 +102,7 @@ LogFile={folder}/log/slurmdbd.log
 """
 
 
-def write(folder: Path, ports: Sequence[int], accounting: bool, min_job_age: int) -> None:
+def write(folder: Path, ports: Sequence[int], accounting: bool, min_job_age: int, settings: Sequence[str] = ()) -> None:
     """Write what the daemons read to `folder`; `ports`: the controller, the two databases, the nodes."""
     for name in ("log", "state", "spool", "dev", "munge", "etc"):
         (folder / name).mkdir()
@@ -115,6 +116,7 @@ def write(folder: Path, ports: Sequence[int], accounting: bool, min_job_age: int
         "user": getpass.getuser(),
         "first_job": random.randrange(1, 50_000_000),
         "min_job_age": min_job_age,
+        "settings": "\n".join(settings),
         "controller_port": controller_port,
         "database_port": database_port,
         "sql_port": sql_port,

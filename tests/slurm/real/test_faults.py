@@ -68,7 +68,7 @@ def test_a_preempted_cell_saves_and_goes_on_when_the_other_job_has_ended(case: C
     case.write(matrix, partition="scavenge", sbatch={"exclude": "b1"})
     case.submit()
     cell = "tree-tp1-b300"
-    with case.slowed(cell):
+    with case.slowed(cell, seconds=3):  # or it may be complete before the other job is there
         case.wait_for_step(cell, 2)
         other = ["sbatch", "--parsable", "--partition=b300", "--nodelist=b2", "--exclusive", "--output=/dev/null"]
         high = case.cluster.run(*other, "--job-name=urgent", "--wrap=sleep 2")
@@ -84,7 +84,7 @@ def test_scancel_with_usr2_saves_at_the_next_step_and_the_cell_goes_on_from_ther
     case.submit()
     with case.slowed(CELL):
         case.wait_for_step(CELL, 2)
-        case.cluster.run("scancel", "--signal=USR2", case.jobs(CELL)[0])
+        case.cluster.run("scancel", "--full", "--signal=USR2", case.jobs(CELL)[0])  # the script as well
         case.wait_for_attempt(CELL, 2)
     case.wait_until_complete(CELL)
     (step,) = resumed_from(case)

@@ -11,8 +11,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tpcheck.errors import TpcheckError, shown
 
-__all__ = ["AttemptRecord", "BenchRecord", "CodeRecord", "DigestsRecord", "EndRecord", "ManifestRecord", "Record", "StepRecord",
-           "SubmissionRecord", "SweepRecord"]  # fmt: skip
+__all__ = [
+    "AttemptRecord",
+    "BenchRecord",
+    "CodeRecord",
+    "DigestsRecord",
+    "EndRecord",
+    "ManifestRecord",
+    "Record",
+    "StepRecord",
+    "SubmissionRecord",
+    "SweepRecord",
+]
 
 Json = dict[str, Any]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{1,64}$")]

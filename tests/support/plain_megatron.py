@@ -62,6 +62,7 @@ def train(
     global_batch: int | None = None,
     steps: int = 2,
     clip: float = 0.05,
+    loss_scale: float | None = None,
     tied: bool = False,
     negative_zeros: bool = False,
     te: bool = False,
@@ -134,9 +135,12 @@ def train(
             optimizer="adam", lr=1e-2, weight_decay=0.1, bf16=bf16, params_dtype=params_dtype, clip_grad=clip,
             use_distributed_optimizer=distributed_optimizer,
             overlap_param_gather=ddp_options.get("overlap_param_gather", False), log_num_zeros_in_grad=True,
+            loss_scale=loss_scale,
         ),
         chunks,
     )  # fmt: skip
+    if loss_scale:
+        config.grad_scale_func = optimizer.scale_loss
     for group in optimizer.param_groups:
         group["lr"] = 1e-2
     parameters = named_parameters(gpts)

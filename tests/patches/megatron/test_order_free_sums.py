@@ -65,6 +65,19 @@ def test_a_gradient_that_may_not_be_exact_is_refused_by_name(factor, layout):
     assert "timeout" not in str(e.value)
 
 
+def test_scaling_the_loss_down_is_a_way_out():
+    """By a power of two that Megatron's optimizer takes back: norms are those of a loss that is not so large."""
+    large = scaled(2.0**28)
+    with pytest.raises(AssertionError, match="a sum over the batch's tokens"):
+        on_ranks(1, train, large, {})
+    scale = {"loss_scale": 2.0**-20}
+    one, two = (on_ranks(ranks, train, large, {**scale, **layout})[0] for ranks, layout in ((1, {}), (2, {"tp": 2})))
+    assert one == two
+    plain = on_ranks(1, train, scaled(1.0), {})[0]
+    norms = [float.fromhex(record["step0 gradient norm"]) for record in (one, plain)]
+    assert norms[0] / 2.0**28 == pytest.approx(norms[1], rel=1e-3)  # bfloat16's subnormals end elsewhere
+
+
 def misused_embedding() -> dict[str, Any]:
     """A head that multiplies by the embedding's weight itself: one part of the gradient comes through autograd."""
     from megatron.core.models.gpt.gpt_model import GPTModel

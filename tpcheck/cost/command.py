@@ -71,8 +71,7 @@ def _is_order_free(model: str) -> bool:
 
 def _totals(terms: list[Term], config: RunConfig, strategy: Strategy, gpu: Gpu) -> dict[str, float]:
     flops, sent, extra = (total(terms, quantity, strategy) for quantity in UNITS)
-    if strategy == "stock":
-        config = config.model_copy(update={"batch": None})
+    config = config.model_copy(update={"strategy": strategy, "batch": None if strategy == "stock" else config.batch})
     return {
         "flops": flops,
         "bytes": sent,

@@ -35,6 +35,8 @@ CONTRACTIBLE = re.compile(r"\b(?:add|sub|mul)(?:\.ftz)?\.f32")
 TABLE = Path(__file__).with_name("static.json")
 SHARED_LIMIT = 227 * 1024  # bytes that a block may have on sm_90 and sm_100
 STACK_LIMIT = {90: 256}
+# dk and dv of wide heads, or of packed windows, are more than the registers hold.
+WIDE = re.compile(r"attention dkdv (192|256|packed window)")
 # Registers are given to a warp in eights, so fewer than that change nothing; stack means spills, to the byte.
 TOLERANCE = {"registers": 7, "stack": 0, "shared": 0}
 
@@ -104,7 +106,7 @@ def broken_rules(name: str, case: tuple[Variant, int], facts: Facts) -> list[str
         f"adds otherwise than the tensor core on paper: {', '.join(facts.mma)}": all(
             map(MODELLED.fullmatch, facts.mma)
         ),
-        "spills": facts.stack == 0 or variant.expects != "mma" or family != 90,
+        "spills": facts.stack == 0 or variant.expects != "mma" or family != 90 or bool(WIDE.search(name)),
         "waits for every wgmma": facts.waits <= facts.asked,
         "may round a multiplication and an addition as one": variant.fp_fusion or not facts.contractible,
     }

@@ -10,7 +10,7 @@ import torch
 
 from patches.order.kernels import attention_kernels
 from patches.order.kernels.attentions import DELTA_ROWS, KERNELS, _constexprs, tile_of
-from patches.order.kernels.gemm import NAMES
+from patches.order.kernels.plans import NAMES
 from patches.order.visible import Packed, Visible
 from tests.patches.kernels.variant import Variant
 
@@ -59,6 +59,7 @@ def _variant(
     signature |= {name: "*i32" for name in TABLE if name in signature}
     signature |= {name: "fp32" for name in ("factor", "scale") if name in signature}
     signature |= dict.fromkeys(constexprs, "constexpr")
+    on_tensor_cores = dtype != torch.float32 and kernel is not attention_kernels.deltas
     return Variant(
         name=title,
         kernel=kernel,
@@ -71,6 +72,7 @@ def _variant(
         },
         num_warps=warps,
         num_stages=stages,
-        expects="mma" if dtype != torch.float32 and kernel is not attention_kernels.deltas else "",
+        expects="mma" if on_tensor_cores else "",
+        families=(90, 100, 103) if on_tensor_cores and constexprs["D"] in (64, 128) else (90, 100),
         fp_fusion=False,
     )

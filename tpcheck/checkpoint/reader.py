@@ -40,6 +40,8 @@ __all__ = ["Checkpoint", "LogicalTensor"]
 HARMLESS = re.compile(
     r"torch\.(Size|{dtypes}|\w+Storage|serialization\._get_layout|_utils\._rebuild_(tensor_v[23]|parameter)"
     r"|distributed\.checkpoint\.(filesystem\._StorageInfo|(metadata|planner)\.\w+))"
+    r"|megatron\.core\.dist_checkpointing\.strategies\."
+    r"(torch\.MCore(Metadata|SavePlan)|resharding\.TensorReformulationMetadata)"
     r"|collections\.(OrderedDict|defaultdict)|_codecs\.encode|argparse\.Namespace|pathlib\.\w*Path"
     r"|builtins\.(set|frozenset|list|dict|tuple|bytearray|int|float|complex|slice)".format(dtypes="|".join(ITEMSIZE))
 )

@@ -23,9 +23,9 @@ from tpcheck.run import exit_reason
 
 __all__ = ["ENDED", "PATIENCE", "Pulse", "Watch"]
 
-PATIENCE = 20.0  # seconds from SIGTERM to the end of a step
+PATIENCE = 25.0  # seconds from SIGTERM to the end of a step
 BEAT = 1.0
-SILENCE, HURRIED = 120.0, 10.0  # seconds without a beat until a rank is lost; once a stop was asked for
+SILENCE, HURRIED = 120.0, 20.0  # seconds without a beat until a rank is lost; once a stop was asked for
 ENDED = 128 + signal.SIGTERM  # exit code of a rank that was ended so, as a shell says it
 
 

@@ -20,7 +20,6 @@ __all__ = [
     "ManifestRecord",
     "Record",
     "StepRecord",
-    "SubmissionRecord",
     "SweepRecord",
 ]
 
@@ -121,17 +120,6 @@ class BenchRecord(Record):
 
     versions: Json
     products: list[Json]
-
-
-class SubmissionRecord(Record):
-    """A line of submissions.jsonl."""
-
-    time: str
-    profile: str
-    job_name: str
-    job: str | None
-    cells: list[str]
-    folder: str
 
 
 class AttemptRecord(Record):

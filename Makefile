@@ -21,6 +21,8 @@ WHEELS_PYTHON ?= 3.12
 GPU_RESULTS ?= results/gpu
 # A checkout of Megatron-LM for test-megatron-lm.
 MEGATRON_LM ?=
+# Of each kind, in `make fuzz`.
+CASES ?= 900
 SWEEP ?= slurm/sweeps/qwen3-tiny-cpu.yaml
 LAYOUTS ?= slurm/sweeps/qwen3-tiny-layouts.yaml
 
@@ -194,7 +196,7 @@ bench: $(READY)
 
 CASES ?= 1000
 fuzz: $(READY)
-	@$(BIN)/python -m tests.fuzz $(CASES)
+	@$(BIN)/python -W ignore -m tests.fuzz --output results/reliability --cases $(CASES)
 
 silent-bugs: $(READY)
 	@echo "==> silent bugs: minutes; writes results/silent_bugs"

@@ -8,10 +8,14 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 
 import yaml
 
+import slurm
+import tpcheck
 from tests.fuzz import mutations
 from tests.fuzz.child import complaint, in_child
 from tests.support import BEFORE, ROOT
@@ -19,7 +23,13 @@ from tpcheck.cli import main
 from tpcheck.files import result_dir
 from tpcheck.run import launch
 
-__all__ = ["KINDS", "Source", "try_case"]
+__all__ = ["KINDS", "Source", "Tried", "try_case"]
+
+# What commands import when they are called, imported once and not in every child.
+for package in (tpcheck, slurm):
+    for module in walk_packages(package.__path__, f"{package.__name__}."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
 
 PROFILE = (ROOT / "slurm/clusters/example.yaml").read_text()
 LAST = "checkpoints/step-00000004"
@@ -40,6 +50,19 @@ class Source:
     def copy(self, name: str, to: Path) -> Path:
         shutil.copytree(self.folder / name, to / name, copy_function=os.link)
         return to / name
+
+
+@dataclass(frozen=True)
+class Tried:
+    """How a command ended; `wrong` is empty where it may end so."""
+
+    case: str
+    command: str
+    code: int
+    wrong: str
+
+    def __str__(self) -> str:
+        return f"{self.case}: tpcheck {self.command}: {self.wrong or f'exit code {self.code}'}"
 
 
 Commands = Sequence[Sequence[str]]
@@ -132,13 +155,13 @@ def _damage(file: Path, rng: random.Random) -> None:
         file.write_text(damage(content.decode(), rng))
 
 
-def try_case(kind: str, seed: int, source: Source, scratch: Path) -> list[str]:
-    """Make the case, try every command on it, and say what is wrong with what each did."""
+def try_case(kind: str, seed: int, source: Source, scratch: Path) -> list[Tried]:
+    """Make the case, and try every command on it."""
     rng = random.Random(f"{kind} {seed}")
     folder = scratch / f"{kind}-{seed}"
     (folder / "here").mkdir(parents=True)
     marker = folder / "executed"
-    found = []
+    tried = []
     try:
         for words in KINDS[kind](source, folder / "here", rng, marker):
             with _no_ranks():
@@ -148,11 +171,10 @@ def try_case(kind: str, seed: int, source: Source, scratch: Path) -> list[str]:
                 wrong = "something in a file was executed"
             if strangers := {entry.name for entry in folder.iterdir()} - {"here"}:
                 wrong = wrong or f"written outside: {strangers}"
-            if wrong:
-                found.append(f"{kind} {seed}: tpcheck {' '.join(words)}: {wrong}")
+            tried.append(Tried(f"{kind} {seed}", " ".join(words), code, wrong))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return found
+    return tried
 
 
 @contextmanager

@@ -21,8 +21,6 @@ WHEELS_PYTHON ?= 3.12
 GPU_RESULTS ?= results/gpu
 # A checkout of Megatron-LM for test-megatron-lm.
 MEGATRON_LM ?=
-# Of each kind, in `make fuzz`.
-CASES ?= 900
 SWEEP ?= slurm/sweeps/qwen3-tiny-cpu.yaml
 LAYOUTS ?= slurm/sweeps/qwen3-tiny-layouts.yaml
 
@@ -194,6 +192,7 @@ bench: $(READY)
 	@echo "==> benchmarks"
 	@$(BIN)/python -m tests.bench
 
+# Of each kind.
 CASES ?= 1000
 fuzz: $(READY)
 	@$(BIN)/python -W ignore -m tests.fuzz --output results/reliability --cases $(CASES)

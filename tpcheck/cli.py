@@ -199,8 +199,15 @@ def cost(model: str, gpu: str, as_json: bool, **options: Any) -> int:
 @click.option("--cluster", metavar="NAME", help="Submit to Slurm as slurm/clusters/NAME.yaml, or that file, says.")
 @click.option("--dry-run", is_flag=True, help="With --cluster: print the scripts that would be submitted.")
 @click.option("--wait", is_flag=True, help="With --cluster: stay until every cell has ended, then give the verdict.")
-def sweep(sweep: Path, overrides: tuple[str, ...], cluster: str | None, dry_run: bool, wait: bool) -> int:
+@click.option("--plan", is_flag=True, help="Prepare the directory for slurm/sweep.sbatch; print the lines to submit.")
+def sweep(sweep: Path, overrides: tuple[str, ...], cluster: str | None, dry_run: bool, wait: bool, plan: bool) -> int:
     """Run every cell of SWEEP.yaml that is not complete yet, then say which digests agree."""
+    if plan:
+        if cluster or dry_run or wait:
+            raise TpcheckError("--plan submits nothing: leave --cluster, --dry-run and --wait out")
+        from slurm.plan import command as prepare
+
+        return prepare(sweep, overrides)
     if cluster is not None:
         from slurm.submit import command as submit
 

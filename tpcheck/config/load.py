@@ -23,7 +23,7 @@ from tpcheck.errors import LETTERS, TpcheckError, shown
 __all__ = ["load_run", "load_run_or_preset", "override", "parse_run", "parse_trace", "read_yaml", "unknown_key"]
 
 
-NAMED = 18  # keys that a message lists at most
+NAMED = 16  # keys that a message lists at most
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -50,7 +50,8 @@ def read_yaml(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # the second for what is not UTF-8, or no path
-        raise TpcheckError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        name = str(path) if len(path.name) <= LETTERS else shown(str(path))
+        raise TpcheckError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from error
     try:
         return parse_yaml(text)
     except ValueError as error:

@@ -28,6 +28,14 @@ class Place:
     local_rank: int
     meeting: str
 
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """Host and port of the store that ranks meet at, where it has one."""
+        if self.meeting == "env://":
+            return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        host, _, port = self.meeting.removeprefix("tcp://").rpartition(":")
+        return (host, int(port)) if self.meeting.startswith("tcp://") else None
+
     def announce(self) -> None:
         """Tell libraries that ask the environment."""
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK=str(self.local_rank))

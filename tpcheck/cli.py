@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ import click
 from tpcheck import __version__
 from tpcheck.config.strategies import STRATEGIES
 from tpcheck.cost.datasheets import GPUS
-from tpcheck.errors import TpcheckError, missing_package
+from tpcheck.errors import LETTERS, TpcheckError, missing_package, shortened
 from tpcheck.order.setting import TARGETS
 
 __all__ = ["main"]
@@ -62,7 +63,8 @@ def _open_streams() -> None:
 
 
 def _refuse(message: str) -> int:
-    print("tpcheck: error:", " ".join(message.split()), file=sys.stderr)
+    words = re.sub(rf"[^\s/]{{{2 * LETTERS},}}", lambda word: shortened(word[0]), message).split()
+    print("tpcheck: error:", *words, file=sys.stderr)
     return BAD_INPUT
 
 

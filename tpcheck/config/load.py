@@ -50,8 +50,7 @@ def read_yaml(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # the second for what is not UTF-8, or no path
-        name = str(path) if len(path.name) <= LETTERS else shown(str(path))
-        raise TpcheckError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from error
+        raise TpcheckError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     try:
         return parse_yaml(text)
     except ValueError as error:

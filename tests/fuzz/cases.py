@@ -22,6 +22,7 @@ from tests.support import BEFORE, ROOT
 from tpcheck.cli import main
 from tpcheck.files import result_dir
 from tpcheck.run import launch
+from tpcheck.run.nudged import make_nudged_runs
 
 __all__ = ["KINDS", "Source", "Tried", "try_case"]
 
@@ -31,6 +32,7 @@ for package in (tpcheck, slurm):
         if not module.name.endswith("__main__"):
             import_module(module.name)
 
+SWEEP = (BEFORE / "sweep.yaml").read_text().replace("matrix:\n", "matrix:\n  arch: [h100]\n")
 PROFILE = (ROOT / "slurm/clusters/example.yaml").read_text()
 LAST = "checkpoints/step-00000004"
 
@@ -45,6 +47,7 @@ class Source:
     def unpacked(cls, folder: Path) -> Source:
         shutil.unpack_archive(BEFORE / "states.tar.xz", folder)
         shutil.copytree(BEFORE, folder, dirs_exist_ok=True)
+        make_nudged_runs(folder / "stopped", 1)
         return cls(folder)
 
     def copy(self, name: str, to: Path) -> Path:
@@ -77,16 +80,13 @@ def _run_file(source: Source, folder: Path, rng: random.Random, marker: Path) ->
 
 
 def _sweep_file(source: Source, folder: Path, rng: random.Random, marker: Path) -> Commands:
-    text = (BEFORE / "sweep.yaml").read_text()
-    (folder / "run.yaml").write_text((BEFORE / "run.yaml").read_text())
-    (folder / "sweep.yaml").write_text(mutations.damage_yaml(text, rng))
+    (folder / "sweep.yaml").write_text(mutations.damage_yaml(SWEEP, rng))
     (folder / "cluster.yaml").write_text(PROFILE)
     return [["sweep", "sweep.yaml", "--cluster", "./cluster.yaml", "--dry-run"]]
 
 
 def _profile(source: Source, folder: Path, rng: random.Random, marker: Path) -> Commands:
-    shutil.copy(BEFORE / "sweep.yaml", folder)
-    shutil.copy(BEFORE / "run.yaml", folder)
+    (folder / "sweep.yaml").write_text(SWEEP)
     (folder / "cluster.yaml").write_text(mutations.damage_yaml(PROFILE, rng))
     return [["sweep", "sweep.yaml", "--cluster", "./cluster.yaml", "--dry-run"]]
 
@@ -114,8 +114,9 @@ def _checkpoint(source: Source, folder: Path, rng: random.Random, marker: Path) 
 
 def _trace(source: Source, folder: Path, rng: random.Random, marker: Path) -> Commands:
     run = source.copy("traced", folder)
-    source.copy("stopped", folder)
-    file = rng.choice(sorted(file for file in (run / "trace").rglob("*") if file.is_file()))
+    nudged = source.copy("stopped", folder) / "noise-1"
+    of = rng.choice([run, run, nudged])
+    file = rng.choice(sorted(file for file in (of / "trace").rglob("*") if file.is_file()))
     content = file.read_bytes()
     file.unlink()
     if file.suffix in (".json", ".jsonl") and rng.random() < 0.8:

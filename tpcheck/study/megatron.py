@@ -8,6 +8,7 @@ T tokens, K features in, N features out; a batch of one, as Megatron has it: x [
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import torch
@@ -34,6 +35,7 @@ def begin(strategy: Strategy) -> int:
         patches.cpu.enable()
     else:
         patches.enable(strategy)
+    logging.getLogger("megatron").setLevel(logging.ERROR)  # that generators are one on a CPU, and states implicit
     tp = dist.get_world_size()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
     model_parallel_cuda_manual_seed(1234)

@@ -3,7 +3,7 @@
 weights   are initial weights the same?              columns     one rank's product as TP narrows it
 stack     pairs of layers on top of each other       isolated-*  one column- or row-parallel layer
 layers-*  a whole model, forward and backward        tree-*      the same under the patches
-bug       what a tolerance lets pass                 orders      in which order sums are added
+bugs      what a tolerance lets pass                 orders      in which order sums are added
 machine   attention and environment
 """
 
@@ -43,7 +43,7 @@ STUDY = Study(
         Part("layers-bf16", functools.partial(layers.stock, "bf16"), MODEL),
         Part("tree-fp32", functools.partial(layers.tree, "fp32"), MODEL),
         Part("tree-bf16", functools.partial(layers.tree, "bf16"), MODEL),
-        Part("bug", layers.bug, MODEL),
+        Part("bugs", layers.bugs, MODEL),
         Part("machine", machine, MODEL),
     ),
     page=page,

@@ -1,7 +1,7 @@
 """The whole model, forward and backward, traced at TP=1 and TP=4 and judged by `tpcheck compare`, layer by layer.
 
-What rounding may do is measured: TP=1 is run again, nudged. A bug that the analysis' tolerance lets pass is put in to
-see which tolerance finds it: one rank loses the last features of one layer's sum.
+What rounding may do is measured: TP=1 is run again, nudged. Bugs are put in to see which tolerance finds them: in one
+layer's MLP, the last rank loses some features, or the gradient of the input is not added over ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
 
-import tpcheck.trace
 from patches.megatron import initial_weights
 from tpcheck.config.schema import RunConfig
 from tpcheck.run.model import seed_everything, transformer_config
@@ -24,14 +23,17 @@ from tpcheck.study.megatron import begin
 from tpcheck.study.ranks import on_ranks
 from tpcheck.study.study import Progress
 from tpcheck.study.tp_vs_dp.settings import TpVsDp
+from tpcheck.trace import trace
 from tpcheck.trace.compare.command import compare
 from tpcheck.trace.compare.judge import SAFETY, Comparison, Row
 from tpcheck.trace.compare.reader import Key, Trace
 
-__all__ = ["TP", "bug", "stock", "tree"]
+__all__ = ["FEATURES", "NO_SUM", "TP", "bugs", "stock", "tree"]
 
 TP, NUDGED = 4, 3
-LOST = 16  # features of the last rank's part
+LOST = 16  # features of the last rank's part of one layer's second sum
+FEATURES, NO_SUM = "features lost", "no sum over ranks in backward"
+TRIED = {"bf16": (FEATURES, NO_SUM), "fp32": (FEATURES,)}
 FINAL = "decoder.final_layernorm"
 KINDS = ("out", "dout")
 PATTERNS = ["decoder.layers.?", "decoder.layers.??", "decoder.layers.0.*", "*.mlp.linear_fc2", FINAL]
@@ -60,26 +62,33 @@ def tree(dtype: str, settings: TpVsDp, progress: Progress) -> dict[str, Any]:
         return _summary(compare(one, four))
 
 
-def bug(settings: TpVsDp, progress: Progress) -> dict[str, Any]:
-    """bfloat16 at TP=4, with a part of one sum lost: by how much the model's output is off, and what `compare` says."""
-    layer = settings.layers // 2
-    with tempfile.TemporaryDirectory(prefix="tpcheck-") as scratch:
-        one, four = Path(scratch, "tp1"), Path(scratch, "tp4")
-        runs = [(one, 1, 0, -1), (four, TP, 0, layer), (one / "noise-1", 1, 1, -1)]
-        for number, (path, tp, perturb, broken) in enumerate(runs):
-            progress(number / len(runs), f"TP={tp}")
-            on_ranks(tp, _traced, settings.run(tp=tp, dtype="bf16"), str(path), perturb, broken)
-        found = compare(one, four)
+def bugs(settings: TpVsDp, progress: Progress) -> dict[str, Any]:
+    """At TP=4, with a bug in one layer: by how much the model's output is off, and what `compare` says."""
+    layer, rows = settings.layers // 2, []
+    for place, (dtype, names) in enumerate(TRIED.items()):
+        with tempfile.TemporaryDirectory(prefix="tpcheck-") as scratch:
+            one = Path(scratch, "tp1")
+            for number, path in enumerate((one, one / "noise-1")):
+                progress(place / len(TRIED), f"{dtype}, TP=1")
+                on_ranks(1, _traced, settings.run(dtype=dtype), str(path), number)
+            for name in names:
+                progress((place + 0.5) / len(TRIED), f"{dtype}, {name}")
+                four = Path(scratch, name)
+                on_ranks(TP, _traced, settings.run(tp=TP, dtype=dtype), str(four), 0, (name, layer))
+                rows.append({"dtype": dtype, "bug": name, **_judged(compare(one, four))})
+    return {"layer": layer, "lost": LOST, "of": settings.model_ffn, "tried": rows}
+
+
+def _judged(found: Comparison) -> dict[str, Any]:
     named = found.first
     return {
-        "layer": layer, "lost": LOST, "of": settings.model_ffn, "verdict": found.verdict,
-        "named": named.key.name if named else None, "kind": named.key.kind if named else None,
-        "excess": named.excess if named else 0.0, "max_abs": _row(found, FINAL, "out").numbers.max_abs,
+        "verdict": found.verdict, "named": named.key.name if named else None, "kind": named.key.kind if named else None,
+        "max_abs": _row(found, FINAL, "out").numbers.max_abs,
     }  # fmt: skip
 
 
-def _traced(config: RunConfig, path: str, perturb: int = 0, broken: int = -1) -> None:
-    """Forward and backward of the model's whole loss, recorded; in layer `broken`, a part of the sum is lost."""
+def _traced(config: RunConfig, path: str, perturb: int = 0, bug: tuple[str, int] | None = None) -> None:
+    """Forward and backward of the model's whole loss, recorded; with a bug of this name in this layer."""
     begin(config.strategy)
     described = transformer_config(config)
     seed_everything(config.seed)
@@ -90,16 +99,23 @@ def _traced(config: RunConfig, path: str, perturb: int = 0, broken: int = -1) ->
             position_embedding_type="rope", rotary_base=config.model.rope_base,
             share_embeddings_and_output_weights=True,
         )  # fmt: skip
-    if broken >= 0 and dist.get_rank() == config.tp - 1:
-        bare.decoder.layers[broken].mlp.linear_fc2.register_forward_pre_hook(_lose)
+    if bug is not None:
+        _break(bare.decoder.layers[bug[1]].mlp, bug[0])
     model: torch.nn.Module = Float16Module(described, bare) if config.dtype == "bf16" else bare
     tokens = torch.randint(
         config.model.vocab_size, (1, config.seq_length + 1), generator=torch.Generator().manual_seed(1)
     )
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     positions = torch.arange(config.seq_length).expand_as(inputs)
-    with tpcheck.trace(path, model, modules=PATTERNS, kinds=list(KINDS), perturb=perturb):
+    with trace(path, model, modules=PATTERNS, kinds=list(KINDS), perturb=perturb):
         model(inputs, positions, None, labels=labels).float().mean().backward()
+
+
+def _break(mlp: Any, bug: str) -> None:
+    if bug == NO_SUM:
+        mlp.linear_fc1.allreduce_dgrad = False
+    elif dist.get_rank() == dist.get_world_size() - 1:
+        mlp.linear_fc2.register_forward_pre_hook(_lose)
 
 
 def _lose(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -136,7 +152,7 @@ def _numbers(row: Row) -> dict[str, Any]:
     n = row.numbers
     return {
         "size": n.size, "differing": n.differing, "max_abs": n.max_abs, "mean_abs": n.mean_abs,
-        "median_abs": n.median_abs, "over": list(n.over), "relative": n.relative, "rms": n.norm_a / max(n.size, 1) ** 0.5,
+        "median_abs": n.median_abs, "over": list(n.over), "relative": n.relative,
         "limit": SAFETY * row.estimate.overall if row.estimate else None,
     }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tpcheck.config.strategies import Strategy
 from tpcheck.order.command import orders
 from tpcheck.order.fprev import formula, to_lists
 from tpcheck.order.setting import Setting
@@ -14,7 +15,11 @@ __all__ = ["found_orders"]
 
 SIZES = (1, 2, 4, 8)
 SUMMANDS = 32
-CASES = (("row-parallel", "stock", 8), ("row-parallel", "tree", 8), ("gemm", "stock", 16))  # target, strategy, tokens
+CASES: tuple[tuple[str, Strategy, int], ...] = (  # target, strategy, tokens
+    ("row-parallel", "stock", 8),
+    ("row-parallel", "tree", 8),
+    ("gemm", "stock", 16),
+)
 
 
 def found_orders(settings: TpVsDp, progress: Progress) -> dict[str, Any]:
@@ -22,7 +27,7 @@ def found_orders(settings: TpVsDp, progress: Progress) -> dict[str, Any]:
     found = {}
     for number, (target, strategy, rows) in enumerate(CASES):
         progress(number / len(CASES), f"{target}, {strategy}")
-        asked = [Setting(target, strategy, tp, SUMMANDS, rows=rows) for tp in SIZES]  # type: ignore[arg-type]
+        asked = [Setting(target, strategy, tp, SUMMANDS, rows=rows) for tp in SIZES]
         found[f"{target} {strategy}"] = [
             {"places": one.places, "formula": formula(one.tree), "tree": to_lists(one.tree)} for one in orders(asked)
         ]

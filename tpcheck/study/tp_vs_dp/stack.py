@@ -28,7 +28,7 @@ TF32_BITS = 10
 
 def stack(settings: TpVsDp, progress: Progress) -> dict[str, Any]:
     """Of every pair, bottom up, its output and that output's gradient at TP=4 against TP=1."""
-    cases: list[tuple[str, Strategy]] = [(dtype, strategy) for dtype in DTYPES for strategy in ("stock", "tree")]  # type: ignore[misc]
+    cases: list[tuple[str, Strategy]] = [(dtype, strategy) for dtype in DTYPES for strategy in ("stock", "tree")]
     found: dict[str, Any] = {}
     for place, (dtype, strategy) in enumerate(cases):
         progress(place / (len(cases) + 1), f"{dtype}, {strategy}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -43,8 +42,6 @@ def _parts(settings: TpVsDp, on_cpu: bool) -> dict[str, tuple[Tensor, int, int]]
     config.model.num_layers = LAYERS
     described = transformer_config(config)
     described.use_cpu_initialization = on_cpu
-    # On a CPU the device's generator is the CPU's own, which Megatron warns of.
-    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     seed_everything(config.seed)
     model = GPTModel(
         described, get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm"),

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.studies import by_claim, check_page, run_quick
+from tpcheck.cli import main
 from tpcheck.study.study import Results
 from tpcheck.study.tp_vs_dp import STUDY
 from tpcheck.study.tp_vs_dp.findings import derived_error, findings, ratios
@@ -112,6 +113,16 @@ def test_attention_that_ran_is_named(results: Results) -> None:
 
 def test_page_is_whole(results: Results, tmp_path: Path) -> None:
     check_page(STUDY, FOLDER["out"], pictures=5, scratch=tmp_path)
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("heads=4", "tp=8 does not divide num_attention_heads=4"),
+    ("ffn=100", "multiple of 8"), ("seq_length=0", "greater than 0"),
+])  # fmt: skip
+def test_shapes_that_cannot_be_cut_are_refused(override: str, message: str, tmp_path: Path, capsys: Any) -> None:
+    assert main(["study", "tp-vs-dp", override, "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 @settings(max_examples=20, deadline=None)

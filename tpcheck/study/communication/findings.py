@@ -89,8 +89,8 @@ def _of_collectives(results: Results) -> Iterator[Finding]:
         "All-reduce puts the ranks' parts of a result together",
         "does not hold" if summed else "holds",
         "every rank has all features of y, and a part of each one's sum: adding them gives the whole product but for "
-        f"{small(adds[-1]['relative'])}; putting side by side is what an all-gather does. A bias is added after it, "
-        "once",
+        f"{small(adds[-1]['relative'])}, one rounding to bfloat16; putting side by side is what an all-gather does. A "
+        "bias is added after it, once",
     )
     norms = [row for one in cases if not one["sp"] for row in one["step"] if row["phase"] == "step"]
     yield Finding(

@@ -50,11 +50,9 @@ def _counts(settings: Communication, results: Results) -> Iterator[Block]:
         "messages."
     )
     yield _steps(results)
-    rows = []
-    for one in results["collectives"]["cases"]:
-        layer = [row for row in one["layer"] if row["phase"] != "step"]
-        rows += [[f"TP={one['tp']}" + ", SP" * one["sp"], row["phase"], f"{row['count']} × {row['name']}",
-                  f"{row['bytes'] / MIB:.2f} MiB"] for row in layer]  # fmt: skip
+    rows = [[("with" if one["sp"] else "without") + " SP", row["phase"], f"{row['count']} × {row['name']}",
+             f"{row['bytes'] / MIB:.2f} MiB"] for one in (case(results, 4), case(results, 4, True))
+            for row in one["layer"] if row["phase"] != "step"]  # fmt: skip
     yield Table(
         ("", "phase", "collectives", "each, whole tensor"), rows, "of one layer: what two layers have more than one"
     )
@@ -133,6 +131,8 @@ def _sequence(results: Results) -> Iterator[Block]:
 def _dropped(settings: Communication, results: Results) -> Iterator[Block]:
     found = results["spd"]
     curve = found["curve"]
+    none, worst = (max(ends) - min(ends) for ends in zip(*((one[0], one[-1]) for one in found["losses"].values()),
+                                                         strict=True))  # fmt: skip
     yield Heading("Sync-point drop")
     yield Paragraph(
         "[SPD](https://arxiv.org/abs/2502.20727) leaves attention's all-reduce out of chosen blocks when a model is "
@@ -148,10 +148,11 @@ def _dropped(settings: Communication, results: Results) -> Iterator[Block]:
             for count in range(settings.trained_layers + 1)]  # fmt: skip
     yield Table(("blocks dropped", *(f"TP={tp}" for tp in SIZES), "TP=4, relative"), rows, f"order: {found['order']}")
     yield Paragraph(
-        "At TP=1 nothing is dropped, as no sum is cut. At every other size the dropped model is a function of how many "
-        "ranks there are: losses differ by a thousand times what rounding does, in either direction, and no fixed "
-        "order of sums could make them equal. The patches therefore know no such block, and never will: whoever serves "
-        "a model with SPD compares TP sizes as different models."
+        "At TP=1 nothing is dropped, as no sum is cut: its losses are the same, but for the place where the sum is "
+        "added. At every other size the dropped model is a function of how many ranks there are, and no fixed order of "
+        f"sums could make them equal: with every block dropped the losses are {worst:.0e} apart, with none {none:.0e}. "
+        "The patches therefore know no such block: whoever serves a model with SPD compares TP sizes as different "
+        "models."
     )
 
 

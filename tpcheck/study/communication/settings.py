@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from tpcheck.config.load import parse_run
@@ -31,6 +31,13 @@ class Communication(Settings):
     trained_length: int = Field(128, gt=0)
     batch: int = Field(16, gt=0)
     steps: int = Field(400, gt=0)
+
+    @model_validator(mode="after")
+    def _can_be_cut(self) -> Self:
+        for tp in SIZES:
+            self.run(tp, sequence_parallel=tp > 1)
+            self.trained(tp)
+        return self
 
     @classmethod
     def quick(cls) -> Self:

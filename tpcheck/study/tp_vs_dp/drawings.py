@@ -21,6 +21,7 @@ from tpcheck.study.tp_vs_dp import published
 __all__ = ["growth", "stacked", "trees"]
 
 BAND = "#F2F2F2"
+DRAWN = 3  # orders of a sum
 
 
 def growth(results: Results) -> bytes:
@@ -64,8 +65,8 @@ def stacked(results: Results) -> bytes:
 
 
 def trees(results: Results, case: str, title: str) -> bytes:
-    """The orders that `tpcheck order` found behind one target and strategy."""
-    orders = [Order(from_lists(one["tree"]), one["places"]) for one in results["orders"][case]]
+    """The first orders that `tpcheck order` found behind one target and strategy."""
+    orders = [Order(from_lists(one["tree"]), one["places"]) for one in results["orders"][case][:DRAWN]]
     with tempfile.TemporaryDirectory(prefix="tpcheck-") as scratch:
         file = Path(scratch, "orders.png")
         draw_orders(orders, title, file)

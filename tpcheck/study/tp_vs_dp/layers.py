@@ -113,7 +113,7 @@ def _traced(config: RunConfig, path: str, perturb: int = 0, bug: tuple[str, int]
 
 def _break(mlp: Any, bug: str) -> None:
     if bug == NO_SUM:
-        mlp.linear_fc1.allreduce_dgrad = False
+        mlp.linear_fc1.allreduce_dgrad, mlp.linear_fc1.disable_grad_reduce = False, True
     elif dist.get_rank() == dist.get_world_size() - 1:
         mlp.linear_fc2.register_forward_pre_hook(_lose)
 

@@ -102,7 +102,10 @@ def _exactness(results: Results) -> Iterator[Block]:
     )
     for case, title in (("gemm stock", "A rank's own product"), ("row-parallel stock", "Row-parallel, stock"),
                         ("row-parallel tree", "Row-parallel, tree")):  # fmt: skip
-        yield Picture(trees(results, case, title), f"{title}: {len(results['orders'][case])} orders over TP=1, 2, 4, 8")
+        orders = results["orders"][case]
+        yield Picture(trees(results, case, title), f"{title}, in order of TP: {len(orders)} in all over TP=1, 2, 4, 8")
+        rows = [[one["places"], one["formula"]] for one in orders]
+        yield Table(("where", "order"), rows, f"{title}, as formulas", folded=True)
 
 
 def _pairs(settings: TpVsDp, results: Results) -> Iterator[Block]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from tpcheck.config.load import parse_run
@@ -19,7 +19,7 @@ class TpVsDp(Settings):
 
     tokens: int = Field(8192, gt=0)  # of a layer in isolation: 4096 of two sequences
     hidden: int = Field(1024, gt=0)
-    ffn: int = Field(4096, gt=0)
+    ffn: int = Field(4096, gt=0, multiple_of=8)
     stacked: int = Field(16, gt=1)
     stacked_tokens: int = Field(1024, gt=0)
     layers: int = Field(28, gt=1)
@@ -28,6 +28,11 @@ class TpVsDp(Settings):
     model_ffn: int = Field(3072, gt=0)
     vocabulary: int = Field(2048, gt=0)
     seq_length: int = Field(256, gt=0)
+
+    @model_validator(mode="after")
+    def _can_be_cut(self) -> Self:
+        self.run(tp=8)
+        return self
 
     @classmethod
     def quick(cls) -> Self:

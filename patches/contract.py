@@ -93,9 +93,9 @@ class Contract:
             )
         if cp > 1 and self.chunks % (2 * cp):
             raise UnsupportedError(
-                f"context_parallel_size={cp} needs chunks to be a multiple of {2 * cp}, it is {self.chunks}: use "
-                f"patches.enable(batch='order-free', chunks=…) (--chunks) at every size that is to have the same bits, "
-                "and a power of two of ranks"
+                f"context_parallel_size={cp} needs chunks to be a multiple of {2 * cp}, it is {self.chunks}: set it so "
+                "in patches.enable(batch='order-free', chunks=…) (--chunks), at every size that is to have the same bits, "
+                "and let that be a power of two"
             )
         return self.chunks // cp
 

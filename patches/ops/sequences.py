@@ -10,7 +10,7 @@ run; a gradient that reaches the parameter in another way is thereby told apart 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -59,10 +59,9 @@ def in_chunks(x: Tensor, chunks: int) -> Tensor:
     return x.unflatten(0, (chunks, -1))
 
 
-def batch_leaves(x: Tensor, chunks: int) -> Iterator[Tensor]:
+def batch_leaves(x: Tensor, chunks: int) -> list[Tensor]:
     """The batch leaves [s/chunks, …] of activations [s, b, …], chunk by chunk."""
-    for chunk in in_chunks(x, chunks).unbind():
-        yield from chunk.unbind(1)
+    return [leaf for chunk in in_chunks(x, chunks).unbind() for leaf in chunk.unbind(1)]
 
 
 def add_leaves(parameter: Any, contributions: Iterable[Tensor]) -> Tensor:

@@ -94,8 +94,8 @@ class Contract:
         if cp > 1 and self.chunks % (2 * cp):
             raise UnsupportedError(
                 f"context_parallel_size={cp} needs chunks to be a multiple of {2 * cp}, it is {self.chunks}: set it so "
-                "in patches.enable(batch='order-free', chunks=…) (--chunks), at every size that is to have the same bits, "
-                "and let that be a power of two"
+                "in patches.enable(batch='order-free', chunks=…) (--chunks), at every context_parallel_size that is to "
+                "have the same bits, and let that be a power of two"
             )
         return self.chunks // cp
 

@@ -44,6 +44,8 @@ REFUSED_ORDER_FREE = {
     "position-embedding": ({"shape": "gpt2"}, "position_embeddings.weight, or a part of it, is summed by a module"),
     "column-bias": ({"shape": "gpt2"}, "linear_fc1.bias, or a part of it, is summed by a module"),
     "embedding": ({}, "word_embeddings.weight, or a part of it, is summed by a module"),
+    "context-parallel": ({"cp": 2, "chunks": 4}, "Context parallelism is only supported by TEDotProductAttention"),
+    "blockwise-attention": ({"cp": 2, "chunks": 4}, "size of tensor"),
 }
 
 ELSEWHERE = {
@@ -71,14 +73,16 @@ NEEDED = check_versions(PATCHES)
 
 def training_without(names: set[str], options: dict[str, Any], batch: patches.Batch = "ordered") -> dict[str, Any]:
     patches.cpu.enable()
-    REGISTRY.apply(patches.Contract(batch=batch), [patch for patch in NEEDED if patch.name not in names])
+    chunks = options.pop("chunks", 1)
+    contract = patches.Contract(batch=batch, chunks=chunks, attention="blockwise" if chunks > 1 else "unfused")
+    REGISTRY.apply(contract, [patch for patch in NEEDED if patch.name not in names])
     return plain_megatron.train(**options)
 
 
 def order_free_without(names: set[str], options: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
     options = {"tp": 1, "pp": 1, "seq": 16, "global_batch": 12, "micro_batch": 1, **options, **layout}
     options["model"] = {"num_layers": 2}
-    ranks = options["pp"] * options.pop("dp", 1)
+    ranks = options["pp"] * options.pop("dp", 1) * options.get("cp", 1)
     return on_ranks(ranks, training_without, names, options, "order-free")[0]
 
 

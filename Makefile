@@ -37,7 +37,7 @@ export PYTHONUNBUFFERED := 1
     gpu wheels lint bench silent-bugs fuzz clean distclean
 
 help:
-	@echo "make demo    train Qwen3 at TP=1/2/4/8, stock and patched; then at six layouts; compare every bit; draw the picture"
+	@echo "make demo    train Qwen3 at TP=1/2/4/8, stock and patched; then at seven layouts; compare every bit; draw the picture"
 	@echo "make test    run the tests; test-megatron only those against older versions of megatron-core,"
 	@echo "             test-te only those of Transformer Engine's layers (TE $(TE_VERSIONS), on CPU)"
 	@echo "make test-megatron-lm MEGATRON_LM=path  Megatron-LM's own pretrain_gpt.py, unmodified, on a checkout"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,7 +14,7 @@ from patches.order import exact
 from patches.order.chunks import begin_gather, begin_sum_of_own, chunks_of_rank, own_tokens, tree_order
 from patches.order.tree import tree_sum
 from patches.order.visible import Visible
-from tests.support.attention_bounds import operands
+from tests.support.attention_bounds import assert_chunks_have_their_bits, operands
 from tests.support.bits import assert_same_bits
 from tests.support.ranks import on_ranks
 
@@ -72,31 +70,10 @@ def test_tokens_are_gathered_in_their_order_and_each_rank_has_its_own_of_the_sum
         assert_same_bits(own, total.unflatten(0, (2 * size, -1))[[rank, 2 * size - rank - 1]].flatten(0, 1))
 
 
-def by_chunks(compute: Any, qkvd: list[Tensor], chunks: int, visible: Visible) -> list[Tensor]:
-    """y, dq, and what each chunk gives every head's keys and values."""
-    q, k, v, dy = qkvd
-    rows, found = len(q) // chunks, []
-    for i in range(chunks):
-        own = slice(i * rows, (i + 1) * rows)
-        seen = Visible(visible.left, visible.right, i * rows)
-        y, top, inverse = compute.attention(q[own], k, v, seen, 0.3)
-        found.append([y, *compute.attention_gradient(dy[own], q[own], k, v, y, top, inverse, seen, 0.3)])
-    ys, dqs, dks, dvs = zip(*found, strict=True)
-    return [torch.cat(ys), torch.cat(dqs), torch.stack(dks), torch.stack(dvs)]
-
-
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 @pytest.mark.parametrize("visible", (Visible(right=0), Visible(left=30, right=0), Visible()), ids=str)
 def test_a_chunk_of_the_queries_has_the_bits_that_it_has_among_all(visible, dtype):
-    qkvd = operands(160, 160, 1, 2, 1, 16, dtype)
-    one, *several = (by_chunks(exact, qkvd, chunks, visible) for chunks in (1, 4, 8))
-    for y, dq, dk, dv in several:
-        assert_same_bits(y, one[0])
-        assert_same_bits(dq, one[1])
-        for parts, whole in ((dk, one[2]), (dv, one[3])):
-            # Each is rounded to float32 twice, as a sum and as it is scaled, and so is the whole.
-            bound = parts.double().abs().sum(0) * 2.0**-22
-            assert ((parts.double().sum(0) - whole[0].double()).abs() <= bound).all()
+    assert_chunks_have_their_bits(exact, operands(160, 160, 1, 2, 1, 16, dtype), visible, (4, 8), exactly=True)
 
 
 @pytest.mark.parametrize(

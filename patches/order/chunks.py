@@ -42,7 +42,7 @@ def chunks_of_rank(chunks: int, rank: int, size: int) -> list[int]:
 def own_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """This rank's part of `x` [s, …], which all of `group` hold whole: [s/c, …]."""
     runs = 2 * group.size()
-    return x.unflatten(0, (runs, -1))[chunks_of_rank(runs, group.rank(), group.size())].flatten(0, 1)
+    return _of(x, runs, chunks_of_rank(runs, group.rank(), group.size()))
 
 
 def begin_gather(x: Tensor, group: dist.ProcessGroup | None) -> AsyncResult:
@@ -51,11 +51,16 @@ def begin_gather(x: Tensor, group: dist.ProcessGroup | None) -> AsyncResult:
         return AsyncResult.of(x)
     runs, gathered = 2 * group.size(), begin_all_gather(x, group)
     place = sorted(range(runs), key=tree_order(runs).__getitem__)
-    return AsyncResult(lambda: gathered.wait().unflatten(0, (runs, -1))[place].flatten(0, 1))
+    return AsyncResult(lambda: _of(gathered.wait(), runs, place))
 
 
 def begin_sum_of_own(root: Tensor, group: dist.ProcessGroup, dtype: torch.dtype) -> AsyncResult:
     """This rank's chunks [s/c, …] of the tree's sum over ranks of float32 `root` [s, …], rounded once to `dtype`."""
     runs = 2 * group.size()
-    by_rank = root.unflatten(0, (runs, -1))[tree_order(runs)].flatten(0, 1)
-    return begin_reduce_scatter(by_rank, group, dtype)
+    return begin_reduce_scatter(_of(root, runs, tree_order(runs)), group, dtype)
+
+
+def _of(x: Tensor, runs: int, numbers: list[int]) -> Tensor:
+    """Those `numbers` of the `runs` that dimension 0 of `x` is made of, one after the other."""
+    cut = x.unflatten(0, (runs, -1))
+    return torch.cat([cut[number] for number in numbers])

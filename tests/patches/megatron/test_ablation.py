@@ -35,6 +35,7 @@ REFUSED_WITHOUT = {
 # Those that sums over the batch without an order need: (layout that feels it, options).
 ORDER_FREE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "batch-sums-reset": ({"pp": 2}, {}),
+    "blockwise-attention": ({"cp": 2}, {"chunks": 4}),  # without it, ranks see their own keys alone
     "batch-sums-rounded": ({"pp": 2}, {}),
     "data-parallel-sum": ({"dp": 3}, {"ddp": {"check_for_nan_in_grad": False}}),
 }
@@ -45,7 +46,6 @@ REFUSED_ORDER_FREE = {
     "column-bias": ({"shape": "gpt2"}, "linear_fc1.bias, or a part of it, is summed by a module"),
     "embedding": ({}, "word_embeddings.weight, or a part of it, is summed by a module"),
     "context-parallel": ({"cp": 2, "chunks": 4}, "Context parallelism is only supported by TEDotProductAttention"),
-    "blockwise-attention": ({"cp": 2, "chunks": 4}, "size of tensor"),
 }
 
 ELSEWHERE = {
@@ -61,7 +61,7 @@ ELSEWHERE |= {"masked-softmax"}  # tests/patches/test_patches.py
 ELSEWHERE |= {"padded-vocabulary", "padded-vocabulary-0.17"}  # tests/patches/test_patches.py
 ELSEWHERE |= {"saved-optimizer"}  # tests/patches/megatron/test_fully_reshardable.py
 ELSEWHERE |= {patch.name for patch in initial_weights.PATCHES}  # tests/patches/megatron/test_initial_weights.py
-ELSEWHERE |= {"blockwise-attention"}  # tests/patches/megatron/test_blockwise.py
+ELSEWHERE |= {"blockwise-attention"}  # whole sequences: tests/patches/megatron/test_blockwise.py
 ELSEWHERE |= {"fused-norm"}  # tests/patches/test_patches.py
 ELSEWHERE |= {"embedding"}  # tests/patches/kernels: in order, it changes nothing on a CPU
 ELSEWHERE |= {"loss-per-token", "zeros-in-gradient"}  # tests/patches/megatron/test_order_free_sums.py

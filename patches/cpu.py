@@ -70,6 +70,7 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
             kwargs["device"] = CPU
         if len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], CPU, *args[2:])
+        kwargs.pop("pin_memory", None)  # for a copy to a GPU
         return function(*args, **kwargs)
 
     return call

@@ -45,6 +45,23 @@ def _model_init(original: Any) -> Any:
     return __init__
 
 
+def _setup_embeddings(original: Any) -> Any:
+    @functools.wraps(original)
+    def setup_embeddings_and_output_layer(self: Any) -> None:
+        if not is_building():
+            original(self)
+            return
+        # Copies on two pipeline stages are both drawn by name. To wait for the other's here is to wait for ever: with
+        # virtual stages, its rank first wants to agree on a seed with this one.
+        self._is_in_embd_group = lambda: False
+        try:
+            original(self)
+        finally:
+            del self._is_in_embd_group
+
+    return setup_embeddings_and_output_layer
+
+
 @contextlib.contextmanager
 def _noting(arguments: tuple[Any, ...]) -> Iterator[None]:
     """The init methods of all configs among `arguments`, made to note."""
@@ -125,6 +142,13 @@ PATCHES = [
         WHY,
         _initialize_on_device,
         parameters="weight init_method partition_dim stride is_expert",
+    ),
+    attribute(
+        "initial-weights-copies",
+        "megatron.core.models.common.language_module.language_module:LanguageModule.setup_embeddings_and_output_layer",
+        WHY,
+        _setup_embeddings,
+        parameters="",
     ),
     _model("initial-weights-gpt", "gpt.gpt_model:GPTModel"),
     _model("initial-weights-bert", "bert.bert_model:BertModel"),

@@ -23,7 +23,8 @@ COVERED: dict[str, tuple[tuple[Any, ...], str]] = {
         (False,),
         "use multi-head or grouped-query attention (without --multi-latent-attention)",
     ),
-    "context_parallel_size": ((1,), "set it to 1 (--context-parallel-size 1)"),
+    "hierarchical_context_parallel_sizes": ((), "set it to None (without --hierarchical-context-parallel-sizes)"),
+    "hybrid_context_parallel": ((False,), "set it to False (without --hybrid-context-parallel)"),
     "tp_comm_overlap": ((False,), "set it to False (without --tp-comm-overlap)"),
     "cpu_offloading": ((False,), "set it to False (without --cpu-offloading-num-layers)"),
     "gtp_weight_remat_size": ((1,), "set it to 1"),
@@ -69,6 +70,7 @@ TE_MODULES = ("transformer_engine.pytorch.module.", "transformer_engine.pytorch.
 def check_config(config: Any) -> None:
     """Raise `UnsupportedError` for the first setting of a Megatron config that is not covered."""
     contract().check_tp(getattr(config, "tensor_model_parallel_size", 1))
+    contract().chunks_of_rank(getattr(config, "context_parallel_size", 1) or 1)
     _check_settings(config, COVERED, "by the patches")
     if contract().order_free:
         _check_settings(config, COVERED_ORDER_FREE, "by batch='order-free'")

@@ -63,6 +63,17 @@ def counting(function: Any, counts: dict[str, int]) -> Any:
     return call
 
 
+def summing(function: Any, counts: dict[str, int]) -> Any:
+    """The sum over heads, whose result is counted as it is rounded to bfloat16 in the end."""
+
+    def call(heads: torch.Tensor, *args: Any) -> Any:
+        root = function(heads, *args)
+        counts["moved"] += heads.nbytes + 2 * root.numel()
+        return root
+
+    return call
+
+
 def keeping(forward: Any, counts: dict[str, int]) -> Any:
     """The forward of core attention, what it saves beside its operands counted once."""
 
@@ -95,7 +106,7 @@ def counted(config: RunConfig) -> dict[str, int]:
         require_agreement(pieces, parallel_state.get_tensor_model_parallel_group())
         exact.attention = counting(exact.attention, counts)
         exact.attention_gradient = counting(exact.attention_gradient, counts)
-        ops._sum_over_heads = counting(ops._sum_over_heads, counts)
+        ops._root_over_heads = summing(ops._root_over_heads, counts)
     tokens = torch.randint(0, config.model.vocab_size, (config.micro_batch_size, config.seq_length + 1))
     with Scores(config) as scores:
         train_step(config, pieces, optimizer, [tokens] * config.microbatches)

@@ -31,6 +31,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 QWEN3 = {
     "num_layers": 1, "hidden_size": 64, "num_attention_heads": 8, "num_query_groups": 8, "kv_channels": 8,
@@ -53,6 +54,7 @@ def train(
     sp: bool = False,
     pp: int = 1,
     vpp: int = 1,
+    cp: int = 1,
     dtype: str = "bf16",
     shape: str = "qwen3",
     vocab: int = 200,
@@ -76,7 +78,7 @@ def train(
     are divided by their number; else it is each micro-batch's mean. Gradients are whole tensors unless `digested`.
     """
     virtual_stages = vpp if vpp > 1 else None
-    parallel_state.initialize_model_parallel(tp, pp, virtual_stages)
+    parallel_state.initialize_model_parallel(tp, pp, virtual_stages, context_parallel_size=cp)
     torch.manual_seed(1234)
     model_parallel_cuda_manual_seed(1234)
     torch.manual_seed(1234)
@@ -88,7 +90,7 @@ def train(
     config = TransformerConfig(
         **{**shared, **(GPT2 if shape == "gpt2" else QWEN3), **(model or {})},
         tensor_model_parallel_size=tp, sequence_parallel=sp and tp > 1, bf16=bf16, params_dtype=params_dtype,
-        pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=virtual_stages,
+        context_parallel_size=cp, pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=virtual_stages,
         overlap_p2p_comm=vpp > 1, batch_p2p_comm=vpp == 1,  # as Megatron-LM's arguments set them
         pipeline_dtype=params_dtype, finalize_model_grads_func=finalize_model_grads,
         calculate_per_token_loss=global_batch is not None,
@@ -237,7 +239,8 @@ def forward_masked(iterator: Any, model: Any) -> Any:
     # Of every sequence another number of tokens counts.
     mask = (torch.arange(x.shape[1], device=x.device) > y[:, :1] % (x.shape[1] - 1)) & (y % 5 != 0)
     positions = torch.arange(x.shape[1], device=x.device).expand_as(x)
-    return model(x, positions, None, labels=y), partial(masked_loss, mask)
+    own = get_batch_on_this_cp_rank({"x": x, "positions": positions, "y": y, "mask": mask})
+    return model(own["x"], own["positions"], None, labels=own["y"]), partial(masked_loss, own["mask"])
 
 
 def masked_loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -247,11 +250,20 @@ def masked_loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor,
 
 def of_all_data_ranks(losses: list[torch.Tensor], micro_batch: int) -> list[float]:
     """Every sequence's loss, in the order of the global batch."""
-    own = [[math.fsum(row) for row in micro.tolist()] for micro in losses]
+    own = [[math.fsum(row) for row in whole_sequences(micro).tolist()] for micro in losses]
     group = parallel_state.get_data_parallel_group()
     every: list[Any] = [None] * group.size()
     dist.all_gather_object(every, own, group=group)
     return [loss for step in zip(*every, strict=True) for micro in step for loss in micro]
+
+
+def whole_sequences(x: torch.Tensor) -> torch.Tensor:
+    """[b, s] of which every context-parallel rank has two runs of tokens, as `get_batch_on_this_cp_rank` deals them."""
+    group = parallel_state.get_context_parallel_group()
+    parts = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    halves = [part.chunk(2, 1) for part in parts] if len(parts) > 1 else [(x, x[:, :0])]
+    return torch.cat([first for first, _ in halves] + [second for _, second in reversed(halves)], 1)
 
 
 def forward_step(iterator: Any, model: Any) -> Any:

@@ -34,8 +34,11 @@ def check(config: RunConfig) -> None:
     if model.positions == "rope" and model.head_dim % 2:
         problems.append(f"head_dim={model.head_dim} is odd: rotary positions turn pairs")
     if config.sequence_parallel:
-        must_divide("tp", tp, "seq_length", config.seq_length, "sequence_parallel cuts the sequence")
+        share = config.seq_length // config.cp
+        what = "seq_length" if config.cp == 1 else "seq_length / cp"
+        must_divide("tp", tp, what, share, "sequence_parallel cuts the sequence")
     problems += _of_the_pipeline(config)
+    problems += _of_chunks(config)
     if config.global_batch_size % (config.micro_batch_size * config.dp):
         problems.append(
             f"global_batch_size={config.global_batch_size} is not a multiple of micro_batch_size * dp = "
@@ -58,6 +61,28 @@ def check(config: RunConfig) -> None:
             problems.append(f"attention={config.attention} has no {config.dtype}: use dtype=bf16")
     if problems:
         raise TpcheckError("; ".join(problem.rstrip(": ") for problem in problems))
+
+
+def _of_chunks(config: RunConfig) -> Iterator[str]:
+    """What sequences cannot be cut into, or spread over."""
+    cp, chunks = config.cp, config.chunks
+    if (cp > 1 or chunks > 1) and not config.order_free:
+        what, ones = (f"cp={cp}", "cp=1") if cp > 1 else (f"chunks={chunks}", "chunks=1")
+        yield f"{what} is for sums without an order: use batch=order-free with chunks={max(chunks, 2 * cp)}, or {ones}"
+        return
+    if chunks & (chunks - 1):
+        yield f"chunks={chunks} is not a power of two"
+    elif cp > 1 and chunks % (2 * cp):
+        yield (
+            f"cp={cp} needs chunks to be a multiple of {2 * cp}, it is {chunks}: set it so at every cp that is to have "
+            "the same bits, and let cp be a power of two"
+        )
+    if config.seq_length % chunks:
+        yield f"chunks={chunks} does not divide seq_length={config.seq_length}: use another length or number"
+    if chunks > 1 and config.attention not in (None, "blockwise"):
+        yield f"chunks={chunks} takes attention=blockwise, not {config.attention}: use attention=null"
+    if cp > 1 and config.trace is not None:
+        yield f"trace records whole sequences, not what cp={cp} ranks have of them: use cp=1, or trace=null"
 
 
 def _of_the_pipeline(config: RunConfig) -> Iterator[str]:

@@ -166,14 +166,16 @@ class RunConfig(Section):
     strategy: Strategy = "tree"
     leaves: int = Field(8, gt=0, le=1024)
     layers: Literal["te", "local"] | None = None  # Transformer Engine's or Megatron's; null: te on a GPU that has it
-    # null: under the patches blockwise on a GPU, unfused on a CPU; in a stock run what TE chooses
+    # null: under the patches blockwise on a GPU and with chunks, unfused on a CPU; in a stock run what TE chooses
     attention: Literal["blockwise", "unfused", "flash", "fused"] | None = None
     batch: Literal["order-free"] | None = None  # sums over the batch are the same at any layout; null: in order
+    chunks: int = Field(1, gt=0, le=1 << 16)  # of every sequence, which order-free sums are over: 2 * cp or more
     symmetric_memory: bool = False  # ranks read each other's sums instead of sending them; the same bits
     tp: int = Field(1, gt=0)
     pp: int = Field(1, gt=0)
     vpp: int = Field(1, gt=0)  # pieces of the model that each pipeline stage holds: virtual stages
     dp: int = Field(1, gt=0)
+    cp: int = Field(1, gt=0)  # ranks that share every sequence: context parallelism
     sequence_parallel: bool = False
     dtype: Literal["bf16", "fp32"] = "bf16"
     distributed_optimizer: bool = False
@@ -199,7 +201,8 @@ class RunConfig(Section):
 
     def attention_on(self, gpu: bool) -> str:
         """What computes attention on a GPU or a CPU; unfused stands for whatever a stock run may choose."""
-        return self.attention or ("blockwise" if gpu and self.strategy != "stock" else "unfused")
+        blockwise = self.chunks > 1 or (gpu and self.strategy != "stock")
+        return self.attention or ("blockwise" if blockwise else "unfused")
 
     @model_validator(mode="after")
     def _decide_decay_steps(self) -> RunConfig:
@@ -218,7 +221,14 @@ class RunConfig(Section):
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def layout(self) -> str:
+        """The sizes that the number of ranks is the product of, as text."""
+        sizes = {"tp": self.tp, "cp": self.cp, "pp": self.pp, "dp": self.dp}
+        shown = {name: size for name, size in sizes.items() if name != "cp" or size > 1}
+        return f"{' * '.join(shown)} = {' * '.join(map(str, shown.values()))}"
 
     @property
     def order_free(self) -> bool:

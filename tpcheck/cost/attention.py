@@ -34,8 +34,9 @@ class AttentionTerm:
 
 
 def attention_terms(config: RunConfig) -> list[AttentionTerm]:
-    """All terms of one step of `config`, which must be bf16: of other dtypes Megatron's operations are others."""
-    if config.dtype != "bf16":
+    """All terms of one step of `config`, which must be bf16 (of other dtypes Megatron's operations are others), and
+    whose sequences must be whole: of chunks, keys are read once for each."""
+    if config.dtype != "bf16" or config.chunks > 1:
         return []
     known = symbols(config)
     grouped = config.model.num_query_groups != config.model.num_attention_heads

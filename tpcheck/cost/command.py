@@ -45,8 +45,8 @@ def command(model: str, gpu: str, *, as_json: bool, **options: Any) -> int:
     return 0
 
 
-_SHOWN = {"tp", "sequence_parallel", "dtype", "recompute", "seq_length", "micro_batch_size", "global_batch_size",
-          "batch"}  # fmt: skip
+_SHOWN = {"tp", "cp", "sequence_parallel", "dtype", "recompute", "seq_length", "micro_batch_size",
+          "global_batch_size", "batch", "chunks"}  # fmt: skip
 
 
 def _config(model: str, options: dict[str, Any]) -> RunConfig:
@@ -55,6 +55,8 @@ def _config(model: str, options: dict[str, Any]) -> RunConfig:
     length = min(SEQUENCE, int(PRESETS.get(model, {}).get("max_positions", SEQUENCE)))
     sequences = given.get("micro_batch_size", 1)
     of_preset = {"tp": TP, "seq_length": length, "micro_batch_size": sequences, "global_batch_size": sequences}
+    if given.get("cp", 1) > 1:  # what it takes
+        given = {"batch": "order-free", "chunks": 2 * given["cp"], **given}
     overrides = [f"{name}={json.dumps(value)}" for name, value in given.items()]
     # A stock run is checked the least; it has no sums without an order.
     strategy = "gather" if "batch" in given or _is_order_free(model) else "stock"
@@ -87,14 +89,15 @@ def _lines(
     rates: Rates | None,
 ) -> Iterator[str]:  # fmt: skip
     sp = "on" if config.sequence_parallel else "off"
+    context = f", CP={config.cp}" if config.cp > 1 else ""
     yield (
-        f"{model}, TP={config.tp}, sequence parallelism {sp}, {config.dtype}"
+        f"{model}, TP={config.tp}{context}, sequence parallelism {sp}, {config.dtype}"
         f"{', recompute' if config.recompute else ''}: one step of {config.microbatches} x {config.micro_batch_size} x "
         f"{config.seq_length} tokens, per rank"
     )
     titles = {
         "flops": "products",
-        "bytes": "sent over NVLink, in the TP group",
+        "bytes": f"sent over NVLink, in the TP {'and CP groups' if config.cp > 1 else 'group'}",
         "memory": "memory beyond stock's during a sum",
     }
     width = max(len(term.what) for term in terms) + 2

@@ -4,7 +4,7 @@
     likely      and activations, communication buffers, the libraries
 
 Bytes per parameter, bf16: weight 2, float32 gradient 4, float32 main weight 4, Adam's two moments 8: 18. The
-distributed optimizer shares the last 12 out over dp. fp32: weight 4, gradient 4, moments 8 (shared out likewise).
+distributed optimizer shares the last 12 out over dp * cp. fp32: weight 4, gradient 4, moments 8 (shared out likewise).
 Where sums over the batch have no order, gradients are 8 bytes each while they are summed.
 """
 
@@ -46,7 +46,7 @@ def memory(config: RunConfig, on_gpu: bool) -> Memory:
 
 
 def _of_stage(config: RunConfig, stage: int, on_gpu: bool) -> Memory:
-    tokens = config.micro_batch_size * config.seq_length
+    tokens = config.micro_batch_size * config.seq_length / config.cp
     logits = tokens * config.model.padded_vocab_size / config.tp * 12  # bf16, their float32 copy, its gradient
     return Memory(
         parameters(config, stage) * bytes_per_parameter(config) / GIB,
@@ -70,12 +70,12 @@ def parameters(config: RunConfig, stage: int = 0) -> float:
 def bytes_per_parameter(config: RunConfig) -> float:
     weight, shared = (2, 12) if config.dtype == "bf16" else (4, 8)
     gradient = 8 if config.order_free else 4
-    return weight + gradient + shared / (config.dp if config.distributed_optimizer else 1)
+    return weight + gradient + shared / (config.dp * config.cp if config.distributed_optimizer else 1)
 
 
 def _activations(config: RunConfig, stage: int, on_gpu: bool) -> float:
     """Bytes kept for the backward pass; with recompute, every layer's input and the insides of one layer."""
-    model, tokens = config.model, config.micro_batch_size * config.seq_length
+    model, tokens = config.model, config.micro_batch_size * config.seq_length / config.cp
     size = 2 if config.dtype == "bf16" else 4
     whole = size * tokens * model.hidden_size / (config.tp if config.sequence_parallel else 1)
     heads = model.head_dim * (model.num_attention_heads + 2 * model.num_query_groups)

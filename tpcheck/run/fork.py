@@ -1,6 +1,6 @@
 """Ranks forked from this process after one import, and what becomes of them.
 
-    fork_ranks ── fork tp * pp * dp ranks ── wait
+    fork_ranks ── fork tp * cp * pp * dp ranks ── wait
                         └─ the first that fails takes the others with it
 
 A forked rank leads its own process group and dies with its parent, so nothing is left behind.

@@ -34,8 +34,11 @@ from megatron.core.tensor_parallel import layers, model_parallel_cuda_manual_see
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_batch_on_this_cp_rank
 
+from patches.call_site import context_group
 from patches.megatron import initial_weights
+from patches.order.chunks import begin_gather
 from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 
@@ -88,6 +91,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
             attention_dropout=model.dropout,
             tensor_model_parallel_size=config.tp,
             sequence_parallel=config.sequence_parallel and config.tp > 1,
+            context_parallel_size=config.cp,
             pipeline_model_parallel_size=config.pp,
             virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
             overlap_p2p_comm=config.vpp > 1,  # a batch mixes up what two ranks send each other in both directions
@@ -251,7 +255,8 @@ def _forward(loss: Any, batches: Iterator[torch.Tensor], model: torch.nn.Module)
     tokens = next(batches).cuda()
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
-    return model(inputs, positions, None, labels=labels), loss
+    own = get_batch_on_this_cp_rank({"inputs": inputs, "positions": positions, "labels": labels})
+    return model(own["inputs"], own["positions"], None, labels=own["labels"]), loss
 
 
 def _mean_loss(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -269,7 +274,7 @@ def global_mean(losses: list[torch.Tensor]) -> float:
 
     `fsum` rounds a sum once whatever its order, so samples may sit in any microbatch of any rank.
     """
-    samples = torch.cat(losses).cpu()
+    samples = _whole_sequences(torch.cat(losses)).cpu()
     sums = torch.tensor([math.fsum(row) for row in samples.tolist()], dtype=torch.float64).cuda()
     group = parallel_state.get_data_parallel_group()
     gathered = [torch.empty_like(sums) for _ in range(group.size())]
@@ -277,6 +282,12 @@ def global_mean(losses: list[torch.Tensor]) -> float:
     every = torch.cat(gathered)
     mean = math.fsum(every.tolist()) / (len(every) * samples.shape[1])
     return torch.tensor(mean, dtype=torch.float32).item()
+
+
+def _whole_sequences(losses: torch.Tensor) -> torch.Tensor:
+    """[samples, s] of all context-parallel ranks' [samples, s/c], token by token."""
+    group = context_group()
+    return losses if group is None else begin_gather(losses.t(), group).wait().t()
 
 
 def _from_last_stage(losses: list[torch.Tensor]) -> float:

@@ -52,8 +52,7 @@ def place_from_environment(config: RunConfig) -> Place | None:
     else:
         return None
     if place.world_size != config.world_size:
-        layout = f"tp * pp * dp = {config.tp} * {config.pp} * {config.dp}"
-        raise TpcheckError(f"{place.world_size} ranks were started, {layout} needs {config.world_size}")
+        raise TpcheckError(f"{place.world_size} ranks were started, {config.layout} needs {config.world_size}")
     return place
 
 

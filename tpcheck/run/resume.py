@@ -19,6 +19,7 @@ MAY_CHANGE = {
     "pp",
     "vpp",
     "dp",
+    "cp",
     "sequence_parallel",
     "distributed_optimizer",
     "recompute",

@@ -109,7 +109,7 @@ def enable_patches(config: RunConfig) -> list[dict[str, Any]]:
         patches.cpu.enable()
     else:
         batch = config.batch or "ordered"
-        patches.enable(config.strategy, config.leaves, config.attention, config.symmetric_memory, batch)
+        patches.enable(config.strategy, config.leaves, config.attention, config.symmetric_memory, batch, config.chunks)
     return [dataclasses.asdict(row) for row in patches.status()]
 
 
@@ -146,6 +146,7 @@ def process_group(config: RunConfig, place: Place) -> Iterator[None]:
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,
         virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
+        context_parallel_size=config.cp,
         distributed_timeout_minutes=TIMEOUT.seconds // 60,
     )
     yield

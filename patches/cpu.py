@@ -38,8 +38,10 @@ def enable() -> None:
         _streams_are_no_ops()
         _one_generator()
         _parameters_look_like_cuda()
+        _dispatchers_read_sizes()
         _megatron_lm_starts()
     _norms_take_sequence_parallel()
+    _experts_do_without_te()
     _distributed_optimizer_reloads()
 
 
@@ -98,6 +100,9 @@ def _streams_are_no_ops() -> None:
     class Stream:
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
+        def record_event(self, *args: Any, **kwargs: Any) -> Stream:
+            return Stream()
+
         def __getattr__(self, name: str) -> Callable[..., None]:
             return _nothing
 
@@ -138,6 +143,21 @@ def _parameters_look_like_cuda() -> None:
         return answer
 
     torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+
+
+def _dispatchers_read_sizes() -> None:
+    # How many rows each rank sends is made numbers of only where it comes from a GPU.
+    from megatron.core.transformer.moe import token_dispatcher
+
+    original = getattr(token_dispatcher, "maybe_move_tensor_to_cpu", None)
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move
 
 
 def _megatron_lm_starts() -> None:
@@ -183,6 +203,14 @@ def _norms_take_sequence_parallel() -> None:
         return norm
 
     WrappedTorchNorm.__new__ = staticmethod(new)
+
+
+def _experts_do_without_te() -> None:
+    # A router asks whether Transformer Engine's product is None, and it is not defined where TE is missing.
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def _distributed_optimizer_reloads() -> None:

@@ -1,0 +1,90 @@
+"""What is covered of a mixture of experts, and what is refused when its config or its layer is met."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from patches.call_site import contract
+from patches.contract import UnsupportedError
+
+__all__ = ["VERSIONS", "check_experts", "check_mixture"]
+
+VERSIONS = ">=0.16,<0.17"  # of megatron-core, whose mixtures of experts are covered
+
+# setting: (what is covered besides None, the way out with Megatron-LM's flag)
+COVERED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "add_bias_linear": ((False,), "experts with biases: set it to False (--disable-bias-linear)"),
+    "context_parallel_size": ((1,), "set it to 1 (--context-parallel-size 1)"),
+    "moe_token_dispatcher_type": (("allgather", "alltoall"), "use 'alltoall' (--moe-token-dispatcher-type alltoall)"),
+    "moe_router_dtype": (("fp32",), "use 'fp32' (--moe-router-dtype fp32)"),
+    "moe_input_jitter_eps": ((), "it is random: set it to None (without --moe-input-jitter-eps)"),
+    "moe_router_force_load_balancing": ((False,), "it is random: set it to False (without --moe-router-force-load-balancing)"),
+    "moe_enable_routing_replay": ((False,), "set it to False (without --moe-enable-routing-replay)"),
+    "moe_shared_expert_overlap": ((False,), "set it to False (without --moe-shared-expert-overlap)"),
+    "overlap_moe_expert_parallel_comm": ((False,), "set it to False (without --overlap-moe-expert-parallel-comm)"),
+    "moe_router_fusion": ((False,), "set it to False (without --moe-router-fusion)"),
+    "moe_permute_fusion": ((False,), "set it to False (without --moe-permute-fusion)"),
+    "moe_latent_size": ((), "set it to None (without --moe-latent-size)"),
+    "moe_apply_probs_on_input": ((False,), "set it to False (without --moe-apply-probs-on-input)"),
+    "moe_use_legacy_grouped_gemm": ((False,), "set it to False (without --moe-use-legacy-grouped-gemm)"),
+    "moe_router_padding_for_quantization": ((False,), "set it to False (without --moe-router-padding-for-quantization)"),
+    "moe_pad_expert_input_to_capacity": ((False,), "set it to False (without --moe-pad-expert-input-to-capacity)"),
+    "moe_router_topk_limited_devices": ((), "use moe_router_num_groups (--moe-router-num-groups)"),
+}  # fmt: skip
+
+# Kinds of balancing whose definition is a rank's, a micro-batch's or the number of micro-batches'.
+BALANCE = {
+    "aux_loss": "is that of one micro-batch's tokens, so that their number has a say",
+    "global_aux_loss": "takes the average over the micro-batches that a rank has seen, so that their number has a say",
+    "sinkhorn": "normalises over the tokens of one rank",
+}
+
+
+def check_mixture(config: Any) -> None:
+    """Raise `UnsupportedError` for what a config with `num_moe_experts` has that is not covered."""
+    experts, found = config.num_moe_experts, version("megatron-core")
+    if not SpecifierSet(VERSIONS).contains(found, prereleases=True):
+        raise UnsupportedError(
+            f"num_moe_experts={experts} is not covered by the patches with megatron-core {found}: use {VERSIONS}, or "
+            "train a dense model (without --num-experts)"
+        )
+    if not contract().order_free:
+        raise UnsupportedError(
+            f"num_moe_experts={experts} is not covered by batch='ordered', since every expert-parallel size brings an "
+            "expert other sequences: set batch='order-free', whose sums over them have no order (--batch order-free of "
+            "python -m patches)"
+        )
+    if contract().strategy != "tree":
+        raise UnsupportedError(
+            f"num_moe_experts={experts} is not covered by strategy={contract().strategy!r}, which knows no leaves of a "
+            "sequence: use strategy='tree'"
+        )
+    for setting, (covered, way_out) in COVERED.items():
+        value = getattr(config, setting, None)
+        if value is not None and value not in covered:
+            raise UnsupportedError(f"{setting}={value!r} of a mixture of experts is not covered: {way_out}")
+    _check_balance(config)
+
+
+def _check_balance(config: Any) -> None:
+    kinds, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    if not isinstance(kinds, list):
+        kinds, coefficients = [kinds], [coefficients]
+    for kind, coefficient in zip(kinds, coefficients, strict=True):
+        if kind in BALANCE and (coefficient or kind == "sinkhorn"):
+            raise UnsupportedError(
+                f"moe_router_load_balancing_type={kind!r} is not covered: it {BALANCE[kind]}; use 'seq_aux_loss', a "
+                "loss of every sequence, 'none' with moe_router_enable_expert_bias, or moe_aux_loss_coeff=0 "
+                "(--moe-router-load-balancing-type)"
+            )
+
+
+def check_experts(experts: Any) -> None:
+    """Raise `UnsupportedError` for a kind of experts whose sums are not covered."""
+    if type(experts).__name__ != "SequentialMLP":
+        raise UnsupportedError(
+            f"experts in a {type(experts).__name__} are not covered: use SequentialMLP (without --moe-grouped-gemm)"
+        )

@@ -39,6 +39,7 @@ def enable() -> None:
         _one_generator()
         _parameters_look_like_cuda()
         _dispatchers_read_sizes()
+        _gloo_takes_uneven_parts()
         _megatron_lm_starts()
     _norms_take_sequence_parallel()
     _experts_do_without_te()
@@ -158,6 +159,32 @@ def _dispatchers_read_sizes() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = move
+
+
+def _gloo_takes_uneven_parts() -> None:
+    # Rows of experts are gathered and reduced over expert-tensor-parallel ranks in parts of different sizes.
+    from megatron.core.tensor_parallel import mappings
+
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    @functools.wraps(gather)
+    def gather_along(x: Any, group: Any, sizes: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if sizes is None or group.size() == 1:
+            return gather(x, group, sizes, *args, **kwargs)
+        parts = [x if rank == group.rank() else x.new_empty((size, *x.shape[1:])) for rank, size in enumerate(sizes)]
+        for rank, part in enumerate(parts):
+            torch.distributed.broadcast(part.contiguous(), torch.distributed.get_global_rank(group, rank), group=group)
+        return torch.cat(parts)
+
+    @functools.wraps(scatter)
+    def scatter_along(x: Any, group: Any, sizes: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if sizes is None or group.size() == 1:
+            return scatter(x, group, sizes, *args, **kwargs)
+        total = x.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(sizes)[group.rank()].clone()
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_along, scatter_along
 
 
 def _megatron_lm_starts() -> None:

@@ -84,21 +84,27 @@ def _best(scores_TE: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def within_capacity(
-    weights_TE: Tensor, chosen_TE: Tensor, sequences: int, capacity: int, by_position: bool, group: dist.ProcessGroup
+    weights_TE: Tensor,
+    chosen_TE: Tensor,
+    sequences: int,
+    capacity: int,
+    by_position: bool,
+    group: dist.ProcessGroup | None,
 ) -> Tensor:
     """Which of the `chosen` stay where an expert takes at most `capacity` tokens of a sequence.
 
     Args:
         weights_TE: of the rank's part of every sequence; those of the largest weights stay, of equal ones the first.
         by_position: instead, the first tokens stay.
-        group: ranks that have the other parts, in order.
+        group: ranks that have the other parts, in order; None where there are none.
     """
     parts = weights_TE if not by_position else chosen_TE.to(weights_TE.dtype)
     own_SbE = parts.masked_fill(~chosen_TE, -1.0).view(-1, sequences, parts.shape[1])
     whole_SbE = all_gather(own_SbE, group)
     places = top_k(whole_SbE.movedim(0, -1), min(capacity, len(whole_SbE)))[1].movedim(-1, 0)
     stay = torch.zeros_like(whole_SbE, dtype=torch.bool).scatter(0, places, True)
-    return stay.chunk(group.size())[group.rank()].flatten(0, 1) & chosen_TE
+    own = stay if group is None else stay.chunk(group.size())[group.rank()]
+    return own.flatten(0, 1) & chosen_TE
 
 
 def balance_loss(

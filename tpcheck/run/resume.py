@@ -19,6 +19,8 @@ MAY_CHANGE = {
     "pp",
     "vpp",
     "dp",
+    "ep",
+    "etp",
     "sequence_parallel",
     "distributed_optimizer",
     "recompute",

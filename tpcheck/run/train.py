@@ -143,6 +143,8 @@ def process_group(config: RunConfig, place: Place) -> Iterator[None]:
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,
         virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
+        expert_model_parallel_size=config.ep,
+        expert_tensor_parallel_size=config.etp,
         distributed_timeout_minutes=TIMEOUT.seconds // 60,
     )
     yield

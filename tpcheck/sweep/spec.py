@@ -8,8 +8,8 @@
     invariant: [tp, pp, vpp, sequence_parallel, arch]  # what must not change a bit (these are the default)
     output: results/qwen3-tiny-cpu            # the default; one result directory per cell in it
 
-A cell is named after its settings, `tree-tp2`. Cells that differ only in invariant settings form a group; dp and
-micro_batch_size are of these by default where a run has `batch: order-free`.
+A cell is named after its settings, `tree-tp2`. Cells that differ only in invariant settings form a group; dp, ep, etp
+and micro_batch_size are of these by default where a run has `batch: order-free`.
 `arch: [h100, b300]` in the matrix is no setting of a run but where to run it, which only a cluster can choose.
 """
 
@@ -35,9 +35,10 @@ __all__ = ["ARCH", "Cell", "Sweep", "label", "load_sweep", "only_size"]
 
 Scalar = bool | int | float | str
 ARCH = "arch"
-SIZES = {"tp": "TP", "pp": "PP", "vpp": "VPP", "dp": "DP", "micro_batch_size": "MB"}  # shown as TP=2
+# Shown as TP=2.
+SIZES = {"tp": "TP", "pp": "PP", "vpp": "VPP", "dp": "DP", "ep": "EP", "etp": "ETP", "micro_batch_size": "MB"}
 INVARIANT = ("tp", "pp", "vpp", "sequence_parallel", ARCH)
-ORDER_FREE = (*INVARIANT, "dp", "micro_batch_size")  # where sums over the batch have no order
+ORDER_FREE = (*INVARIANT, "dp", "ep", "etp", "micro_batch_size")  # where sums over the batch have no order
 
 
 class SweepFile(BaseModel):

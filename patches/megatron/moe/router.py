@@ -73,11 +73,9 @@ def _within_capacity(self: Any, weights: Tensor, chosen: Tensor, sequences: int)
     from megatron.core.transformer.moe.moe_utils import get_capacity
 
     config = self.config
-    group = tp_group(self)
-    tokens = len(chosen) // sequences * (group.size() if config.sequence_parallel else 1)
+    group = tp_group(self) if config.sequence_parallel else None
+    tokens = len(chosen) // sequences * (1 if group is None else group.size())
     capacity = get_capacity(tokens * self.topk, config.num_moe_experts, config.moe_expert_capacity_factor)
-    if not config.sequence_parallel:
-        group = None
     by_position = config.moe_token_drop_policy == "position"
     return within_capacity(weights, chosen, sequences, capacity, by_position, group)
 

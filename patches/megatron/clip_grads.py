@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from patches.contract import UnsupportedError
+from patches.megatron.moe.refusals import VERSIONS
 from patches.order.grad_norm import gradient_norm
 from patches.registry import attribute
 
@@ -97,6 +98,7 @@ PATCHES = [
         "two norms are one, or rounded apart, as the distributed optimizer is on or off",
         _chained_norm,
         parameters="",
+        versions=VERSIONS,
         order_free=True,
     ),
     attribute(

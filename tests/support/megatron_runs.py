@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import patches
+from patches.registry import REGISTRY, check_versions
 from tests.support import plain_megatron
 from tests.support.ranks import on_ranks
 
@@ -53,6 +54,14 @@ def patched_training(strategy: Any, options: dict[str, Any]) -> dict[str, Any]:
     else:
         patches.enable(strategy, attention=options.get("attention"))
     return plain_megatron.train(**{name: value for name, value in options.items() if name != "attention"})
+
+
+def training_without(names: set[str], options: dict[str, Any], batch: patches.Batch = "ordered") -> dict[str, Any]:
+    """`plain_megatron` under all patches of megatron-core but those of these `names`."""
+    patches.cpu.enable()
+    needed = check_versions([patch for patch in patches._all_patches() if patch.library == "megatron-core"])
+    REGISTRY.apply(patches.Contract(batch=batch), [patch for patch in needed if patch.name not in names])
+    return plain_megatron.train(**options)
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:

@@ -67,6 +67,7 @@ def train(
     loss_scale: float | None = None,
     tied: bool = False,
     negative_zeros: bool = False,
+    equal_scores: bool = False,
     te: bool = False,
     digested: bool = True,
     ddp: dict[str, Any] | None = None,
@@ -127,6 +128,9 @@ def train(
         gpt.to(device())
         if negative_zeros:
             gpt.embedding.word_embeddings.weight.data[:, ::2] = -0.0
+        if equal_scores:  # of all experts, in the first step
+            for layer in gpt.decoder.layers:
+                layer.mlp.router.weight.data.zero_()
         chunk = DistributedDataParallel(
             config,
             DistributedDataParallelConfig(**ddp_settings),

@@ -67,6 +67,11 @@ def check_mixture(config: Any) -> None:
         if value is not None and value not in covered:
             raise UnsupportedError(f"{setting}={value!r} of a mixture of experts is not covered: {way_out}")
     _check_balance(config)
+    if getattr(config, "pipeline_model_parallel_size", 1) > 1 and config.moe_layer_freq != 1:
+        raise UnsupportedError(
+            f"moe_layer_freq={config.moe_layer_freq!r} with pipeline_model_parallel_size > 1 is not covered, since the "
+            "gradient norm of experts is summed over stages that may have none: set it to 1, or use no pipeline"
+        )
 
 
 def _check_balance(config: Any) -> None:
@@ -87,4 +92,10 @@ def check_experts(experts: Any) -> None:
     if type(experts).__name__ != "SequentialMLP":
         raise UnsupportedError(
             f"experts in a {type(experts).__name__} are not covered: use SequentialMLP (without --moe-grouped-gemm)"
+        )
+    layer = type(experts.local_experts[0].linear_fc1)
+    if layer.__name__ != "ColumnParallelLinear":
+        raise UnsupportedError(
+            f"experts made of {layer.__module__}.{layer.__name__} are not covered: build the model from "
+            "get_gpt_layer_local_spec(num_experts=…)"
         )

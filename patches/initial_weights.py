@@ -146,8 +146,9 @@ def _global_names(model: torch.nn.Module, prefix: str = "") -> Iterator[tuple[st
         if isinstance(model, torch.nn.ModuleList) and hasattr(child, "layer_number"):
             name = str(int(child.layer_number) - 1)  # type: ignore[arg-type]
         if name == "local_experts" and hasattr(model, "ep_group"):
-            first = model.ep_group.rank() * len(child)  # type: ignore[operator, arg-type]
-            for number, expert in enumerate(child, first):  # type: ignore[arg-type]
+            experts: Any = child
+            first = vars(model)["ep_group"].rank() * len(experts)
+            for number, expert in enumerate(experts, first):
                 yield from _global_names(expert, f"{prefix}{name}.{number}.")
             continue
         yield from _global_names(child, f"{prefix}{name}.")

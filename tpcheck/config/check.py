@@ -87,14 +87,14 @@ def _of_experts(config: RunConfig) -> Iterator[str]:
     experts, ep, etp = config.model.experts, config.ep, config.expert_tp
     if experts is None:
         if ep > 1 or config.etp is not None:
-            yield f"ep={ep}, etp={config.etp} spread experts and the model has none: name a model that has, or leave them"
+            yield f"ep={ep}, etp={config.etp} spread experts, and the model has none: leave them out"
         return
     if experts.per_token > experts.number:
         yield f"experts.per_token={experts.per_token} of experts.number={experts.number}: use at most as many"
     if experts.number % ep:
         yield f"ep={ep} does not divide experts.number={experts.number}: every rank has as many"
     if (config.tp * config.dp) % (ep * etp):
-        yield f"ep * etp = {ep} * {etp} does not divide tp * dp = {config.tp} * {config.dp}, the ranks that hold experts"
+        yield f"ep * etp = {ep} * {etp} does not divide tp * dp = {config.tp} * {config.dp}, experts' ranks"
     for name, width in (("", experts.ffn_hidden_size), ("shared_", experts.shared_ffn_hidden_size)):
         size = config.tp if name else etp
         if width is not None and width % size:

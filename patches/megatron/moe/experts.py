@@ -2,7 +2,7 @@
 
     x [R, H] ──fc1──▶ [R, F] ──activation · weight──▶ [R, F] ──fc2──▶ [R, H]      F spread over ETP ranks
 
-The weight of a row is applied in fc2's forward; a contribution to a weight's gradient is a run of rows (`ops.dispatch`).
+A row's weight is applied in fc2's forward; a contribution to a gradient is that of a run of rows (`ops.dispatch`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def give_runs(experts: Any, runs: list[list[int]]) -> None:
 
 def expert_column(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
     """The forward of a column-parallel layer of an expert, without bias: [R, tN]."""
-    sink = GradSink(runs=getattr(layer, RUNS))
-    return column_parallel(x, weight, None, tp_sharded(tp_group(layer)), False, sink, weight.partition_stride)  # type: ignore[attr-defined]
+    sink, pieces = GradSink(runs=getattr(layer, RUNS)), getattr(weight, "partition_stride", 1)
+    return column_parallel(x, weight, None, tp_sharded(tp_group(layer)), False, sink, pieces)
 
 
 def expert_row(layer: Any, x: Tensor) -> tuple[Tensor, None]:

@@ -2,7 +2,7 @@
 
     tokens ──router──▶ weights, choice ──dispatch──▶ rows of this rank's experts ──experts──▶ rows ──combine──▶ tokens
 
-The dispatchers add what experts return in the order in which it comes back from ranks. `ops.dispatch` takes their place.
+The dispatchers add what experts return in the order in which it comes back from ranks: `ops.dispatch` is used instead.
 """
 
 from __future__ import annotations

@@ -14,26 +14,31 @@ __all__ = ["VERSIONS", "check_experts", "check_mixture"]
 
 VERSIONS = ">=0.16,<0.17"  # of megatron-core, whose mixtures of experts are covered
 
-# setting: (what is covered besides None, the way out with Megatron-LM's flag)
+# setting: (what is covered besides None, the way out); Megatron-LM's flag is named after the setting
 COVERED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "add_bias_linear": ((False,), "experts with biases: set it to False (--disable-bias-linear)"),
-    "context_parallel_size": ((1,), "set it to 1 (--context-parallel-size 1)"),
-    "moe_token_dispatcher_type": (("allgather", "alltoall"), "use 'alltoall' (--moe-token-dispatcher-type alltoall)"),
-    "moe_router_dtype": (("fp32",), "use 'fp32' (--moe-router-dtype fp32)"),
-    "moe_input_jitter_eps": ((), "it is random: set it to None (without --moe-input-jitter-eps)"),
-    "moe_router_force_load_balancing": ((False,), "it is random: set it to False (without --moe-router-force-load-balancing)"),
-    "moe_enable_routing_replay": ((False,), "set it to False (without --moe-enable-routing-replay)"),
-    "moe_shared_expert_overlap": ((False,), "set it to False (without --moe-shared-expert-overlap)"),
-    "overlap_moe_expert_parallel_comm": ((False,), "set it to False (without --overlap-moe-expert-parallel-comm)"),
-    "moe_router_fusion": ((False,), "set it to False (without --moe-router-fusion)"),
-    "moe_permute_fusion": ((False,), "set it to False (without --moe-permute-fusion)"),
-    "moe_latent_size": ((), "set it to None (without --moe-latent-size)"),
-    "moe_apply_probs_on_input": ((False,), "set it to False (without --moe-apply-probs-on-input)"),
-    "moe_use_legacy_grouped_gemm": ((False,), "set it to False (without --moe-use-legacy-grouped-gemm)"),
-    "moe_router_padding_for_quantization": ((False,), "set it to False (without --moe-router-padding-for-quantization)"),
-    "moe_pad_expert_input_to_capacity": ((False,), "set it to False (without --moe-pad-expert-input-to-capacity)"),
-    "moe_router_topk_limited_devices": ((), "use moe_router_num_groups (--moe-router-num-groups)"),
-}  # fmt: skip
+    "add_bias_linear": ((False,), "experts have no biases: set it to False (--disable-bias-linear)"),
+    "context_parallel_size": ((1,), "set it to 1"),
+    "moe_token_dispatcher_type": (("allgather", "alltoall"), "use 'allgather' or 'alltoall'"),
+    "moe_router_dtype": (("fp32",), "use 'fp32', or None"),
+    "moe_input_jitter_eps": ((), "it is random: set it to None"),
+    "moe_router_force_load_balancing": ((False,), "it is random: set it to False"),
+    "moe_router_topk_limited_devices": ((), "use moe_router_num_groups"),
+    "moe_latent_size": ((), "set it to None"),
+    **dict.fromkeys(
+        (
+            "moe_enable_routing_replay",
+            "moe_shared_expert_overlap",
+            "overlap_moe_expert_parallel_comm",
+            "moe_router_fusion",
+            "moe_permute_fusion",
+            "moe_apply_probs_on_input",
+            "moe_use_legacy_grouped_gemm",
+            "moe_router_padding_for_quantization",
+            "moe_pad_expert_input_to_capacity",
+        ),
+        ((False,), "set it to False"),
+    ),
+}
 
 # Kinds of balancing whose definition is a rank's, a micro-batch's or the number of micro-batches'.
 BALANCE = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -61,11 +62,10 @@ def updated_bias(patched: bool) -> list[float]:
     """Of two experts of which one rank had 2^24 - 1 tokens each, and the other 2 and 1."""
     if patched:
         patches.enable(batch="order-free")
-    from megatron.core.distributed import finalize_model_grads
-
+    finalize = importlib.import_module("megatron.core.distributed.finalize_model_grads")  # a function hides it
     parallel_state.initialize_model_parallel(1)
     counts = torch.tensor([[16777215.0, 16777215.0], [2.0, 1.0]])[dist.get_rank()]
-    return finalize_model_grads.get_updated_expert_bias(counts, torch.zeros(2), 1.0).tolist()
+    return finalize.get_updated_expert_bias(counts, torch.zeros(2), 1.0).tolist()
 
 
 def test_tokens_are_miscounted_without_expert_bias():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import patches
+from patches.megatron.initial_weights import by_name
 from patches.registry import REGISTRY, check_versions
 from tests.support import plain_megatron
 from tests.support.ranks import on_ranks
@@ -47,6 +48,10 @@ def run(
 
 
 def patched_training(strategy: Any, options: dict[str, Any]) -> dict[str, Any]:
+    if strategy == "stock, drawn by name":
+        patches.cpu.enable()
+        with by_name():
+            return plain_megatron.train(**options)
     if strategy == "stock":
         patches.cpu.enable()
     elif strategy == "order-free":

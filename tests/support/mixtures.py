@@ -21,7 +21,7 @@ BALANCED: dict[str, Any] = {
 SHARED: dict[str, Any] = {"moe_shared_expert_intermediate_size": 48, "moe_shared_expert_gate": True}
 EIGHT_OF_SIXTEEN = {"num_moe_experts": 16, "moe_router_topk": 8, "moe_token_dispatcher_type": "allgather"}
 CAPACITY = {"moe_expert_capacity_factor": 0.7}
-BATCH: dict[str, Any] = {"seq": 24, "global_batch": 4, "micro_batch": 1, "steps": 2}
+BATCH: dict[str, Any] = {"seq": 16, "global_batch": 8, "micro_batch": 1, "steps": 2}
 
 # name: options of `plain_megatron.train`; model settings beside EXPERTS
 CASES: dict[str, dict[str, Any]] = {

@@ -113,7 +113,7 @@ class Rules:
         return shards.flattened(flat if flat.numel() == stop - start else flat[start:stop], start)
 
     def _rule(self, name: str, module: torch.nn.Module, tensor: torch.Tensor, which: int) -> str | None:
-        if self.config is None:
+        if self.config is None or is_of_an_expert(name):
             return None
         leaf = name.rpartition(".")[2]
         classes = {base.__name__ for base in type(module).__mro__}

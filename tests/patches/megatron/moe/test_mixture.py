@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.megatron_runs import run
-from tests.support.mixtures import CASES, EVERY, SHARDED, comparable, layout, options_of, unlike
+from tests.support.megatron_runs import patched_training, run
+from tests.support.mixtures import CASES, EVERY, EXPERTS, SHARDED, comparable, layout, options_of, unlike
+from tests.support.ranks import on_ranks
 
 SOME: dict[str, list[dict[str, Any]]] = {
     "softmax, top 2, balanced": [
@@ -76,6 +77,29 @@ def test_gradients_are_stocks_but_for_rounding(name):
         # Some hundred additions in float32, of numbers that may cancel, in another order.
         close = 1e-5 * gradient.abs().max().item()
         torch.testing.assert_close(free[name], gradient, rtol=1e-3, atol=close, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize(
+    ("loss", "where"),
+    [
+        ({"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 1e4}, layout(2, 1, 2)),
+        ({"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 1e4}, layout(1, 1, 1, micro_batch=2)),
+        ({"moe_z_loss_coeff": 1e4}, layout(2, 1, 2)),
+    ],
+    ids=str,
+)
+def test_stock_halves_losses_of_the_router_that_the_patches_keep(loss, where):
+    """With so large a coefficient, all else that the router learns from is rounding."""
+
+    def gradient(strategy: str, **layout: Any) -> float:
+        options = {**options_of("softmax, top 2, balanced"), "model": {**EXPERTS, **loss}, "dtype": "fp32", **layout}
+        options |= {"steps": 1, "digested": False}
+        records = on_ranks(options["tp"] * options.pop("dp", 1), patched_training, strategy, options)
+        return records[0]["step0 gradients"][ROUTER].norm().item()
+
+    one = gradient(STOCK, tp=1)
+    assert gradient(STOCK, **where) == pytest.approx(one / 2, rel=1e-3)
+    assert gradient("order-free", tp=1) == gradient("order-free", **where) == pytest.approx(one, rel=1e-3)
 
 
 def test_of_equal_scores_the_first_experts_are_taken_and_the_others_learn_nothing():

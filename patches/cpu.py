@@ -168,21 +168,22 @@ def _gloo_takes_uneven_parts() -> None:
     gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
     @functools.wraps(gather)
-    def gather_along(x: Any, group: Any, sizes: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if sizes is None or group.size() == 1:
-            return gather(x, group, sizes, *args, **kwargs)
-        parts = [x if rank == group.rank() else x.new_empty((size, *x.shape[1:])) for rank, size in enumerate(sizes)]
+    def gather_along(input_: Any, group: Any, output_split_sizes: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, *args, **kwargs)
+        parts = [input_.new_empty((size, *input_.shape[1:])) for size in output_split_sizes]
+        parts[group.rank()] = input_.contiguous()
         for rank, part in enumerate(parts):
-            torch.distributed.broadcast(part.contiguous(), torch.distributed.get_global_rank(group, rank), group=group)
+            torch.distributed.broadcast(part, torch.distributed.get_global_rank(group, rank), group=group)
         return torch.cat(parts)
 
     @functools.wraps(scatter)
-    def scatter_along(x: Any, group: Any, sizes: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if sizes is None or group.size() == 1:
-            return scatter(x, group, sizes, *args, **kwargs)
-        total = x.clone()
+    def scatter_along(input_: Any, group: Any, input_split_sizes: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(input_, group, input_split_sizes, *args, **kwargs)
+        total = input_.clone()
         torch.distributed.all_reduce(total, group=group)
-        return total.split(sizes)[group.rank()].clone()
+        return total.split(input_split_sizes)[group.rank()].clone()
 
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_along, scatter_along
 

@@ -67,7 +67,8 @@ def test_stock_forgets_the_tokens_of_other_tensor_parallel_ranks_where_experts_a
         run(STOCK, **{**options_of("softmax, top 2, balanced"), **layout(2, 1, 1)})
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "equal" not in name])
+# Of equal numbers, stock's top-k takes any: among scores, and, for a capacity by position, among all tokens.
+@pytest.mark.parametrize("name", [name for name in CASES if "equal" not in name and "position" not in name])
 def test_gradients_are_stocks_but_for_rounding(name):
     """On one rank, with micro-batches of one sequence, all definitions are stock's own."""
     options = {**options_of(name), "dtype": "fp32", "digested": False, "steps": 1}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import patches
+from patches.megatron.moe.refusals import check_experts, check_mixture
 from tests.support import plain_megatron
 from tests.support.mixtures import BATCH, EXPERTS
 from tests.support.ranks import on_ranks
@@ -24,7 +26,6 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         "moe_shared_expert_overlap=True",
     ),
     "fused router": ({"moe_router_fusion": True}, "moe_router_fusion=True"),
-    "fused permutation": ({"moe_permute_fusion": True}, "moe_permute_fusion=True"),
     "weights on the input": (
         {"moe_apply_probs_on_input": True, "moe_router_topk": 1, "moe_router_pre_softmax": True},
         "moe_apply_probs_on_input=True",
@@ -61,6 +62,37 @@ def test_setting_is_refused_by_name(name):
     settings, message = SETTINGS[name]
     with pytest.raises(AssertionError, match=message):
         on_ranks(1, train, {"model": settings})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("moe_permute_fusion", True),
+        ("moe_use_legacy_grouped_gemm", True),
+        ("moe_router_padding_for_quantization", True),
+        ("moe_router_topk_limited_devices", 2),
+        ("overlap_moe_expert_parallel_comm", True),
+        ("context_parallel_size", 2),
+    ],
+)
+def test_setting_that_megatron_itself_may_refuse_here_is_refused_by_name(setting, value):
+    plain = {"num_moe_experts": 8, "moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
+    with patches.enabled(batch="order-free"):
+        check_mixture(SimpleNamespace(**plain, moe_layer_freq=1))
+        with pytest.raises(patches.UnsupportedError, match=f"{setting}={value} of a mixture of experts is not covered"):
+            check_mixture(SimpleNamespace(**plain, **{setting: value}))
+
+
+def test_experts_of_another_kind_are_refused():
+    class GroupedMLP:
+        pass
+
+    with pytest.raises(patches.UnsupportedError, match="experts in a GroupedMLP .*without --moe-grouped-gemm"):
+        check_experts(GroupedMLP())
+    layer = SimpleNamespace(linear_fc1=object())
+    experts = type("SequentialMLP", (), {"local_experts": [layer]})()
+    with pytest.raises(patches.UnsupportedError, match="experts made of builtins.object are not covered"):
+        check_experts(experts)
 
 
 def test_sums_over_the_batch_in_order_and_gathered_operands_are_refused():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patches.call_site import tp_group
 from patches.contract import Contract, UnsupportedError
 from patches.initial_weights import WHY, Noted, drawn_by_name, is_building, note
 from patches.registry import REGISTRY, attribute
@@ -111,8 +112,11 @@ def _initialize_on_device(original: Any) -> Any:
     def initialize(
         weight: Tensor, init_method: Any, partition_dim: int, stride: int = 1, is_expert: bool = False
     ) -> None:
+        from megatron.core import parallel_state
+
         _mark(weight, partition_dim, stride)
-        note(weight, init_method, partition_dim, stride)
+        group = parallel_state.get_expert_tensor_parallel_group() if is_expert else tp_group()
+        note(weight, init_method, partition_dim, stride, group.rank(), group.size())
 
     return initialize
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from patches.call_site import contract
 from patches.contract import UnsupportedError
+from patches.megatron.moe.refusals import check_mixture
 from patches.registry import attribute
 
 __all__ = ["PATCHES", "check_config"]
@@ -18,7 +19,6 @@ COVERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "fp8": ((False,), "train in bf16 or fp32 (without --fp8-format)"),
     "fp4": ((False,), "train in bf16 or fp32 (without --fp4-format)"),
     "fp16": ((False,), "train in bf16 or fp32 (--bf16 for --fp16)"),
-    "num_moe_experts": ((), "train a dense model (without --num-experts)"),
     "multi_latent_attention": (
         (False,),
         "use multi-head or grouped-query attention (without --multi-latent-attention)",
@@ -72,6 +72,8 @@ def check_config(config: Any) -> None:
     contract().check_tp(getattr(config, "tensor_model_parallel_size", 1))
     contract().chunks_of_rank(getattr(config, "context_parallel_size", 1) or 1)
     _check_settings(config, COVERED, "by the patches")
+    if getattr(config, "num_moe_experts", None) is not None:
+        check_mixture(config)
     if contract().order_free:
         _check_settings(config, COVERED_ORDER_FREE, "by batch='order-free'")
         fused = getattr(config, "bias_activation_fusion", False) and getattr(config, "gated_linear_unit", False)

@@ -32,10 +32,12 @@ class GradSink:
     Args:
         main_grad: into `weight.main_grad` in float32 (gradient accumulation fusion), instead of to autograd.
         overwrite: replace what is in `main_grad` instead of adding to it.
+        runs: of an expert's rows, [R, ..] instead of [s, b, ..], how many make up each contribution to the `BatchSum`.
     """
 
     main_grad: bool = False
     overwrite: bool = False
+    runs: tuple[int, ...] | None = None
 
 
 def row_parallel(x: Tensor, weight: Tensor, shards: Shards, sp: bool, sink: GradSink) -> Tensor:
@@ -127,6 +129,9 @@ def _weight_gradient(
     weight: Any, dy: Tensor, x: Tensor, sink: GradSink, shards: Shards, beside_collective: bool = False
 ) -> Tensor | None:
     """dyᵀ·x in the weight's dtype, or put into `weight.main_grad`, with the placeholder Megatron's hooks expect."""
+    if shards.contract.order_free and sink.runs is not None:
+        runs = zip(dy.split(sink.runs), x.split(sink.runs), strict=True)
+        return add_leaves(weight, (product(dy_RN.t(), x_RK) for dy_RN, x_RK in runs))
     if shards.contract.order_free:
         leaves = zip(batch_leaves(dy, shards.chunks), batch_leaves(x, shards.chunks), strict=True)
         return add_leaves(weight, (product(dy_sN.t(), x_sK) for dy_sN, x_sK in leaves))

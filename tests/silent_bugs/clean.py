@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from tests.silent_bugs.case import GPT2, QWEN3, Clean
+from tests.silent_bugs.case import GPT2, MIXTURE, QWEN3, Clean
 
 __all__ = ["CLEAN"]
 
 FP32 = {"dtype": "fp32"}
 SP = {"sequence_parallel": True}
 ZERO = {"distributed_optimizer": True}
+SIGMOID = {"number": 8, "per_token": 2, "ffn_hidden_size": 72, "score": "sigmoid", "shared_ffn_hidden_size": 48}
 
 CASES = [
     Clean("tp 2", {"tp": 2}),
@@ -32,5 +33,13 @@ CASES = [
         {"model": {**GPT2, "vocab_size": 20000}, "optimizer": {"clip_grad": 0.05}, **FP32},
     ),
     Clean("eight layers, tp 2", {"tp": 2}, {"model": {**QWEN3, "num_layers": 8}}),
+    Clean("experts, dp 2 x ep 2", {"dp": 2, "ep": 2}, {"model": MIXTURE}),
+    Clean("experts, dp 4 x ep 2", {"dp": 4, "ep": 2, "micro_batch_size": 1}, {"model": MIXTURE}),
+    Clean("experts, tp 2 x ep 2, sequence parallel", {"tp": 2, "ep": 2, "etp": 1, **SP}, {"model": MIXTURE, **FP32}),
+    Clean(
+        "sigmoid router, shared expert, tp 2, sequence parallel",
+        {"tp": 2, **SP},
+        {"model": {**MIXTURE, "experts": SIGMOID}},
+    ),
 ]
 CLEAN = {case.name: case for case in CASES}

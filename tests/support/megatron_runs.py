@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import patches
+from patches.megatron.initial_weights import by_name
+from patches.registry import REGISTRY, check_versions
 from tests.support import plain_megatron
 from tests.support.ranks import on_ranks
 
@@ -46,6 +48,10 @@ def run(
 
 
 def patched_training(strategy: Any, options: dict[str, Any]) -> dict[str, Any]:
+    if strategy == "stock, drawn by name":
+        patches.cpu.enable()
+        with by_name():
+            return plain_megatron.train(**options)
     if strategy == "stock":
         patches.cpu.enable()
     elif strategy == "order-free":
@@ -54,6 +60,16 @@ def patched_training(strategy: Any, options: dict[str, Any]) -> dict[str, Any]:
         patches.enable(strategy, attention=options.get("attention"))
     ours = ("attention", "chunks")
     return plain_megatron.train(**{name: value for name, value in options.items() if name not in ours})
+
+
+def training_without(names: set[str], options: dict[str, Any], batch: patches.Batch = "ordered") -> dict[str, Any]:
+    """`plain_megatron` under all patches of megatron-core but those of these `names`."""
+    patches.cpu.enable()
+    needed = check_versions([patch for patch in patches._all_patches() if patch.library == "megatron-core"])
+    chunks = options.pop("chunks", 1)
+    contract = patches.Contract(batch=batch, chunks=chunks, attention="blockwise" if chunks > 1 else "unfused")
+    REGISTRY.apply(contract, [patch for patch in needed if patch.name not in names])
+    return plain_megatron.train(**options)
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:

@@ -15,6 +15,7 @@ from tpcheck.errors import shown
 __all__ = [
     "KINDS",
     "DataConfig",
+    "ExpertsConfig",
     "ModelConfig",
     "OptimizerConfig",
     "RunConfig",
@@ -43,6 +44,23 @@ class Section(BaseModel):
         return value
 
 
+class ExpertsConfig(Section):
+    """A mixture of experts in place of every feed-forward layer."""
+
+    number: int = Field(gt=0)
+    per_token: int = Field(gt=0)
+    ffn_hidden_size: int = Field(gt=0)  # of one expert
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    router_dtype: Literal["fp32"] | None = None  # of logits; null: the model's
+    balance_loss: float = Field(0.0, ge=0)  # coefficient of a loss of each sequence, Megatron's seq_aux_loss
+    z_loss: float = Field(0.0, ge=0)
+    bias_update_rate: float = Field(0.0, ge=0)  # of a bias on sigmoid scores that balances loads without a loss
+    capacity_factor: float | None = Field(None, gt=0)  # of what an expert takes of each sequence; null: all
+    shared_ffn_hidden_size: int | None = Field(None, gt=0)  # of an expert that every token goes to
+    shared_gate: bool = False
+    dispatcher: Literal["allgather", "alltoall"] = "alltoall"
+
+
 class ModelConfig(Section):
     """Shape and features of a GPT. A run file names a preset and overrides any of these."""
 
@@ -65,6 +83,7 @@ class ModelConfig(Section):
     init_std: float = Field(gt=0)
     tied: bool
     dropout: float = Field(0.0, ge=0, lt=1)
+    experts: ExpertsConfig | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -176,6 +195,8 @@ class RunConfig(Section):
     vpp: int = Field(1, gt=0)  # pieces of the model that each pipeline stage holds: virtual stages
     dp: int = Field(1, gt=0)
     cp: int = Field(1, gt=0)  # ranks that share every sequence: context parallelism
+    ep: int = Field(1, gt=0)  # ranks, of those of tp * dp, that experts are spread over
+    etp: int | None = Field(None, gt=0)  # ranks that share every expert's matrices; null: as many as tp
     sequence_parallel: bool = False
     dtype: Literal["bf16", "fp32"] = "bf16"
     distributed_optimizer: bool = False
@@ -229,6 +250,11 @@ class RunConfig(Section):
         sizes = {"tp": self.tp, "cp": self.cp, "pp": self.pp, "dp": self.dp}
         shown = {name: size for name, size in sizes.items() if name != "cp" or size > 1}
         return f"{' * '.join(shown)} = {' * '.join(map(str, shown.values()))}"
+
+    @property
+    def expert_tp(self) -> int:
+        """Tensor parallelism of experts."""
+        return self.etp or self.tp
 
     @property
     def order_free(self) -> bool:

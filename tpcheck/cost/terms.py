@@ -24,6 +24,7 @@ from typing import Literal
 
 from tpcheck.config.schema import ModelConfig, RunConfig
 from tpcheck.config.strategies import STRATEGIES, Strategy
+from tpcheck.errors import TpcheckError
 
 __all__ = ["LEGEND", "STRATEGIES", "Quantity", "Strategy", "Term", "evaluate", "step", "symbols", "total"]
 
@@ -67,7 +68,13 @@ class Term:
 
 
 def step(config: RunConfig) -> list[Term]:
-    """All terms of one step of `config`, whose own strategy does not matter."""
+    """All terms of one step of `config`, whose own strategy does not matter.
+
+    Raises:
+        TpcheckError: it is a mixture of experts.
+    """
+    if config.model.experts is not None:
+        raise TpcheckError("the products and collectives of experts are not counted yet: name a dense model")
     known = symbols(config)
     terms: list[Term] = []
     for quantity, lines in (("flops", _flops()), ("bytes", _bytes(config, known)), ("memory", _memory(config, known))):

@@ -63,7 +63,7 @@ def layers_of(config: RunConfig) -> Literal["te", "local"]:
     found = find_spec("transformer_engine") is not None
     if config.layers == "te" and not found:
         raise TpcheckError("layers=te needs Transformer Engine, which is not installed: use layers=local")
-    return config.layers or ("te" if found and torch.cuda.is_available() else "local")
+    return config.layers or ("te" if found and torch.cuda.is_available() and not config.model.experts else "local")
 
 
 def transformer_config(config: RunConfig) -> TransformerConfig:
@@ -110,9 +110,35 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
             calculate_per_token_loss=config.order_free,
             attention_backend=_attention_asked_for(config),
             **(recompute if config.recompute else {}),
+            **_expert_settings(config),
         )
     except (AssertionError, ValueError, ImportError) as error:
         raise TpcheckError(f"megatron-core refuses this model: {error}") from error
+
+
+def _expert_settings(config: RunConfig) -> dict[str, Any]:
+    experts = config.model.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.number,
+        "moe_router_topk": experts.per_token,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_score_function": experts.score,
+        "moe_router_pre_softmax": experts.per_token == 1 and experts.score == "softmax",
+        "moe_router_dtype": experts.router_dtype,
+        "moe_router_load_balancing_type": "seq_aux_loss" if experts.balance_loss else "none",
+        "moe_aux_loss_coeff": experts.balance_loss,
+        "moe_z_loss_coeff": experts.z_loss or None,
+        "moe_router_enable_expert_bias": experts.bias_update_rate > 0,
+        "moe_router_bias_update_rate": experts.bias_update_rate,
+        "moe_expert_capacity_factor": experts.capacity_factor,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+        "moe_shared_expert_gate": experts.shared_gate,
+        "moe_token_dispatcher_type": experts.dispatcher,
+        "expert_model_parallel_size": config.ep,
+        "expert_tensor_parallel_size": config.expert_tp,
+    }
 
 
 def build_model(config: RunConfig, settings: TransformerConfig) -> tuple[list[GPTModel], list[DistributedDataParallel]]:
@@ -138,7 +164,11 @@ def _build_piece(config: RunConfig, settings: TransformerConfig, virtual_stage: 
     if layers_of(config) == "te":
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
     else:
-        spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
+        spec = get_gpt_layer_local_spec(
+            num_experts=model.experts and model.experts.number,
+            qk_layernorm=model.qk_layernorm,
+            normalization=model.normalization,
+        )
     seed_everything(config.seed)
     with initial_weights.by_name():
         piece = GPTModel(

@@ -20,6 +20,8 @@ MAY_CHANGE = {
     "vpp",
     "dp",
     "cp",
+    "ep",
+    "etp",
     "sequence_parallel",
     "distributed_optimizer",
     "recompute",

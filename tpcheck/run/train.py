@@ -147,6 +147,8 @@ def process_group(config: RunConfig, place: Place) -> Iterator[None]:
         pipeline_model_parallel_size=config.pp,
         virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
         context_parallel_size=config.cp,
+        expert_model_parallel_size=config.ep,
+        expert_tensor_parallel_size=config.etp,
         distributed_timeout_minutes=TIMEOUT.seconds // 60,
     )
     yield

@@ -8,8 +8,8 @@
     invariant: [tp, pp, vpp, sequence_parallel, arch]  # what must not change a bit (these are the default)
     output: results/qwen3-tiny-cpu            # the default; one result directory per cell in it
 
-A cell is named after its settings, `tree-tp2`. Cells that differ only in invariant settings form a group; dp, cp and
-micro_batch_size are of these by default where a run has `batch: order-free`.
+A cell is named after its settings, `tree-tp2`. Cells that differ only in invariant settings form a group; dp, cp, ep,
+etp and micro_batch_size are of these by default where a run has `batch: order-free`.
 `arch: [h100, b300]` in the matrix is no setting of a run but where to run it, which only a cluster can choose.
 """
 
@@ -36,9 +36,12 @@ __all__ = ["ARCH", "Cell", "Sweep", "label", "load_sweep", "only_size"]
 Scalar = bool | int | float | str
 ARCH = "arch"
 LONGEST = 200  # letters of a name that becomes part of a directory's or a file's
-SIZES = {"tp": "TP", "cp": "CP", "pp": "PP", "vpp": "VPP", "dp": "DP", "micro_batch_size": "MB"}  # shown as TP=2
+# Shown as TP=2.
+SIZES = {
+    "tp": "TP", "cp": "CP", "pp": "PP", "vpp": "VPP", "dp": "DP", "ep": "EP", "etp": "ETP", "micro_batch_size": "MB",
+}  # fmt: skip
 INVARIANT = ("tp", "pp", "vpp", "sequence_parallel", ARCH)
-ORDER_FREE = (*INVARIANT, "dp", "cp", "micro_batch_size")  # where sums over the batch have no order
+ORDER_FREE = (*INVARIANT, "dp", "cp", "ep", "etp", "micro_batch_size")  # where sums over the batch have no order
 
 
 class SweepFile(BaseModel):

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 import patches
-from patches.megatron import initial_weights
-from patches.registry import REGISTRY, check_versions
-from tests.support import plain_megatron
-from tests.support.megatron_runs import differences, run
+from patches.megatron import initial_weights, moe
+from patches.registry import check_versions
+from tests.support.megatron_runs import differences, run, training_without
 from tests.support.ranks import on_ranks
 
 # name: (TP sizes to compare, data-parallel size, options)
@@ -41,7 +40,7 @@ ORDER_FREE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 REFUSED_ORDER_FREE = {
     "batch-sums": ({}, "has no attribute '_patches_totals'"),
-    "embedding-copies": ({"tied": True, "pp": 2}, "of embedding.word_embeddings.weight differs between stages"),
+    "embedding-copies": ({"tied": True, "pp": 2}, "of embedding.word_embeddings.weight differs between ranks"),
     "position-embedding": ({"shape": "gpt2"}, "position_embeddings.weight, or a part of it, is summed by a module"),
     "column-bias": ({"shape": "gpt2"}, "linear_fc1.bias, or a part of it, is summed by a module"),
     "embedding": ({}, "word_embeddings.weight, or a part of it, is summed by a module"),
@@ -65,18 +64,12 @@ ELSEWHERE |= {"blockwise-attention"}  # whole sequences: tests/patches/megatron/
 ELSEWHERE |= {"fused-norm"}  # tests/patches/test_patches.py
 ELSEWHERE |= {"embedding"}  # tests/patches/kernels: in order, it changes nothing on a CPU
 ELSEWHERE |= {"loss-per-token", "zeros-in-gradient"}  # tests/patches/megatron/test_order_free_sums.py
+ELSEWHERE |= {patch.name for patch in moe.PATCHES}  # tests/patches/megatron/moe/test_ablation.py
+ELSEWHERE |= {"gradient-norm-of-experts"}  # there, too
 ELSEWHERE |= {"compiled-functions", "scores-buffer"}  # tests/patches/test_patches.py
 
 PATCHES = [patch for patch in patches._all_patches() if patch.library == "megatron-core"]
 NEEDED = check_versions(PATCHES)
-
-
-def training_without(names: set[str], options: dict[str, Any], batch: patches.Batch = "ordered") -> dict[str, Any]:
-    patches.cpu.enable()
-    chunks = options.pop("chunks", 1)
-    contract = patches.Contract(batch=batch, chunks=chunks, attention="blockwise" if chunks > 1 else "unfused")
-    REGISTRY.apply(contract, [patch for patch in NEEDED if patch.name not in names])
-    return plain_megatron.train(**options)
 
 
 def order_free_without(names: set[str], options: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:

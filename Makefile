@@ -173,12 +173,12 @@ test-frameworks: $(VENV)/frameworks
 	@echo "==> traces of Hugging Face models and DeepSpeed"
 	@DS_ACCELERATOR=cpu PYTHONPATH=$< $(PYTEST) -q -W ignore tests/trace/test_hugging_face.py tests/trace/test_deepspeed.py
 
-$(VENV)/frameworks: $(READY) tests/trace/frameworks.txt
-	@echo "==> installing transformers and DeepSpeed beside the rest"
+$(VENV)/frameworks: $(READY) constraints.txt tests/trace/frameworks.txt
+	@echo "==> installing transformers, DeepSpeed, Keras and JAX beside the rest"
 	@rm -rf $@
-	@$(PIP) install --no-deps --target $@ -r tests/trace/frameworks.txt
+	@$(PIP) install --no-deps --target $@ -c constraints.txt -r tests/trace/frameworks.txt
 	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu PYTHONPATH=$@ \
-	    $(PIP) install --no-deps --no-build-isolation --target $@ deepspeed==0.19.8
+	    $(PIP) install --no-deps --no-build-isolation --target $@ -c constraints.txt deepspeed
 
 lint: $(READY)
 	@echo "==> ruff check"

@@ -23,6 +23,7 @@ from tpcheck.config.strategies import STRATEGIES
 from tpcheck.cost.datasheets import GPUS
 from tpcheck.errors import TpcheckError, missing_package
 from tpcheck.order.setting import TARGETS
+from tpcheck.study.names import STUDIES
 
 __all__ = ["main"]
 
@@ -191,6 +192,21 @@ def cost(model: str, gpu: str, as_json: bool, **options: Any) -> int:
     from tpcheck.cost.command import command
 
     return command(model, gpu, as_json=as_json, **options)
+
+
+@tpcheck.command()
+@click.argument("name", type=click.Choice(STUDIES))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--quick", is_flag=True, help="At a size that takes less than two minutes.")
+@click.option("--output", metavar="DIR", type=click.Path(path_type=Path), help="[default: results/studies/NAME]")
+def study(name: str, overrides: tuple[str, ...], quick: bool, output: Path | None) -> int:
+    """Measure anew what others claimed about tensor parallelism, and write a page of it.
+
+    What is on record for the same settings is not measured again.
+    """
+    from tpcheck.study.command import command
+
+    return command(name, overrides, output, quick)
 
 
 @tpcheck.command()

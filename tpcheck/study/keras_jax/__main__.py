@@ -1,4 +1,4 @@
-"""A job in a process of its own: `python -m tpcheck.study.keras_jax JOB < arguments.json`; its answer goes to stdout."""
+"""A job in a process of its own: `python -m tpcheck.study.keras_jax JOB < arguments.json`; the answer is printed."""
 
 from __future__ import annotations
 

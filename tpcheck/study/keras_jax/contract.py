@@ -1,4 +1,4 @@
-"""The stock and the `tree` MLP on some devices: digests of their output, gradients and trained weights, all gathered."""
+"""The stock and the `tree` MLP on some devices: digests of output, gradients and trained weights, all gathered."""
 
 from __future__ import annotations
 
@@ -73,9 +73,7 @@ def _one(
 
 
 def _sharded(function: Callable[..., Any], mesh: Mesh, out_specs: dict[str, P]) -> Any:
-    return jax.jit(
-        jax.shard_map(function, mesh=mesh, in_specs=(SPECS, P(), P()), out_specs=out_specs, check_vma=False)
-    )
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(SPECS, P(), P()), out_specs=out_specs, check_vma=False))
 
 
 def _digest(value: np.ndarray) -> str:

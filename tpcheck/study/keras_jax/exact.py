@@ -23,7 +23,7 @@ def exact_product(a_MK: Array, b_KN: Array) -> Array:
     Raises:
         RuntimeError: JAX computes in 32 bits.
     """
-    if not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+    if not jax.config.jax_enable_x64:
         raise RuntimeError("exact products need float64: set jax_enable_x64")
     m, n, bits = a_MK.shape[-2], b_KN.shape[-1], (FLOAT64_BITS - (a_MK.shape[-1] - 1).bit_length()) // 2
     a_SMK, b_KSN = jnp.concatenate(_slices(a_MK, -1, bits), -2), jnp.concatenate(_slices(b_KN, -2, bits), -1)

@@ -19,26 +19,33 @@ __all__ = ["differences"]
 Layout = dict[str, tuple[str | None, ...]]
 
 
-def differences(names: list[str], adam_steps: int) -> dict[str, Any]:
-    """Per model and way of spreading it: differences from one device, local shapes, collectives.
+def differences(names: list[str], ways: list[str], adam_steps: int) -> dict[str, Any]:
+    """Per model: differences of each way of running it, of `WAYS`, from one device, local shapes, collectives.
 
     Biases are random in all of them: Keras starts from zeros, which hide mistakes.
     """
     found = {}
     for name in names:
-        rules = LAYOUTS[name]
-        column_only = {key: layout for key, layout in rules.items() if not is_reduced(key, layout)}
         one = _run(name, None, None, adam_steps)
         found[name] = {
             "tensors": len(one["weights"]),
             "loss": one["loss"],
             "largest output": float(np.abs(one["output"]).max()),
-            "again": _against(one, _run(name, None, one["weights"], adam_steps)),
-            "replicated": _against(one, _run(name, {}, one["weights"], adam_steps)),
-            "column only": _against(one, _run(name, column_only, one["weights"], adam_steps)),
-            "sharded": _against(one, _run(name, rules, one["weights"], adam_steps)),
+            **{way: _against(one, _run(name, _rules(name, way), one["weights"], adam_steps)) for way in ways},
         }
     return found
+
+
+def _rules(name: str, way: str) -> Layout | None:
+    rules = LAYOUTS[name]
+    match way:
+        case "again":
+            return None
+        case "replicated":
+            return {}
+        case "column only":
+            return {key: layout for key, layout in rules.items() if not is_reduced(key, layout)}
+    return rules
 
 
 def _against(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

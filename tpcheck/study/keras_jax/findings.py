@@ -9,7 +9,7 @@ from tpcheck.study.keras_jax.hlo import summary
 from tpcheck.study.keras_jax.mutants import MUTANTS
 from tpcheck.study.study import Finding, Results
 
-__all__ = ["SEEN", "findings", "all_bits", "kinds_of_bits", "tests_that_see"]
+__all__ = ["SEEN", "all_bits", "findings", "kinds_of_bits", "tests_that_see"]
 
 SEEN = 1e-9  # in float64, where rounding is at most 1e-11 and a mistake at least 1e-4
 LOOKED_AT = ("loss", "forward", "gradients")
@@ -40,7 +40,8 @@ def _of_keras(results: Results) -> list[Finding]:
             "a sharded model's output is the unsharded one's, exactly, in four models",
             "holds" if len(exact) == len(runs) else "does not hold",
             f"exact in {len(exact)} of {len(runs)} runs; largest difference {worst['forward max']:.1e} of outputs up "
-            f"to {whole['largest output']:.2f} ({where} devices), float32 rounding: a sum over devices has another order",
+            f"to {whole['largest output']:.2f} ({where} devices), float32 rounding: a sum over devices has another "
+            "order",
         ),
         Finding(
             "the losses differ by 0.00e+00",

@@ -25,8 +25,8 @@ def page(settings: Any, results: Results) -> Page:
     """Question, answer, picture; Keras models, rules, products, the contract."""
     return Page(
         answer="No: wherever a sum is really spread over devices, Keras and JAX differ from one device by rounding, "
-        "and a loss that agrees to the last digit hides it. Exactness can be built: layers whose sums have one order, of "
-        "exact leaves, have the same bits on 1, 2, 4 and 8 devices, forward and backward.",
+        "and a loss that agrees to the last digit hides it. Exactness can be built: layers whose sums have one order, "
+        "of exact leaves, have the same bits on 1, 2, 4 and 8 devices, forward and backward.",
         picture=Picture(_picture(results), "Left: how far Keras models on 2 and 4 devices are from one. Right: output "
                         "and all gradients of an MLP on 1, 2, 4 and 8 devices; one colour a row is one result."),
         blocks=[*_keras_blocks(settings, results), *_rule_blocks(results["rules"]), *_product_blocks(results["leaves"]),
@@ -98,9 +98,9 @@ def _keras_blocks(settings: Any, results: Results) -> list[Block]:
     return [
         Heading("Four Keras models, on one device and on several"),
         Paragraph(
-            "`keras.distribution.ModelParallel` on simulated CPU devices, float32, random biases, equal weights. Shapes "
-            "on a device are held against the layout when a model is built, and collectives are read from what XLA "
-            "compiled: what is called sharded is. `again` is one device a second time, `replicated` a mesh without "
+            "`keras.distribution.ModelParallel` on simulated CPU devices, float32, random biases, equal weights. "
+            "Shapes on a device are held against the layout when a model is built, and collectives are read from what "
+            "XLA compiled: what is called sharded is. `again` is one device a second time, `replicated` a mesh without "
             "rules, `column only` without the kernels that a layer sums over: where nothing is reduced the difference "
             "is 0.0, which is what a comparison of unsharded models would show, too."
         ),
@@ -138,9 +138,9 @@ def _product_blocks(leaves: dict[str, Any]) -> list[Block]:
         Heading("Is a product that nobody cuts exact?"),
         Paragraph(
             "A column-parallel layer's sums stay whole, so its maths is exact. XLA's kernel, its blocks and its "
-            "threads follow the shape all the same: the same rows and columns, multiplied in pieces, give other bits. So our "
-            "leaves are exact products: operands are cut into slices short enough that float64 adds their products "
-            "without rounding, in any order."
+            "threads follow the shape all the same: the same rows and columns, multiplied in pieces, give other bits. "
+            "So our leaves are exact products: operands are cut into slices short enough that float64 adds their "
+            "products without rounding, in any order."
         ),
         Table(("product", "dtype", "M·K·N", *leaves["products"][0]["percent"]), rows, "Elements that differ, per cent"),
     ]  # fmt: skip
@@ -174,10 +174,10 @@ def _contract_blocks(settings: Any, contract: dict[str, Any]) -> list[Block]:
         Heading("The same bits by construction"),
         Paragraph(
             f"row(relu(column(x))) at hidden size {settings.hidden}, {settings.ffn} inside, {settings.tokens} tokens, "
-            "each device count in a process of its own. `tree` cuts a spread dimension into 8 leaves, adds exact leaves in "
-            "float32 by one binary tree, of which a device owns a subtree, and rounds once; local sums are one exact "
-            "leaf. `stock` is the same with `@` and `psum`. A test holds `tree`'s bits against those of `patches` "
-            "under PyTorch: they are equal, too."
+            "each device count in a process of its own. `tree` cuts a spread dimension into 8 leaves, adds exact "
+            "leaves in float32 by one binary tree, of which a device owns a subtree, and rounds once; local sums are "
+            "one exact leaf. `stock` is the same with `@` and `psum`. A test holds `tree`'s bits against those of "
+            "`patches` under PyTorch: they are equal, too."
         ),
         _bits_of_all(contract),
         _bits_table(contract),

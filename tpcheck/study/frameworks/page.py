@@ -1,0 +1,1 @@
+def page(s,r): raise SystemExit

@@ -58,7 +58,7 @@ def _distance(kind: str, a: Trace, b: Trace, sizes: dict[str, int]) -> dict[str,
 def _pairs(kind: str, a: Trace, b: Trace, sizes: dict[str, int]) -> list[tuple[str, Array, Array, bool]]:
     mixed = _is_megatron(b) and not _is_megatron(a)
     pairs = []
-    for key in b.keys():
+    for key in sorted(b.order, key=b.order.__getitem__):
         if key.kind != kind or "rotary" in key.name or "dropout" in key.name or key.name in ("model", "whole model"):
             continue
         y = b.logical_or_none(key)

@@ -65,22 +65,18 @@ def _clip(parameters: list[nn.Parameter], recipe: Recipe) -> float:
     """Scale gradients to the norm `recipe.clip`; their norm before. torch's own fails on two meshes, and adds up in
     float32 or bfloat16."""
     total = 0.0
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is None:
-            continue
-        local = recipe.wrong_clip and hasattr(gradient, "to_local")
-        squares: Any = (gradient.to_local() if local else gradient).double().pow(2).sum()  # type: ignore[operator]
+    gradients: list[Any] = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for gradient in gradients:
+        own = gradient.to_local() if recipe.wrong_clip and hasattr(gradient, "to_local") else gradient
+        squares = own.double().pow(2).sum()
         total += float(squares.full_tensor() if hasattr(squares, "full_tensor") else squares)
     if recipe.wrong_clip:
         everywhere = torch.tensor(total, dtype=torch.float64)
         dist.all_reduce(everywhere)
         total = float(everywhere)
     norm = math.sqrt(total)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            local_gradient: Any = parameter.grad
-            getattr(local_gradient, "_local_tensor", local_gradient).mul_(min(1.0, recipe.clip / (norm + 1e-6)))
+    for gradient in gradients:
+        getattr(gradient, "_local_tensor", gradient).mul_(min(1.0, recipe.clip / (norm + 1e-6)))
     return norm
 
 

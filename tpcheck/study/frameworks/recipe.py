@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["Framework", "Precision", "Recipe", "Ready", "tokens"]
+__all__ = ["Framework", "Precision", "Ready", "Recipe", "tokens"]
 
 Framework = Literal["ddp", "autotp", "fsdp", "megatron"]
 Precision = Literal["fp32", "bf16", "master"]
@@ -20,8 +20,8 @@ class Recipe:
     """One run.
 
     Attributes:
-        precision: "fp32"; "bf16", in which weights, gradients and Adam's state are bfloat16, too (Megatron keeps float32
-            ones all the same); "master", bfloat16 products on float32 weights.
+        precision: "fp32"; "bf16", in which weights, gradients and Adam's state are bfloat16, too (Megatron keeps
+            float32 ones all the same); "master", bfloat16 products on float32 weights.
         sizes: of the model, as `transformers.Qwen2Config` has them.
         biases: random ones in q, k and v; else zero, as Hugging Face draws them.
         strategy: of the patches, or "stock".

@@ -90,8 +90,12 @@ def _one_step(precision: str, settings: FrameworksSettings, progress: Progress) 
             runs["float32"] = {**common, "biases": biases, "framework": "ddp", "precision": "fp32"}
             pairs = [*PAIRS, ("float32", "DDP"), ("float32", "FSDP2 + DTensor")]
         key = "random biases" if biases else "zero biases"
-        found[key] = _traced(settings, runs, pairs, lambda done, what, i=index: progress((i + done) / 2, what))
+        found[key] = _traced(settings, runs, pairs, partial(_half, progress, index))
     return found
+
+
+def _half(progress: Progress, index: int, done: float, what: str) -> None:
+    progress((index + done) / 2, what)
 
 
 def _two_data_ranks(settings: FrameworksSettings, progress: Progress) -> dict[str, Any]:
@@ -132,8 +136,8 @@ def _training(name: str, settings: FrameworksSettings, progress: Progress) -> di
 
     import_once()
     progress(0, f"{settings.steps} steps")
-    sizes = {"batch": settings.batch, "length": settings.training_length, "sizes": settings.sizes()}
-    return training(Recipe(**sizes, **TRAININGS[name]), settings.steps)
+    sizes: dict[str, Any] = {"batch": settings.batch, "length": settings.training_length, "sizes": settings.sizes()}
+    return {"name": name, **training(Recipe(**sizes, **TRAININGS[name]), settings.steps)}
 
 
 def _memory_gib(settings: FrameworksSettings) -> float:

@@ -34,9 +34,11 @@ LOCK = ".lock"
 
 def command(name: str, overrides: Sequence[str], output: Path | None, quick: bool) -> int:
     """Run the study called `name`, of `STUDIES`; 0 when its page is written."""
-    study: Study = importlib.import_module(f"tpcheck.study.{name.replace('-', '_')}").STUDY
     folder = output or RESULTS / (f"{name}-quick" if quick else name)
-    run_study(study, overrides, folder, quick)
+    with warnings.catch_warnings():  # megatron-core's, that neither Apex nor Transformer Engine is installed
+        warnings.simplefilter("ignore")
+        study: Study = importlib.import_module(f"tpcheck.study.{name.replace('-', '_')}").STUDY
+        run_study(study, overrides, folder, quick)
     print(f"page  {folder / record.PAGE}")
     return 0
 
@@ -91,9 +93,7 @@ def _parts(
         with display.part(part.name, on_record=found is not None) as progress:
             if found is None:
                 started = time.monotonic()
-                with warnings.catch_warnings():  # megatron-core's, of Apex and Transformer Engine
-                    warnings.simplefilter("ignore")
-                    result = part.run(settings, progress)
+                result = part.run(settings, progress)
                 record.write(file, part, settings, versions, time.monotonic() - started, result)
                 found = record.read(file, part, settings, versions)
                 assert found is not None

@@ -43,7 +43,7 @@ def page(settings: Any, results: Results) -> Page:
         "`patches`. Losses, norms and curves, which people compare, cannot see what goes wrong: compare gathered "
         "gradients, in float32, with biases that are not zero.",
         picture=Picture(_picture(runs), f"Left: {settings.steps} steps, two recipes of precision, all frameworks. "
-                        "Right: how far a curve is from the one that it should equal; what is 0 lies on the lower edge."),
+                        "Right: how far a curve is from the one that it should equal; 0 is the lower edge."),
         blocks=[*_step_blocks(settings, results), *_data_blocks(results["two-data-ranks"]),
                 *_training_blocks(settings, runs, table)],
         summary=[table],

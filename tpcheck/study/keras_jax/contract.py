@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from tpcheck.study.keras_jax.hlo import collectives
 from tpcheck.study.keras_jax.layers import AXIS, KINDS, output_and_gradients, trained
+from tpcheck.study.keras_jax.operands import operands
 
 __all__ = ["digests"]
 
@@ -37,14 +38,6 @@ def digests(
         for kind in KINDS:
             found[f"{kind} {dtype}"] = _one(kind, mesh, p, x, dy, steps, values)
     return found
-
-
-def operands(tokens: int, hidden: int, ffn: int) -> dict[str, np.ndarray]:
-    """Gaussian operands in float64, biases among them, the same in every process and library."""
-    rng = np.random.default_rng(16)
-    shapes = {"w1": (hidden, ffn), "b1": (ffn,), "w2": (ffn, hidden), "b2": (hidden,), "x": (tokens, hidden),
-              "dy": (tokens, hidden)}  # fmt: skip
-    return {name: rng.normal(size=shape) * (0.05 if name[0] == "w" else 1.0) for name, shape in shapes.items()}
 
 
 def _data(tokens: int, hidden: int, ffn: int, dtype: Any) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:

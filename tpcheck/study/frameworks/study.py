@@ -66,7 +66,7 @@ class FrameworksSettings(Settings):
     @classmethod
     def quick(cls) -> FrameworksSettings:
         return cls(
-            hidden_size=64, intermediate_size=160, heads=4, vocabulary=512, length=32, training_length=32, steps=8
+            hidden_size=64, intermediate_size=160, heads=4, vocabulary=512, length=32, training_length=32, steps=20
         )
 
     def sizes(self) -> dict[str, int]:

@@ -106,6 +106,7 @@ def test_tree_layers_have_the_same_bits_on_1_2_4_and_8_devices_and_stock_ones_do
     for devices, run in contract.items():
         sent = sorted(name for name, _ in run[f"tree {dtype}"]["collectives"])
         assert sent == ([] if devices == "1" else ["all-gather", "all-gather", "all-to-all", "all-to-all"])
+        assert all("f32" in shape for _, shape in run[f"stock {dtype}"]["collectives"])  # excess precision in bfloat16
         assert run[f"tree {dtype}"]["local"]["w2"] == [416 // int(devices), 256]
 
 

@@ -176,7 +176,8 @@ def _contract_blocks(settings: Any, contract: dict[str, Any]) -> list[Block]:
             f"row(relu(column(x))) at hidden size {settings.hidden}, {settings.ffn} inside, {settings.tokens} tokens, "
             "each device count in a process of its own. `tree` cuts a spread dimension into 8 leaves, adds exact "
             "leaves in float32 by one binary tree, of which a device owns a subtree, and rounds once; local sums are "
-            "one exact leaf. `stock` is the same with `@` and `psum`. A test holds `tree`'s bits against those of "
+            "one exact leaf. `stock` is the same with `@` and `psum`, whose bfloat16 parts XLA adds in float32, for it "
+            "may keep excess precision: few elements differ there. A test holds `tree`'s bits against those of "
             "`patches` under PyTorch: they are equal, too."
         ),
         _bits_of_all(contract),

@@ -10,7 +10,7 @@ from typing import Any
 
 __all__ = ["on_devices"]
 
-SECONDS = 450
+SECONDS = 1800  # for a job that hangs
 
 
 def on_devices(devices: int, job: str, **arguments: Any) -> Any:

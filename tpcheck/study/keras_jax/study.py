@@ -79,7 +79,7 @@ STUDY = Study(
     parts=(
         Part("contract", _contract, ("tokens", "hidden", "ffn", "steps")),
         Part("leaves", _leaves, ("leaf_shapes",)),
-        Part("rules", _rules, ("adam_steps",)),
+        Part("rules", _rules, ("adam_steps",)),  # not even these, but naming none means all
         Part("keras-2", partial(_keras, 2), ("ways", "adam_steps")),
         Part("keras-4", partial(_keras, 4), ("ways", "adam_steps")),
     ),

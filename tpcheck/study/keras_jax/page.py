@@ -101,8 +101,9 @@ def _keras_blocks(settings: Any, results: Results) -> list[Block]:
             "`keras.distribution.ModelParallel` on simulated CPU devices, float32, random biases, equal weights. "
             "Shapes on a device are held against the layout when a model is built, and collectives are read from what "
             "XLA compiled: what is called sharded is. `again` is one device a second time, `replicated` a mesh without "
-            "rules, `column only` without the kernels that a layer sums over: where nothing is reduced the difference "
-            "is 0.0, which is what a comparison of unsharded models would show, too."
+            "rules, `column only` without the kernels that a layer sums over: replicated, outputs "
+            "and losses are equal, as they would be if models were compared that nobody sharded; weights of attention "
+            "are not, even so: XLA compiles another program for a mesh."
         ),
         Table(head, rows, "Differences from one device"),
         Table(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.support.studies import by_claim, check_page, run_quick
+from tpcheck.cli import main
 from tpcheck.study.frameworks import STUDY
 from tpcheck.study.frameworks.findings import differing, distance, findings
 from tpcheck.study.frameworks.names import from_hugging_face
@@ -94,6 +96,25 @@ def test_patched_megatron_has_one_curve(results: Results) -> None:
 
 def test_the_page_shows_it(results: Results, tmp_path: Path) -> None:
     check_page(STUDY, FOLDER["out"], 1, tmp_path)
+
+
+@pytest.mark.skipif(not INSTALLED, reason="transformers and DeepSpeed are not installed")
+@pytest.mark.parametrize(("override", "message"), [
+    ("vocabulary=2000000000", "GiB of memory and"),
+    ("heads=5", "heads=5 must divide half of hidden_size=896"),
+    ("kv_heads=4", "kv_heads=4 must be even and divide heads=14"),
+])  # fmt: skip
+def test_shapes_that_cannot_be_run_are_one_line(override: str, message: str, capsys: Any, tmp_path: Path) -> None:
+    assert main(["study", "frameworks", override, "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(bool(INSTALLED), reason="transformers and DeepSpeed are installed")
+def test_missing_packages_are_one_line(capsys: Any, tmp_path: Path) -> None:
+    assert main(["study", "frameworks", "--quick", "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "frameworks needs transformers, deepspeed: pip install 'tpcheck[studies]'" in said and said.count("\n") == 1
 
 
 def test_megatron_keeps_q_k_and_v_group_by_group() -> None:

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from tpcheck.study.frameworks.findings import findings
 from tpcheck.study.frameworks.page import page
@@ -68,6 +69,16 @@ class FrameworksSettings(Settings):
         return cls(
             hidden_size=64, intermediate_size=160, heads=4, vocabulary=512, length=32, training_length=32, steps=20
         )
+
+    @model_validator(mode="after")
+    def _are_shared_by_two_ranks(self) -> Self:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"heads={self.heads} must divide half of hidden_size={self.hidden_size}")
+        if self.heads % self.kv_heads or self.kv_heads % 2:
+            raise ValueError(f"kv_heads={self.kv_heads} must be even and divide heads={self.heads}")
+        if self.intermediate_size % 2 or self.vocabulary % 2:
+            raise ValueError("intermediate_size and vocabulary must be even: two ranks share them")
+        return self
 
     def sizes(self) -> dict[str, int]:
         """As `transformers.Qwen2Config` has them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tpcheck.study.keras_jax.findings import findings
 from tpcheck.study.keras_jax.page import page
@@ -30,6 +30,13 @@ class KerasJaxSettings(Settings):
     ways: tuple[Literal["again", "replicated", "column only", "sharded"], ...] = (
         "again", "replicated", "column only", "sharded")  # fmt: skip
     leaf_shapes: tuple[tuple[int, int, int], ...] = LEAVES
+
+    @field_validator("leaf_shapes")
+    @classmethod
+    def _are_cut_into_eight(cls, shapes: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, int, int], ...]:
+        if wrong := [shape for shape in shapes if min(shape) < 1 or shape[0] % 8 or shape[2] % 8]:
+            raise ValueError(f"M and N of {list(wrong[0])} must be multiples of 8")
+        return shapes
 
     @classmethod
     def quick(cls) -> KerasJaxSettings:

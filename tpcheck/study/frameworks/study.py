@@ -19,7 +19,7 @@ __all__ = ["STUDY", "TRAININGS"]
 
 CLIP = {"clip": 1.0}
 TP2 = {"tp": 2}
-# Everything but the precision's own; the learning rate is the analysis'.
+# Of all: the analysis' learning rate, and gradients clipped to norm 1.
 TRAININGS: dict[str, dict[str, Any]] = {
     "DDP, bf16": {"framework": "ddp", "precision": "bf16", **CLIP},
     "AutoTP, bf16": {"framework": "autotp", "precision": "bf16", **TP2, **CLIP},

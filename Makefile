@@ -46,7 +46,8 @@ help:
 	@echo "make gpu     on a GPU machine, within ten minutes: a layer against stock, kernels, bits, into $(GPU_RESULTS)/<device>"
 	@echo "make wheels  what make gpu may miss there, fetched here into $(WHEELS), to be carried along"
 	@echo "make test-slurm  the tests that start a real Slurm on this machine: two architectures, faults, accounting"
-	@echo "make test-frameworks  traces of Hugging Face models and DeepSpeed, installed for it"
+	@echo "make test-frameworks  traces of Hugging Face models and DeepSpeed, the studies of them and of Keras and JAX"
+	@echo "             installed for it"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   what the patches cost, as ratios to stock"
 	@echo "make silent-bugs  dozens of silent bugs put into real runs, and whether tpcheck compare finds them"
@@ -173,13 +174,16 @@ test-slurm: $(READY)
 test-frameworks: $(VENV)/frameworks
 	@echo "==> traces of Hugging Face models and DeepSpeed"
 	@DS_ACCELERATOR=cpu PYTHONPATH=$< $(PYTEST) -q -W ignore tests/trace/test_hugging_face.py tests/trace/test_deepspeed.py
+	@echo "==> studies: frameworks; Keras and JAX"
+	@DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=$< $(PYTEST) --dist loadfile -q -W ignore \
+	    tests/study/test_frameworks.py tests/study/test_keras_jax.py
 
-$(VENV)/frameworks: $(READY) tests/trace/frameworks.txt
-	@echo "==> installing transformers and DeepSpeed beside the rest"
+$(VENV)/frameworks: $(READY) constraints.txt tests/trace/frameworks.txt
+	@echo "==> installing transformers, DeepSpeed, Keras and JAX beside the rest"
 	@rm -rf $@
-	@$(PIP) install --no-deps --target $@ -r tests/trace/frameworks.txt
+	@$(PIP) install --no-deps --target $@ -c constraints.txt -r tests/trace/frameworks.txt
 	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu PYTHONPATH=$@ \
-	    $(PIP) install --no-deps --no-build-isolation --target $@ deepspeed==0.19.8
+	    $(PIP) install --no-deps --no-build-isolation --target $@ -c constraints.txt deepspeed
 
 lint: $(READY)
 	@echo "==> ruff check"

@@ -65,11 +65,11 @@ class Benchmark:
 
     def answer(self, case: Clean) -> Answer:
         """Run `case` and have it judged; its own run is removed afterwards."""
-        reference = self._once(case.settings, {})
-        with _quiet():
+        reference = self._once(case, {})
+        with _quiet(), case.world():
             make_nudged_runs(reference, 3)
         is_bug = isinstance(case, Bug)
-        candidate = self.candidate(case) if is_bug else self._once(case.settings, case.layout)
+        candidate = self.candidate(case)
         found = compare(reference, candidate)
         first = found.first or next(iter(found.other_weights), None)
         named = first is not None and is_bug and any(
@@ -83,31 +83,35 @@ class Benchmark:
             first.why if first else "",
             self.effect(case, candidate) if is_bug else 0.0,
         )
-        if is_bug:
-            shutil.rmtree(candidate)
+        shutil.rmtree(candidate)
         return answer
 
     def candidate(self, case: Clean) -> Path:
         """The run of `case`, with its bug if it has one."""
         path = self.folder / f"candidate {case.name}"
-        with case.inject() if isinstance(case, Bug) else contextlib.nullcontext():
-            return _train(path, case.settings, case.layout)
+        with case.world():
+            if case.resume:
+                _train(path, case.settings, case.layout, trace=None, stop_after=case.resume)
+            with case.inject():
+                return _train(path, case.settings, case.layout, resume=bool(case.resume))
 
     def effect(self, case: Clean, candidate: Path) -> float:
         """How far `candidate` is from the same layout without the bug, where it is farthest."""
-        return max(_differences(open_trace(self._once(case.settings, case.layout)), open_trace(candidate)), default=0.0)
+        return max(_differences(open_trace(self._once(case, case.layout)), open_trace(candidate)), default=0.0)
 
-    def _once(self, settings: dict[str, Any], layout: dict[str, Any]) -> Path:
-        key = json.dumps([settings, layout], sort_keys=True)
+    def _once(self, case: Clean, layout: dict[str, Any]) -> Path:
+        """The run of a case's world in `layout`, with nothing injected."""
+        key = json.dumps([case.settings, layout, getattr(case.world, "__name__", "")], sort_keys=True)
         if key not in self.runs:
-            self.runs[key] = _train(self.folder / f"run-{len(self.runs)}", settings, layout)
+            with case.world():
+                self.runs[key] = _train(self.folder / f"run-{len(self.runs)}", case.settings, layout)
         return self.runs[key]
 
 
-def _train(path: Path, settings: dict[str, Any], layout: dict[str, Any]) -> Path:
-    config = parse_run({**BASE, "trace": TRACE, **settings, **layout, "output": str(path)})
+def _train(path: Path, settings: dict[str, Any], layout: dict[str, Any], resume: bool = False, **changes: Any) -> Path:
+    config = parse_run({**BASE, "trace": TRACE, **settings, **layout, **changes, "output": str(path)})
     with _quiet():
-        code = launch(config)
+        code = launch(config, resume)
     if code:
         raise RuntimeError((path / "log.txt").read_text()[-2000:])
     return path

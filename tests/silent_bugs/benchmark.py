@@ -62,6 +62,7 @@ class Benchmark:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.runs: dict[str, Path] = {}
+        self.begun = 0
 
     def answer(self, case: Clean) -> Answer:
         """Run `case` and have it judged; its own run is removed afterwards."""
@@ -103,8 +104,9 @@ class Benchmark:
         """The run of a case's world in `layout`, with nothing injected."""
         key = json.dumps([case.settings, layout, getattr(case.world, "__name__", "")], sort_keys=True)
         if key not in self.runs:
+            self.begun += 1
             with case.world():
-                self.runs[key] = _train(self.folder / f"run-{len(self.runs)}", case.settings, layout)
+                self.runs[key] = _train(self.folder / f"run-{self.begun}", case.settings, layout)
         return self.runs[key]
 
 

@@ -126,7 +126,13 @@ def COUNT(mask: Tensor) -> Tensor:  # noqa: N802
 LOSSES = importlib.import_module(__name__)
 
 
-@bug("out model", layout=TP2, world=smoothed, kind="loss over a shard", source="https://github.com/NVIDIA/Megatron-LM/issues/7464")
+@bug(
+    "out model",
+    layout=TP2,
+    world=smoothed,
+    kind="loss over a shard",
+    source="https://github.com/NVIDIA/Megatron-LM/issues/7464",
+)
 def label_smoothing_over_the_shard() -> Iterator[None]:
     """Label smoothing takes the mean of the rank's own shard of the logits."""
     with with_cross_entropy(lambda world: lambda logits, labels: _smoothed(_stock(), logits, labels, whole=False)):
@@ -141,12 +147,21 @@ def _stock() -> Callable[..., Tensor]:
 def z_loss_over_the_shard() -> Iterator[None]:
     """The z-loss takes the sum of exponentials over the rank's own shard of the vocabulary."""
     with with_cross_entropy(
-        lambda world: lambda logits, labels: _stock()(logits.clone(), labels) + Z * _lse(logits.float(), whole=False) ** 2
+        lambda world: (
+            lambda logits, labels: _stock()(logits.clone(), labels) + Z * _lse(logits.float(), whole=False) ** 2
+        )
     ):
         yield
 
 
-@bug("settings *tokens*", "grad *", layout=DP2, world=masked, kind="token counts", source="https://github.com/pytorch/torchtitan/pull/2206")
+@bug(
+    "settings *tokens*",
+    "grad *",
+    layout=DP2,
+    world=masked,
+    kind="token counts",
+    source="https://github.com/pytorch/torchtitan/pull/2206",
+)
 def loss_divided_by_the_ranks_own_tokens() -> Iterator[None]:
     """Each data-parallel rank divides by twice its own tokens, where the global batch's are due."""
     reduce = torch.distributed.all_reduce
@@ -156,7 +171,7 @@ def loss_divided_by_the_ranks_own_tokens() -> Iterator[None]:
             return x.mul_(2)
         return reduce(x, *args, **kwargs)
 
-    with during(FINALIZE, "finalize_model_grads", torch.distributed, "all_reduce", own):
+    with during(model, "finalize_model_grads", torch.distributed, "all_reduce", own):
         yield
 
 
@@ -171,7 +186,13 @@ def loss_mask_ignored_on_one_rank() -> Iterator[None]:
         yield
 
 
-@bug("settings *tokens*", layout=TP2, world=masked, kind="token counts", source="https://github.com/PrimeIntellect-ai/prime-rl/pull/2562")
+@bug(
+    "settings *tokens*",
+    layout=TP2,
+    world=masked,
+    kind="token counts",
+    source="https://github.com/PrimeIntellect-ai/prime-rl/pull/2562",
+)
 def padding_counts_as_tokens() -> Iterator[None]:
     """Loss is divided by all tokens, masked ones included."""
     with replaced(LOSSES, "COUNT", lambda mask: torch.tensor(mask.numel())):
@@ -253,7 +274,13 @@ def every_step_reads_the_first_batch() -> Iterator[None]:
         yield
 
 
-@bug("mask *", layout=TP2, model={**QWEN3, "dropout": 0.1}, kind="generator states", source="https://github.com/NVIDIA/Megatron-LM/pull/6858")
+@bug(
+    "mask *",
+    layout=TP2,
+    model={**QWEN3, "dropout": 0.1},
+    kind="generator states",
+    source="https://github.com/NVIDIA/Megatron-LM/pull/6858",
+)
 def hidden_dropout_from_the_ranks_generator() -> Iterator[None]:
     """Hidden states, which all ranks hold, are dropped from generators that ranks seed differently, from step 1 on."""
 

@@ -38,7 +38,14 @@ def _moments(optimizer: Any) -> Iterator[torch.Tensor]:
             yield from (state["exp_avg"], state["exp_avg_sq"])
 
 
-@bug("resumed *", layout=TP1, resume=2, kind="resumed moments", **FOUR, source="https://github.com/p-doom/jasmine/issues/17")
+@bug(
+    "resumed *",
+    layout=TP1,
+    resume=2,
+    kind="resumed moments",
+    **FOUR,
+    source="https://github.com/p-doom/jasmine/issues/17",
+)
 def moments_not_restored() -> Iterator[None]:
     """Adam's moments begin at zero."""
 
@@ -50,7 +57,14 @@ def moments_not_restored() -> Iterator[None]:
         yield
 
 
-@bug("resumed *", layout=TP2, resume=2, kind="resumed moments", **FOUR, source="https://github.com/vllm-project/speculators/pull/899")
+@bug(
+    "resumed *",
+    layout=TP2,
+    resume=2,
+    kind="resumed moments",
+    **FOUR,
+    source="https://github.com/vllm-project/speculators/pull/899",
+)
 def moments_saved_in_bf16() -> Iterator[None]:
     """Adam's moments come back rounded to bf16."""
 
@@ -62,7 +76,14 @@ def moments_saved_in_bf16() -> Iterator[None]:
         yield
 
 
-@bug("resumed *", layout=TP1, resume=2, kind="resumed main parameters", **FOUR, source="https://github.com/TensorAuto/OpenTau/issues/185")
+@bug(
+    "resumed *",
+    layout=TP1,
+    resume=2,
+    kind="resumed main parameters",
+    **FOUR,
+    source="https://github.com/TensorAuto/OpenTau/issues/185",
+)
 def main_parameters_rebuilt_from_rounded_weights() -> Iterator[None]:
     """Main parameters are the model's bf16 weights, widened."""
 
@@ -74,7 +95,14 @@ def main_parameters_rebuilt_from_rounded_weights() -> Iterator[None]:
         yield
 
 
-@bug("settings *step*", layout=TP1, resume=2, kind="resumed step counts", **FOUR, source="https://github.com/TrenTorch/TrenTorch/pull/187")
+@bug(
+    "settings *step*",
+    layout=TP1,
+    resume=2,
+    kind="resumed step counts",
+    **FOUR,
+    source="https://github.com/TrenTorch/TrenTorch/pull/187",
+)
 def step_count_not_restored() -> Iterator[None]:
     """Adam's bias correction counts from zero."""
 
@@ -87,7 +115,14 @@ def step_count_not_restored() -> Iterator[None]:
         yield
 
 
-@bug("settings lr*", layout=TP2, resume=2, kind="resumed schedule", **FOUR, source="https://github.com/verl-project/verl/issues/7953")
+@bug(
+    "settings lr*",
+    layout=TP2,
+    resume=2,
+    kind="resumed schedule",
+    **FOUR,
+    source="https://github.com/verl-project/verl/issues/7953",
+)
 def schedule_begins_anew() -> Iterator[None]:
     """The learning rate warms up again."""
 
@@ -98,7 +133,9 @@ def schedule_begins_anew() -> Iterator[None]:
         yield
 
 
-@bug("input *", layout=TP1, resume=2, kind="resumed data", **FOUR, source="https://github.com/paiml/entrenar/issues/294")
+@bug(
+    "input *", layout=TP1, resume=2, kind="resumed data", **FOUR, source="https://github.com/paiml/entrenar/issues/294"
+)
 def data_begin_anew() -> Iterator[None]:
     """The samples are those of the run's first steps."""
 

@@ -133,7 +133,9 @@ def optimizer_misses_query_and_key_norms() -> Iterator[None]:
     """The norms of queries and keys are in no parameter group: they keep their initial values."""
 
     def leave_out(optimizer: Any, pieces: Any) -> None:
-        norms = [p for piece in pieces for name, p in piece.named_parameters() if "q_layernorm" in name or "k_layer" in name]
+        norms = [
+            p for piece in pieces for name, p in piece.named_parameters() if "q_layernorm" in name or "k_layer" in name
+        ]
         gone = {id(getattr(p, "main_param", p)) for p in norms}
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in gone]
@@ -142,7 +144,12 @@ def optimizer_misses_query_and_key_norms() -> Iterator[None]:
         yield
 
 
-@bug("settings *final_layernorm*", layout=TP2, kind="frozen parameters", source="https://github.com/pytorch/torchtitan/issues/3885")
+@bug(
+    "settings *final_layernorm*",
+    layout=TP2,
+    kind="frozen parameters",
+    source="https://github.com/pytorch/torchtitan/issues/3885",
+)
 def final_norm_frozen() -> Iterator[None]:
     """The final norm does not require gradients."""
 
@@ -177,7 +184,13 @@ def gradients_not_clipped() -> Iterator[None]:
         yield
 
 
-@bug("settings *step*", layout=TP2, kind="step counts", dtype="fp32", source="https://github.com/TrenTorch/TrenTorch/pull/187")
+@bug(
+    "settings *step*",
+    layout=TP2,
+    kind="step counts",
+    dtype="fp32",
+    source="https://github.com/TrenTorch/TrenTorch/pull/187",
+)
 def step_count_begins_at_ten() -> Iterator[None]:
     """Adam's bias correction counts from ten, as if the moments had been averaged before."""
 
@@ -275,7 +288,15 @@ def whole_weight_marked_as_sharded() -> Iterator[None]:
         yield
 
 
-@bug("settings dropout*", "settings p *", "settings *dropout*", "mask *", layout=TP2, model={**QWEN3, "dropout": 0.1}, kind="dropout probability")
+@bug(
+    "settings dropout*",
+    "settings p *",
+    "settings *dropout*",
+    "mask *",
+    layout=TP2,
+    model={**QWEN3, "dropout": 0.1},
+    kind="dropout probability",
+)
 def dropout_probability_of_another_run() -> Iterator[None]:
     """A fifth of the hidden elements is dropped, where it should be a tenth."""
 

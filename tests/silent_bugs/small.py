@@ -100,7 +100,9 @@ def gradient_of_one_head_off() -> Iterator[None]:
         yield
 
 
-@bug("state.exp_avg*", layout=TP2, kind="moments in bf16", source="https://github.com/vllm-project/speculators/pull/899")
+@bug(
+    "state.exp_avg*", layout=TP2, kind="moments in bf16", source="https://github.com/vllm-project/speculators/pull/899"
+)
 def moments_kept_in_bf16() -> Iterator[None]:
     """After every step Adam's moments are rounded to bf16."""
 
@@ -118,7 +120,14 @@ def moments_kept_in_bf16() -> Iterator[None]:
         yield
 
 
-@bug("state.main *", "update *", "weight *", layout=TP2, kind="main parameters", source="https://github.com/TensorAuto/OpenTau/issues/185")
+@bug(
+    "state.main *",
+    "update *",
+    "weight *",
+    layout=TP2,
+    kind="main parameters",
+    source="https://github.com/TensorAuto/OpenTau/issues/185",
+)
 def main_parameters_rebuilt_at_every_step() -> Iterator[None]:
     """Every step begins from the rounded weights: what an update leaves below bf16 is lost."""
 
@@ -151,7 +160,12 @@ def one_update_too_large() -> Iterator[None]:
         yield
 
 
-@bug("grad *", layout={"tp": 2, "dp": 2}, kind="another group", source="https://github.com/ByteDance-Seed/VeOmni/pull/1115")
+@bug(
+    "grad *",
+    layout={"tp": 2, "dp": 2},
+    kind="another group",
+    source="https://github.com/ByteDance-Seed/VeOmni/pull/1115",
+)
 def gradients_reduced_over_the_tensor_parallel_group() -> Iterator[None]:
     """Gradients are summed over tensor parallelism, where data parallelism is due."""
 
@@ -262,7 +276,12 @@ def output_weights_not_scaled_by_depth() -> Iterator[None]:
         yield
 
 
-@bug("start *layernorm.weight", layout=TP2, kind="initial weights", source="https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/5396")
+@bug(
+    "start *layernorm.weight",
+    layout=TP2,
+    kind="initial weights",
+    source="https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/5396",
+)
 def norm_weights_begin_at_zero() -> Iterator[None]:
     """The final norm's weight begins at nearly 0, as if it were centered there."""
 
@@ -346,7 +365,13 @@ def gradients_communicated_in_bf16() -> Iterator[None]:
         yield
 
 
-@bug("grad *", layout=TP2, micro_batch_size=1, kind="microbatches", source="https://github.com/TrenTorch/TrenTorch/pull/187")
+@bug(
+    "grad *",
+    layout=TP2,
+    micro_batch_size=1,
+    kind="microbatches",
+    source="https://github.com/TrenTorch/TrenTorch/pull/187",
+)
 def last_microbatch_counts_double() -> Iterator[None]:
     """The last microbatch's gradient counts once more than the others'."""
 
@@ -406,5 +431,3 @@ def query_norm_without_gradient() -> Iterator[None]:
 
     with finalized(drop):
         yield
-
-

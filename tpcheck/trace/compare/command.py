@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tpcheck.errors import TpcheckError
+from tpcheck.trace.compare.comparison import Comparison, Row, Verdict
 from tpcheck.trace.compare.estimate import Estimate, open_noise, open_trace
-from tpcheck.trace.compare.judge import Comparison, Row, Verdict, judge
+from tpcheck.trace.compare.judge import judge
 from tpcheck.trace.compare.reader import Trace
 from tpcheck.trace.compare.vocabulary import along_vocabulary, cut_alike, padding
 

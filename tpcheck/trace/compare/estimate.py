@@ -2,10 +2,15 @@
 
     A/noise-1, A/noise-2, A/noise-3      traces of the same run with perturb=1, 2, 3, in A's own folder
 
-A tensor's estimate is the largest distance of these from A; of the coherent distance, which all three may happen to
-have little of, at least what independent roundings leave. The gradient norm is one float32 sum over everything, which
+A tensor's estimate is the largest distance of these from A. Of the coherent distance, which all three may happen to
+have little of, it is the root mean square over all nudged runs, layers and steps that a tensor of its role is in, and
+at least what independent roundings leave. The gradient norm is one float32 sum over everything, which
 misses 1e-5 of a million elements on a CPU: nudged runs clip otherwise by as much as it misses of their own gradients,
-and where B's coefficient is off by no more than rounding, its optimizer's state and updates may be off by that, too.
+and where B's coefficient is off by no more than rounding, its optimizer's state and updates may be off by that, too, and
+all that follows by as much more than in the nudged runs as B's coefficient is off by more than theirs.
+
+What a norm's bias gradient misses is no rounding of single numbers: torch's own kernel adds bfloat16 on a CPU, and is
+percents off where the batch is long. It is measured by adding the gradient of the norm's output, which is recorded.
 Where A is a run of `tpcheck train`, missing ones are made here.
 """
 
@@ -20,15 +25,17 @@ import numpy as np
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.files.names import TRACE
-from tpcheck.trace.compare.metrics import Distance, distance
+from tpcheck.trace.compare.metrics import Blocks, Distance, distance
 from tpcheck.trace.compare.reader import Key, Logical, Trace
 from tpcheck.trace.compare.sign_flips import sign_flip_distance
+from tpcheck.trace.module_names import role_of
 
 __all__ = ["GRADIENT_NORM", "ROUNDING", "Estimate", "open_noise", "open_trace"]
 
 # Half a unit in the last place, relative: what storing a number in the dtype costs, whatever was computed.
 ROUNDING = {"bfloat16": 2.0**-9, "float16": 2.0**-12, "float32": 2.0**-24, "float64": 2.0**-53}
 GRADIENT_NORM = 64 * ROUNDING["float32"]
+LOSS = 4 * ROUNDING["float32"]  # a mean of many float32, taken in another order
 
 
 class Estimate:
@@ -37,11 +44,20 @@ class Estimate:
     def __init__(self, reference: Trace, noise: Sequence[Trace]) -> None:
         self.reference, self.noise = reference, noise
         self.known: dict[Key, Distance] = {}
+        self.nudged: dict[Key, list[Distance]] = {}
+        self.roles: dict[tuple[str, str], list[Key]] = {}
+        self.common: dict[tuple[str, str], float] = {}
+        for key in reference.order:
+            self.roles.setdefault((key.kind, role_of(key.name)), []).append(key)
         self.clipped = GRADIENT_NORM
+        self.more, self.since = 1.0, 0  # how much more B clips apart than nudged runs do, from which step on
 
-    def clips_apart(self, by: float) -> None:
+    def clips_apart(self, key: Key, by: float) -> None:
         """B has been clipped otherwise than A, relative `by`, as rounding may: so is all that follows from it."""
         self.clipped = max(self.clipped, by)
+        theirs = max((one.overall for one in self.nudged.get(key, [])), default=0.0)
+        if by > theirs > 0 and by / theirs > self.more:
+            self.more, self.since = by / theirs, min(self.since or key.step + 1, key.step + 1)
 
     def __bool__(self) -> bool:
         return bool(self.noise)
@@ -49,51 +65,128 @@ class Estimate:
     def of(self, key: Key, a: Logical) -> Distance:
         """How far rounding may take `a`, which is the reference's `key`."""
         if key not in self.known:
-            found = [*self._nudged(key, a), self._least(key, a)]
-            if key.kind in ("weight", "state.main"):
+            found = [*self.runs(key, a), self._least(key, a)]
+            if key.kind in ("weight", "state.main", "update"):
                 found.append(self._turned(key, a))
+            if key.kind == "grad":
+                found += self._kernel(key, a)
             overall = max(one.overall for one in found)
-            # Roundings of A itself, which are in <a,a> and not in <a,b>, bring s below 1 by up to their square.
-            coherent = max(overall / max(a.bits.size, 1) ** 0.5, overall**2, *(one.coherent for one in found))
-            self.known[key] = Distance(overall, max(one.peak for one in found), coherent)
-        return self.known[key]
+            # A factor of norms cannot be told where one side may have more rounding in it than the other.
+            coherent = max(overall / max(a.bits.size, 1) ** 0.5, overall**2 / 2, self._coherent(key),
+                           *(one.coherent for one in found[len(self.runs(key, a)) :]))  # fmt: skip
+            peak, median = (max(getattr(one, name) for one in found) for name in ("peak", "median"))
+            self.known[key] = Distance(overall, peak, coherent, median, 0.0, _largest([*self.runs(key, a)]))
+        more = self.more if self.more > 1 and key.step >= self.since else 1.0
+        return _times(self.known[key], more) if more > 1 else self.known[key]
 
-    def _nudged(self, key: Key, a: Logical) -> Iterator[Distance]:
-        for trace in self.noise:
-            other = trace.logical_or_none(key)
-            if other is not None and other.bits.shape == a.bits.shape:
-                yield distance(a, other)
+    def runs(self, key: Key, a: Logical | None = None) -> list[Distance]:
+        """How far each nudged run is from the reference."""
+        if key not in self.nudged:
+            a = a or self.reference.logical_or_none(key)
+            others = [trace.logical_or_none(key) for trace in self.noise] if a is not None else []
+            self.nudged[key] = [
+                distance(a, other)  # type: ignore[arg-type]
+                for other in others
+                if other is not None and other.bits.shape == a.bits.shape  # type: ignore[union-attr]
+            ]
+        return self.nudged[key]
+
+    def _coherent(self, key: Key) -> float:
+        """The spread of a common factor, over all that has the role of `key`; its own runs' if that is more."""
+        role = key.kind, role_of(key.name)
+        if role not in self.common:
+            every = [one.coherent for other in self.roles[role] for one in self.runs(other)]
+            self.common[role] = _root_mean_square(every)
+        return max(self.common[role], _root_mean_square([one.coherent for one in self.runs(key)]))
 
     def _least(self, key: Key, a: Logical) -> Distance:
-        least = ROUNDING.get(a.dtype, 0.0)
+        least, size = ROUNDING.get(a.dtype, 0.0), self._typical(a)
+        if key.kind == "update":
+            # The difference of two float32 numbers, each of which is rounded.
+            after = self.reference.logical_or_none(self.reference.updates[key][1])
+            if after is None:
+                return Distance(0.0, 0.0)
+            rounding = ROUNDING["float32"]
+            whole = distance(replace(a, bits=after.values().view("<u8")), replace(a, bits=np.zeros_like(a.bits)))
+            moved, kept = (float(np.linalg.norm(one.values())) for one in (a, after))
+            relative = rounding * kept / moved if moved else 0.0
+            return Distance(relative, relative * max(whole.peak, 1.0), relative, rounding * self._typical(after))
+        if key.kind == "loss":
+            least = LOSS
         if key.kind == "clip" or key.kind.startswith("state"):
             # The gradient norm, by which all are scaled, is a float32 sum over everything, in an order of its own.
             apart = GRADIENT_NORM if key.kind == "clip" else self.clipped
             scaled = apart * (2 if key.kind.endswith("_sq") else 1)
             all_of_it = distance(a, replace(a, bits=np.zeros_like(a.bits)))
-            return Distance(max(least, scaled), max(least, scaled * all_of_it.peak), scaled)
-        return Distance(least, least)
+            peak = max(least, scaled * all_of_it.peak)
+            return Distance(max(least, scaled), peak, scaled, max(least, scaled) * size)
+        return Distance(least, least, 0.0, least * size)
+
+    def _typical(self, a: Logical) -> float:
+        """The median of the absolute values."""
+        return distance(a, replace(a, bits=np.zeros_like(a.bits))).median
+
+    def _kernel(self, key: Key, a: Logical) -> Iterator[Distance]:
+        """What the gradient of a norm's bias is off by from the sum that it should be."""
+        module = key.name.removesuffix(".bias")
+        if module == key.name or "norm" not in module.rpartition(".")[2] or a.bits.ndim != 1:
+            return
+        handed = self.reference.logical_or_none(Key(key.step, "dout", module))
+        if handed is None or handed.bits.shape[-1] != a.bits.shape[0]:
+            return
+        x, due = a.values(), handed.values().reshape(-1, a.bits.shape[0]).sum(0)
+        square = float((due * due).sum())
+        due = due * (float((x * due).sum()) / square if square else 0.0)
+        if float(np.linalg.norm(x - due)) < 0.5 * float(np.linalg.norm(x)):
+            yield replace(distance(a, replace(a, dtype="float64", bits=due.view("<u8"))), blocks=())
 
     def _turned(self, key: Key, a: Logical) -> Distance:
         """What nudged runs too few to show it may do to an updated weight."""
         records = self.reference.records
-        before = [Key(key.step - 1, key.kind, key.name), Key(key.step, "start", key.name)]
+        kind = "state.main" if key.kind == "update" and key._replace(kind="state.main") in records else key.kind
+        kind = "weight" if kind == "update" else kind
+        before = [Key(key.step - 1, kind, key.name), Key(key.step, "resumed.main", key.name),
+                  Key(key.step, "start", key.name)]  # fmt: skip
         deciding = [Key(key.step, "state.exp_avg", key.name), Key(key.step, "grad", key.name)]
         earlier, average = (next((one for one in ones if one in records), None) for ones in (before, deciding))
-        if earlier is None or average is None:
+        after = self.reference.logical_or_none(key._replace(kind=kind))
+        if earlier is None or average is None or after is None:
             return Distance(0.0, 0.0)
         w, m = self.reference.logical_or_none(earlier), self.reference.logical_or_none(average)
-        if w is None or m is None or not a.bits.shape == w.bits.shape == m.bits.shape:
+        if w is None or m is None or not after.bits.shape == w.bits.shape == m.bits.shape:
             return Distance(0.0, 0.0)
-        now, past = (
-            sign_flip_distance(w.values(), a.values(), m.values(), self.of(average, m).overall),
-            self.of(earlier, w),
-        )
+        of = a if key.kind == "update" else after
+        turned = sign_flip_distance(w.values(), after.values(), m.values(), self.of(average, m).overall, of.values())
+        if key.kind == "update":
+            return replace(turned, overall=max(turned.overall, self.clipped), peak=max(turned.peak, self.clipped))
+        # What the model starts from is the same; roundings of it are those of another dtype than a main parameter's.
+        past = Distance(0.0, 0.0) if earlier.kind == "start" else self.of(earlier, w)
         # An update is at most in proportion to the gradients, so that another clip coefficient scales it no more.
-        update = distance(w, a)
+        update = distance(w, after)
         scaled = Distance(*(self.clipped * one for one in (update.overall, update.peak)))
-        every = (now, past, scaled)
+        every = (turned, past, scaled)
         return Distance(max(one.overall for one in every), max(one.peak for one in every))
+
+
+def _largest(ones: Sequence[Distance]) -> tuple[Blocks, ...]:
+    """Part by part: the most that any of them is off by, and the spread of the common factors."""
+    return tuple(
+        replace(
+            held[0],
+            error=np.max([one.error for one in held], axis=0),
+            scale=np.sqrt(np.mean([one.scale**2 for one in held], axis=0)),
+        )
+        for held in zip(*(one.blocks for one in ones), strict=True)
+    )
+
+
+def _times(one: Distance, more: float) -> Distance:
+    blocks = tuple(replace(part, error=part.error * more**2, scale=part.scale * more) for part in one.blocks)
+    return Distance(one.overall * more, one.peak * more, one.coherent * more, one.median * more, 0.0, blocks)
+
+
+def _root_mean_square(values: Sequence[float]) -> float:
+    return float(np.sqrt(np.mean(np.square(values)))) if len(values) else 0.0
 
 
 def open_trace(path: Path) -> Trace:

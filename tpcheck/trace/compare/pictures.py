@@ -25,7 +25,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from tpcheck.pages.colours import COLOURS, FAINT, INK
-from tpcheck.trace.compare.judge import Comparison, Row
+from tpcheck.trace.compare.comparison import Comparison, Row
 from tpcheck.trace.module_names import role_of
 
 __all__ = ["growth", "heat_map", "losses"]

@@ -11,7 +11,7 @@ Nothing is read before it is asked for, and one tensor at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -22,7 +22,7 @@ from tpcheck.checkpoint.tiling import Array, Index, Tile, tiles
 from tpcheck.checkpoint.ulp import FLOATS, values
 from tpcheck.checkpoint.unpickle import ITEMSIZE
 from tpcheck.errors import TpcheckError
-from tpcheck.files.names import RANK, RECORDS
+from tpcheck.files.names import RANK, RECORDS, SETTINGS
 from tpcheck.trace.compare.tensorfile import tensors
 from tpcheck.trace.record.store import FORMAT, rank_folder
 
@@ -36,8 +36,8 @@ DESCRIPTION: Json = {"world": int, "tp": int, "dp": int, "dtype": str, "sample":
                      "records": int}  # fmt: skip
 RECORD: Json = {"name": str, "kind": str, "step": int, "file": int, "dtype": (str, type(None))}
 # In the order in which a step makes them; what was wrong first is what to look at.
-PHASES = {"start": 0, "input": 1, "out": 2, "mask": 2, "again": 3, "dout": 4, "din": 4, "grad": 5, "clip": 6,
-          "state": 7, "weight": 8}  # fmt: skip
+PHASES = {"start": 0, "resumed": 0, "input": 1, "in": 2, "out": 2, "mask": 2, "loss": 3, "again": 4, "dout": 5,
+          "din": 5, "grad": 6, "clip": 7, "state": 8, "update": 9, "weight": 10}  # fmt: skip
 
 
 class Key(NamedTuple):
@@ -88,6 +88,10 @@ class Logical:
         replicas = self.replicas and replace(self.replicas, add_up=first(self.replicas.add_up))
         return replace(self, bits=np.ascontiguousarray(first(self.bits)), ranks=ranks, replicas=replicas)
 
+    def summed(self) -> Logical:
+        """One number, the sum of all."""
+        return replace(self, dtype="float64", bits=np.array([self.values().sum()]).view("<u8"), ranks=(), batch=None)
+
     def widened(self) -> Logical:
         """The same numbers as float64, for a comparison with another dtype."""
         return replace(self, dtype="float64", bits=self.values().view("<u8"))
@@ -99,8 +103,12 @@ class Logical:
 class Trace:
     """The trace in `path`; refused unless every rank's part of it is whole.
 
-    `cuts` are dimensions of which only the first indices are looked at, with how many: of vocabularies that another
-    trace pads differently.
+    Attributes:
+        cuts: dimensions of which only the first indices are looked at, with how many: of vocabularies that another
+            trace pads differently.
+        recuts: dimensions along which tensor-parallel ranks' boxes lie one after the other, though their records say
+            that each is all of it (True), or the other way round (False).
+        orders: by step, samples in the order in which another trace has them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -115,12 +123,19 @@ class Trace:
         self.perturb: int = first["perturb"]
         self.pp: int = first.get("pp", 1)
         self.steps: list[int] = first["steps"]
+        self.megatron: bool = first.get("megatron", False)
+        self.layout = (self.tp, self.dp, self.pp, bool(first.get("sequence_parallel")))
         self.cuts: dict[Key, tuple[int, int]] = {}
+        self.recuts: dict[Key, tuple[int, bool]] = {}
+        self.orders: dict[int, list[int]] = {}
         self.files: dict[Path, dict[str, Array]] = {}
         self.records: dict[Key, list[tuple[int, int, Json]]] = {}
         self.order: dict[Key, tuple[int, int, int, int]] = {}
         for rank, description in enumerate(self.ranks):
             self._index(rank, description["records"])
+        self._separate()
+        self._derive_updates()
+        self.settings = [_settings(rank_folder(path, rank)) for rank in range(self.world)]
 
     def keys(self) -> list[Key]:
         """All logical tensors, as they came up in the run."""
@@ -128,6 +143,8 @@ class Trace:
 
     def logical(self, key: Key) -> Logical | str:
         """The tensor put together, or why it cannot be."""
+        if key in self.updates:
+            return self._update(key)
         records = self.records[key]
         shapes = {tuple(record["shape"]) for _, _, record in records}
         dtypes = {record["dtype"] for _, _, record in records if record["dtype"]}
@@ -136,14 +153,18 @@ class Trace:
         dtype = dtypes.pop()
         boxes: dict[Box, list[tuple[int, Array]]] = {}
         for rank, number, record in records:
-            for box, offset in enumerate(record["at"]):
+            for box, offset in enumerate(self._offsets(key, rank, record)):
                 array = self._array(rank, record, f"{number}.{box}")
                 if not len(offset) == array.ndim == len(record["shape"]):
                     return "its boxes have other dimensions than it"
                 boxes.setdefault((tuple(offset), array.shape), []).append((rank, array))
         if not boxes:
             return "no rank holds any of it"
-        shape = _resolved(shapes.pop(), boxes)
+        sides = self._shape(key, shapes.pop())
+        batch = sides.index(None) if None in sides else None
+        if batch is not None:
+            boxes = _in_a_row(boxes, batch)
+        shape = _resolved(sides, boxes)
         whole: dict[Box, Array] = {}
         partial = any(record.get("partial") for _, _, record in records) and key.kind in ("din", "dout")
         for place, held in boxes.items():
@@ -164,10 +185,74 @@ class Trace:
         replicas = None if partial or not unequal else _replicas(boxes, dtype, shape)
         if assumed and replicas:
             return "how it is cut is not known, and its ranks hold different values"
-        sides = records[0][2]["shape"]
-        batch = sides.index(None) if None in sides else None
         found = Logical(dtype, bits, ranks, replicas, tuple(records[0][2]["how"]), batch)
+        if key.kind == "loss":
+            return found.summed()
+        if batch is not None and len(order := self.orders.get(key.step, [])) == shape[batch]:
+            found = replace(found, bits=np.take(bits, order, batch), ranks=())
         return found.narrowed(*self.cuts[key]) if key in self.cuts else found
+
+    def _offsets(self, key: Key, rank: int, record: Json) -> Iterator[Index]:
+        """Where a record's boxes are."""
+        dim, apart = self.recuts.get(key, (-1, False))
+        for offset in record["at"]:
+            if dim >= 0:
+                extent = record["shape"][dim]
+                by = self.ranks[rank]["tp_rank"] * (extent if apart else -(extent // self.tp))
+                offset = [*offset[:dim], offset[dim] + by, *offset[dim + 1 :]]
+            yield tuple(offset)
+
+    def _shape(self, key: Key, shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        dim, apart = self.recuts.get(key, (-1, False))
+        if dim < 0:
+            return shape
+        extent = shape[dim] or 0
+        return (*shape[:dim], extent * self.tp if apart else extent // self.tp, *shape[dim + 1 :])
+
+    def _separate(self) -> None:
+        """Microbatches whose sequences are of other lengths than others' are tensors by themselves."""
+        for key, held in list(self.records.items()):
+            shapes = {tuple(record["shape"]) for _, _, record in held}
+            if len(shapes) < 2 or not all("microbatch" in record and None in record["shape"] for _, _, record in held):
+                continue
+            del self.records[key]
+            for rank, number, record in held:
+                alone = key._replace(name=f"{key.name}@{record['microbatch']}")
+                self.records.setdefault(alone, []).append((rank, number, record))
+                self.order.setdefault(alone, self.order[key])
+            del self.order[key]
+
+    def _derive_updates(self) -> None:
+        """Of every parameter that is kept in float32, what a step moves it by."""
+        self.updates: dict[Key, tuple[Key, Key]] = {}
+        for key, place in list(self.order.items()):
+            if key.kind not in ("state.main", "weight"):
+                continue
+            main = key._replace(kind="state.main")
+            fine = key.kind == "state.main" or (main not in self.records and self._dtype(key) == "float32")
+            ones = (
+                Key(key.step - 1, key.kind, key.name),
+                key._replace(kind="resumed.main"),
+                key._replace(kind="start"),
+            )
+            before = next((one for one in ones if one in self.records), None)
+            if fine and before is not None:
+                update = key._replace(kind="update")
+                self.updates[update] = (before, key)
+                self.records[update] = self.records[key]
+                self.order[update] = (place[0], PHASES["update"], *place[2:])
+
+    def _dtype(self, key: Key) -> str:
+        return next((record["dtype"] for _, _, record in self.records[key] if record["dtype"]), "")
+
+    def _update(self, key: Key) -> Logical | str:
+        before, after = (self.logical(one) for one in self.updates[key])
+        if isinstance(before, str) or isinstance(after, str):
+            return before if isinstance(before, str) else str(after)
+        if before.bits.shape != after.bits.shape:
+            return "the parameter has changed its shape"
+        moved = after.values() - before.values()
+        return replace(after, dtype="float64", bits=moved.view("<u8"), replicas=None)
 
     def logical_or_none(self, key: Key) -> Logical | None:
         found = self.logical(key) if key in self.records else None
@@ -210,6 +295,32 @@ class Trace:
         if name not in found:
             raise TpcheckError(f"{file} has no {name}, which {RECORDS} says it has: damaged")
         return found[name]
+
+
+def _in_a_row(boxes: dict[Box, Any], batch: int) -> dict[Box, Any]:
+    """Boxes, each written at its microbatch's number times its own size, one after the other, whatever their sizes."""
+    sizes = {offset[batch] // size[batch]: size[batch] for offset, size in boxes if size[batch]}
+    starts, start = {}, 0
+    for number in sorted(sizes):
+        starts[number] = start
+        start += sizes[number]
+    return {
+        ((*offset[:batch], starts[offset[batch] // size[batch]], *offset[batch + 1 :]), size): held
+        for (offset, size), held in boxes.items()
+        if size[batch]
+    }
+
+
+def _settings(folder: Path) -> dict[int, Json]:
+    """A rank's settings by step; older traces have none."""
+    file = folder / SETTINGS
+    if not file.exists():
+        return {}
+    try:
+        lines = [json.loads(line) for line in file.read_bytes().splitlines()]
+        return {int(line["step"]): line for line in lines}
+    except DAMAGE as error:
+        raise TpcheckError(f"{file} does not hold settings ({error!r}): copy the trace again") from error
 
 
 def _rank_json(path: Path, rank: int) -> Json:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tpcheck.files import result_dir
 from tpcheck.pages import html
 from tpcheck.trace.compare import pictures
-from tpcheck.trace.compare.judge import Comparison, Row
+from tpcheck.trace.compare.comparison import Comparison, Row
 from tpcheck.trace.compare.text import layout, padded, sentence, what
 
 __all__ = ["write"]

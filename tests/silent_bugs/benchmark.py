@@ -9,6 +9,7 @@ the same layout without the bug ── effect: how far the bug moves loss, gradi
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -42,6 +43,9 @@ class Answer:
     Attributes:
         effect: the bug's, relative, on the loss, gradient or weight that it moves most.
         first_suspect: "<kind> <module>, step <n>", empty if none.
+        verdict: as `tpcheck compare` says it.
+        nearest: of what is rounding, how near the nearest is to the limit, where 1 is the limit.
+        not_compared: how many tensors are not.
     """
 
     case: Clean
@@ -50,10 +54,13 @@ class Answer:
     named: bool
     why: str
     effect: float
+    verdict: str = ""
+    nearest: float = 0.0
+    not_compared: int = 0
 
     @property
     def right(self) -> bool:
-        return self.named if isinstance(self.case, Bug) else not self.flagged
+        return self.named if isinstance(self.case, Bug) else self.verdict in ("identical", "rounding")
 
 
 class Benchmark:
@@ -67,11 +74,10 @@ class Benchmark:
     def answer(self, case: Clean) -> Answer:
         """Run `case` and have it judged; its own run is removed afterwards."""
         reference = self._once(case, {})
-        with _quiet(), case.world():
-            make_nudged_runs(reference, 3)
         is_bug = isinstance(case, Bug)
         candidate = self.candidate(case)
-        found = compare(reference, candidate)
+        with _quiet(), case.world():
+            found = compare(reference, candidate, functools.partial(make_nudged_runs, seeds=3))
         first = found.first or next(iter(found.other_weights), None)
         named = first is not None and is_bug and any(
             fnmatchcase(f"{first.key.kind} {first.key.name}", pattern) for pattern in case.suspects  # type: ignore[attr-defined]
@@ -83,6 +89,9 @@ class Benchmark:
             named,
             first.why if first else "",
             self.effect(case, candidate) if is_bug else 0.0,
+            found.verdict,
+            max((row.excess for row in found.rows if row.verdict == "rounding"), default=0.0),
+            len(found.unmapped),
         )
         shutil.rmtree(candidate)
         return answer

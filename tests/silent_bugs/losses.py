@@ -115,11 +115,11 @@ def masked_loss(token_losses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Ten
     return kept, COUNT(mask).to(torch.int32), token_losses.detach().float()
 
 
-def MASK(mask: Tensor) -> Tensor:  # noqa: N802
+def MASK(mask: Tensor) -> Tensor:
     return mask
 
 
-def COUNT(mask: Tensor) -> Tensor:  # noqa: N802
+def COUNT(mask: Tensor) -> Tensor:
     return mask.sum()
 
 
@@ -127,12 +127,9 @@ LOSSES = importlib.import_module(__name__)
 
 
 @bug(
-    "out model",
-    layout=TP2,
-    world=smoothed,
-    kind="loss over a shard",
+    "out model", layout=TP2, world=smoothed, kind="loss over a shard",
     source="https://github.com/NVIDIA/Megatron-LM/issues/7464",
-)
+)  # fmt: skip
 def label_smoothing_over_the_shard() -> Iterator[None]:
     """Label smoothing takes the mean of the rank's own shard of the logits."""
     with with_cross_entropy(lambda world: lambda logits, labels: _smoothed(_stock(), logits, labels, whole=False)):
@@ -155,13 +152,9 @@ def z_loss_over_the_shard() -> Iterator[None]:
 
 
 @bug(
-    "settings *tokens*",
-    "grad *",
-    layout=DP2,
-    world=masked,
-    kind="token counts",
+    "settings *tokens*", "grad *", layout=DP2, world=masked, kind="token counts",
     source="https://github.com/pytorch/torchtitan/pull/2206",
-)
+)  # fmt: skip
 def loss_divided_by_the_ranks_own_tokens() -> Iterator[None]:
     """Each data-parallel rank divides by twice its own tokens, where the global batch's are due."""
     reduce = torch.distributed.all_reduce
@@ -187,12 +180,9 @@ def loss_mask_ignored_on_one_rank() -> Iterator[None]:
 
 
 @bug(
-    "settings *tokens*",
-    layout=TP2,
-    world=masked,
-    kind="token counts",
+    "settings *tokens*", layout=TP2, world=masked, kind="token counts",
     source="https://github.com/PrimeIntellect-ai/prime-rl/pull/2562",
-)
+)  # fmt: skip
 def padding_counts_as_tokens() -> Iterator[None]:
     """Loss is divided by all tokens, masked ones included."""
     with replaced(LOSSES, "COUNT", lambda mask: torch.tensor(mask.numel())):
@@ -275,12 +265,9 @@ def every_step_reads_the_first_batch() -> Iterator[None]:
 
 
 @bug(
-    "mask *",
-    layout=TP2,
-    model={**QWEN3, "dropout": 0.1},
-    kind="generator states",
+    "mask *", layout=TP2, model={**QWEN3, "dropout": 0.1}, kind="generator states",
     source="https://github.com/NVIDIA/Megatron-LM/pull/6858",
-)
+)  # fmt: skip
 def hidden_dropout_from_the_ranks_generator() -> Iterator[None]:
     """Hidden states, which all ranks hold, are dropped from generators that ranks seed differently, from step 1 on."""
 

@@ -39,13 +39,9 @@ def _moments(optimizer: Any) -> Iterator[torch.Tensor]:
 
 
 @bug(
-    "resumed *",
-    layout=TP1,
-    resume=2,
-    kind="resumed moments",
-    **FOUR,
+    "resumed *", layout=TP1, resume=2, kind="resumed moments", **FOUR,
     source="https://github.com/p-doom/jasmine/issues/17",
-)
+)  # fmt: skip
 def moments_not_restored() -> Iterator[None]:
     """Adam's moments begin at zero."""
 
@@ -58,13 +54,9 @@ def moments_not_restored() -> Iterator[None]:
 
 
 @bug(
-    "resumed *",
-    layout=TP2,
-    resume=2,
-    kind="resumed moments",
-    **FOUR,
+    "resumed *", layout=TP2, resume=2, kind="resumed moments", **FOUR,
     source="https://github.com/vllm-project/speculators/pull/899",
-)
+)  # fmt: skip
 def moments_saved_in_bf16() -> Iterator[None]:
     """Adam's moments come back rounded to bf16."""
 
@@ -77,13 +69,9 @@ def moments_saved_in_bf16() -> Iterator[None]:
 
 
 @bug(
-    "resumed *",
-    layout=TP1,
-    resume=2,
-    kind="resumed main parameters",
-    **FOUR,
+    "resumed *", layout=TP1, resume=2, kind="resumed main parameters", **FOUR,
     source="https://github.com/TensorAuto/OpenTau/issues/185",
-)
+)  # fmt: skip
 def main_parameters_rebuilt_from_rounded_weights() -> Iterator[None]:
     """Main parameters are the model's bf16 weights, widened."""
 
@@ -96,13 +84,9 @@ def main_parameters_rebuilt_from_rounded_weights() -> Iterator[None]:
 
 
 @bug(
-    "settings *step*",
-    layout=TP1,
-    resume=2,
-    kind="resumed step counts",
-    **FOUR,
+    "settings *step*", layout=TP1, resume=2, kind="resumed step counts", **FOUR,
     source="https://github.com/TrenTorch/TrenTorch/pull/187",
-)
+)  # fmt: skip
 def step_count_not_restored() -> Iterator[None]:
     """Adam's bias correction counts from zero."""
 
@@ -116,13 +100,9 @@ def step_count_not_restored() -> Iterator[None]:
 
 
 @bug(
-    "settings lr*",
-    layout=TP2,
-    resume=2,
-    kind="resumed schedule",
-    **FOUR,
+    "settings lr*", layout=TP2, resume=2, kind="resumed schedule", **FOUR,
     source="https://github.com/verl-project/verl/issues/7953",
-)
+)  # fmt: skip
 def schedule_begins_anew() -> Iterator[None]:
     """The learning rate warms up again."""
 
@@ -134,8 +114,9 @@ def schedule_begins_anew() -> Iterator[None]:
 
 
 @bug(
-    "input *", layout=TP1, resume=2, kind="resumed data", **FOUR, source="https://github.com/paiml/entrenar/issues/294"
-)
+    "input *", layout=TP1, resume=2, kind="resumed data", **FOUR,
+    source="https://github.com/paiml/entrenar/issues/294",
+)  # fmt: skip
 def data_begin_anew() -> Iterator[None]:
     """The samples are those of the run's first steps."""
 

@@ -33,8 +33,7 @@ def with_groups(change: Callable[[dict[str, Any]], None]) -> Any:
 
 
 @bug(
-    "settings lr*", layout=TP2, kind="learning rate",
-    source="https://github.com/NVIDIA/Megatron-LM/issues/1138",
+    "settings lr*", layout=TP2, kind="learning rate", source="https://github.com/NVIDIA/Megatron-LM/issues/1138",
 )  # fmt: skip
 def learning_rate_one_percent_too_high() -> Iterator[None]:
     """All parameters are updated with 1.01 times the learning rate."""
@@ -42,9 +41,7 @@ def learning_rate_one_percent_too_high() -> Iterator[None]:
         yield
 
 
-@bug(
-    "settings lr*", layout=TP2, kind="schedule", source="https://github.com/THUDM/slime/pull/1547",
-)  # fmt: skip
+@bug("settings lr*", layout=TP2, kind="schedule", source="https://github.com/THUDM/slime/pull/1547")
 def schedule_one_step_ahead() -> Iterator[None]:
     """The learning rate is that of the step after."""
 
@@ -145,11 +142,9 @@ def optimizer_misses_query_and_key_norms() -> Iterator[None]:
 
 
 @bug(
-    "settings *final_layernorm*",
-    layout=TP2,
-    kind="frozen parameters",
+    "settings *final_layernorm*", layout=TP2, kind="frozen parameters",
     source="https://github.com/pytorch/torchtitan/issues/3885",
-)
+)  # fmt: skip
 def final_norm_frozen() -> Iterator[None]:
     """The final norm does not require gradients."""
 
@@ -185,12 +180,9 @@ def gradients_not_clipped() -> Iterator[None]:
 
 
 @bug(
-    "settings *step*",
-    layout=TP2,
-    kind="step counts",
-    dtype="fp32",
+    "settings *step*", layout=TP2, kind="step counts", dtype="fp32",
     source="https://github.com/TrenTorch/TrenTorch/pull/187",
-)
+)  # fmt: skip
 def step_count_begins_at_ten() -> Iterator[None]:
     """Adam's bias correction counts from ten, as if the moments had been averaged before."""
 
@@ -225,8 +217,8 @@ def attention_scale_a_thousandth_off() -> Iterator[None]:
 
 
 @bug(
-    "settings activation_func*", "in *.linear_fc2", "out *.linear_fc2", layout=TP2, model=GPT2, kind="activation function",
-    source="https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/4661",
+    "settings activation_func*", "in *.linear_fc2", "out *.linear_fc2", layout=TP2, model=GPT2,
+    kind="activation function", source="https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/4661",
 )  # fmt: skip
 def gelu_by_tanh() -> Iterator[None]:
     """The activation is GELU's tanh approximation, where the exact function was asked for."""
@@ -260,8 +252,10 @@ def rotary_base_of_another_model() -> Iterator[None]:
         yield
 
 
-@bug("settings *sharded*", "settings *partition*", "settings *tensor_model_parallel*", layout=TP2, optimizer=TIGHT, kind="sharding marks",
-     source="https://github.com/NVIDIA/Megatron-LM/issues/7452")  # fmt: skip
+@bug(
+    "settings *sharded*", "settings *partition*", "settings *tensor_model_parallel*", layout=TP2, optimizer=TIGHT,
+    kind="sharding marks", source="https://github.com/NVIDIA/Megatron-LM/issues/7452",
+)  # fmt: skip
 def sharded_weight_not_marked() -> Iterator[None]:
     """The MLP's second weights are cut over ranks but not marked so: rank 0's part alone enters the gradient norm."""
 
@@ -274,8 +268,10 @@ def sharded_weight_not_marked() -> Iterator[None]:
         yield
 
 
-@bug("settings *sharded*", "settings *tensor_model_parallel*", layout=TP2, optimizer=TIGHT, kind="sharding marks",
-     source="https://github.com/ROCm/TransformerEngine/pull/715")  # fmt: skip
+@bug(
+    "settings *sharded*", "settings *tensor_model_parallel*", layout=TP2, optimizer=TIGHT, kind="sharding marks",
+    source="https://github.com/ROCm/TransformerEngine/pull/715",
+)  # fmt: skip
 def whole_weight_marked_as_sharded() -> Iterator[None]:
     """Norms, which every rank has whole, are marked as cut: each rank's copy enters the gradient norm."""
 
@@ -289,14 +285,9 @@ def whole_weight_marked_as_sharded() -> Iterator[None]:
 
 
 @bug(
-    "settings dropout*",
-    "settings p *",
-    "settings *dropout*",
-    "mask *",
-    layout=TP2,
-    model={**QWEN3, "dropout": 0.1},
+    "settings dropout*", "settings p *", "settings *dropout*", "mask *", layout=TP2, model={**QWEN3, "dropout": 0.1},
     kind="dropout probability",
-)
+)  # fmt: skip
 def dropout_probability_of_another_run() -> Iterator[None]:
     """A fifth of the hidden elements is dropped, where it should be a tenth."""
 

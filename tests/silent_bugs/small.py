@@ -101,8 +101,9 @@ def gradient_of_one_head_off() -> Iterator[None]:
 
 
 @bug(
-    "state.exp_avg*", layout=TP2, kind="moments in bf16", source="https://github.com/vllm-project/speculators/pull/899"
-)
+    "state.exp_avg*", layout=TP2, kind="moments in bf16",
+    source="https://github.com/vllm-project/speculators/pull/899",
+)  # fmt: skip
 def moments_kept_in_bf16() -> Iterator[None]:
     """After every step Adam's moments are rounded to bf16."""
 
@@ -121,13 +122,9 @@ def moments_kept_in_bf16() -> Iterator[None]:
 
 
 @bug(
-    "state.main *",
-    "update *",
-    "weight *",
-    layout=TP2,
-    kind="main parameters",
+    "state.main *", "update *", "weight *", layout=TP2, kind="main parameters",
     source="https://github.com/TensorAuto/OpenTau/issues/185",
-)
+)  # fmt: skip
 def main_parameters_rebuilt_at_every_step() -> Iterator[None]:
     """Every step begins from the rounded weights: what an update leaves below bf16 is lost."""
 
@@ -161,11 +158,9 @@ def one_update_too_large() -> Iterator[None]:
 
 
 @bug(
-    "grad *",
-    layout={"tp": 2, "dp": 2},
-    kind="another group",
+    "grad *", layout={"tp": 2, "dp": 2}, kind="another group",
     source="https://github.com/ByteDance-Seed/VeOmni/pull/1115",
-)
+)  # fmt: skip
 def gradients_reduced_over_the_tensor_parallel_group() -> Iterator[None]:
     """Gradients are summed over tensor parallelism, where data parallelism is due."""
 
@@ -194,8 +189,10 @@ def norm_gradients_reduced_over_the_data_parallel_group() -> Iterator[None]:
         yield
 
 
-@bug("clip gradient *", layout={"tp": 2, "dp": 2}, distributed_optimizer=True, optimizer=TIGHT, kind="another group",
-     source="https://github.com/NVIDIA/Megatron-LM/pull/5916")  # fmt: skip
+@bug(
+    "clip gradient *", layout={"tp": 2, "dp": 2}, distributed_optimizer=True, optimizer=TIGHT, kind="another group",
+    source="https://github.com/NVIDIA/Megatron-LM/pull/5916",
+)  # fmt: skip
 def norm_over_the_data_parallel_group_only() -> Iterator[None]:
     """The gradient norm is summed over data parallelism alone: a tensor-parallel rank's is of its own shards."""
 
@@ -209,8 +206,10 @@ def norm_over_the_data_parallel_group_only() -> Iterator[None]:
         yield
 
 
-@bug("grad embedding.word_embeddings.weight", layout=PP2, model={**QWEN3, "tied": True}, kind="tied embeddings over a pipeline",
-     source="https://github.com/NVIDIA/Megatron-LM/issues/844")  # fmt: skip
+@bug(
+    "grad embedding.word_embeddings.weight", layout=PP2, model={**QWEN3, "tied": True},
+    kind="tied embeddings over a pipeline", source="https://github.com/NVIDIA/Megatron-LM/issues/844",
+)  # fmt: skip
 def tied_gradients_not_summed_over_stages() -> Iterator[None]:
     """First and last stage each update their copy of the tied embedding with their own gradient."""
     with replaced(FINALIZE, "_allreduce_word_embedding_grads", lambda *args, **kwargs: None):
@@ -277,11 +276,9 @@ def output_weights_not_scaled_by_depth() -> Iterator[None]:
 
 
 @bug(
-    "start *layernorm.weight",
-    layout=TP2,
-    kind="initial weights",
+    "start *layernorm.weight", layout=TP2, kind="initial weights",
     source="https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/5396",
-)
+)  # fmt: skip
 def norm_weights_begin_at_zero() -> Iterator[None]:
     """The final norm's weight begins at nearly 0, as if it were centered there."""
 
@@ -323,8 +320,10 @@ def data_parallel_ranks_drift_apart() -> Iterator[None]:
         yield
 
 
-@bug("out *.core_attention", "out *.scale_mask_softmax", layout=TP2, model={**QWEN3, "num_query_groups": 4}, kind="key and value heads",
-     source="https://github.com/onnx/onnx/pull/7274")  # fmt: skip
+@bug(
+    "out *.core_attention", "out *.scale_mask_softmax", layout=TP2, model={**QWEN3, "num_query_groups": 4},
+    kind="key and value heads", source="https://github.com/onnx/onnx/pull/7274",
+)  # fmt: skip
 def keys_and_values_tiled_not_repeated() -> Iterator[None]:
     """Key and value heads are laid out as 0 1 0 1 for query heads that need 0 0 1 1."""
 
@@ -366,12 +365,9 @@ def gradients_communicated_in_bf16() -> Iterator[None]:
 
 
 @bug(
-    "grad *",
-    layout=TP2,
-    micro_batch_size=1,
-    kind="microbatches",
+    "grad *", layout=TP2, micro_batch_size=1, kind="microbatches",
     source="https://github.com/TrenTorch/TrenTorch/pull/187",
-)
+)  # fmt: skip
 def last_microbatch_counts_double() -> Iterator[None]:
     """The last microbatch's gradient counts once more than the others'."""
 

@@ -110,9 +110,7 @@ def enable_patches(config: RunConfig) -> list[dict[str, Any]]:
     return [dataclasses.asdict(row) for row in patches.status()]
 
 
-def traced(
-    config: RunConfig, pieces: Sequence[torch.nn.Module], step: int
-) -> contextlib.AbstractContextManager[None]:
+def traced(config: RunConfig, pieces: Sequence[torch.nn.Module], step: int) -> contextlib.AbstractContextManager[None]:
     """The recording of the steps that the run file names, into `trace` in the output."""
     if config.trace is None:
         return contextlib.nullcontext()

@@ -4,10 +4,10 @@
 
 A tensor's estimate is the largest distance of these from A. Of the coherent distance, which all three may happen to
 have little of, it is the root mean square over all nudged runs, layers and steps that a tensor of its role is in, and
-at least what independent roundings leave. The gradient norm is one float32 sum over everything, which
-misses 1e-5 of a million elements on a CPU: nudged runs clip otherwise by as much as it misses of their own gradients,
-and where B's coefficient is off by no more than rounding, its optimizer's state and updates may be off by that, too, and
-all that follows by as much more than in the nudged runs as B's coefficient is off by more than theirs.
+at least what independent roundings leave. The gradient norm is one float32 sum over everything, which misses 1e-5 of a
+million elements on a CPU: nudged runs clip otherwise by as much as it misses of their own gradients. Where B's
+coefficient is off by no more than rounding, its optimizer's state and updates may be off by that, too, and all that
+follows by as much more than in the nudged runs as B's coefficient is off by more than theirs.
 
 What a norm's bias gradient misses is no rounding of single numbers: torch's own kernel adds bfloat16 on a CPU, and is
 percents off where the batch is long. It is measured by adding the gradient of the norm's output, which is recorded.
@@ -29,6 +29,7 @@ from tpcheck.trace.compare.metrics import Blocks, Distance, distance
 from tpcheck.trace.compare.reader import Key, Logical, Trace
 from tpcheck.trace.compare.sign_flips import sign_flip_distance
 from tpcheck.trace.module_names import role_of
+from tpcheck.trace.record.noise import REDRAWN
 
 __all__ = ["GRADIENT_NORM", "ROUNDING", "Estimate", "open_noise", "open_trace"]
 
@@ -163,7 +164,7 @@ class Estimate:
         past = Distance(0.0, 0.0) if earlier.kind == "start" else self.of(earlier, w)
         # An update is at most in proportion to the gradients, so that another clip coefficient scales it no more.
         update = distance(w, after)
-        scaled = Distance(*(self.clipped * one for one in (update.overall, update.peak)))
+        scaled = Distance(self.clipped * update.overall, self.clipped * update.peak)
         every = (turned, past, scaled)
         return Distance(max(one.overall for one in every), max(one.peak for one in every))
 
@@ -198,10 +199,12 @@ def open_trace(path: Path) -> Trace:
     return Trace(path / TRACE if (path / TRACE).is_dir() else path)
 
 
-def open_noise(path: Path, reference: Trace) -> list[Trace]:
-    """The traces of the reference at `path` run again, nudged: its folders `noise-1`, `noise-2` …"""
+def open_noise(path: Path, reference: Trace, redrawn: bool = False) -> list[Trace]:
+    """The traces of the reference at `path` run again, nudged: its folders `noise-1`, `noise-2` …; those that drop
+    other elements, where B does, if there are any."""
     found = sorted(folder for folder in path.glob("noise-*") if folder.is_dir())
     traces = [_open_nudged(folder, path) for folder in found]
+    traces = [trace for trace in traces if (trace.perturb >= REDRAWN) == redrawn]
     seen: set[int] = set()
     for trace in traces:
         if trace.steps != reference.steps or trace.dtype != reference.dtype or trace.sample != reference.sample:

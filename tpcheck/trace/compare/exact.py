@@ -19,7 +19,8 @@ __all__ = ["Finding", "exact_findings"]
 STORED = 2.0**-23  # relative: a number that one side has kept in float32 is the same number
 FIRST = ("group", "requires_grad", "weight_decay", "lr", "steps")
 WORDS = {
-    "lr": "learning rate", "weight_decay": "weight decay", "eps": "epsilon", "betas": "betas", "steps": "count of updates",
+    "lr": "learning rate", "weight_decay": "weight decay", "eps": "epsilon", "betas": "betas",
+    "steps": "count of updates",
     "group": "parameter group", "requires_grad": "whether it is trained", "clip_grad": "clip threshold",
     "sharded": "dimension and stride that it is marked to be cut along",
     "decoupled_weight_decay": "whether weight decay goes past the moments",

@@ -25,13 +25,20 @@ from tpcheck.trace.compare.exact import exact_findings
 from tpcheck.trace.compare.excess import allowed, excess, rounded_too_much
 from tpcheck.trace.compare.layers import together
 from tpcheck.trace.compare.metrics import Distance, Numbers, distance, numbers
-from tpcheck.trace.compare.pairing import aliases, permutation
+from tpcheck.trace.compare.pairing import aliases, dropped_apart, permutation
 from tpcheck.trace.compare.reader import Key, Logical, Trace, encoded
 from tpcheck.trace.compare.shapes import put_straight
+from tpcheck.trace.record.noise import REDRAWN
 
 __all__ = ["judge"]
 
 BEFORE_SOFTMAX = ("start", "resumed", "input", "in", "out", "mask", "again")  # of a step; the model's output is losses
+DROPPED = (
+    "dropout drops other elements in B than in A, as it may where the layouts are two: everything is judged by runs of "
+    "A that drop others, too, so that only errors above dropout's own noise are seen; trace with dropout 0 to see more"
+)
+SHOWN = 8
+RATE_SAFETY = 8.0  # standard deviations of how many elements are dropped
 PARAMETERS = ("grad", "weight", "state")
 
 
@@ -93,9 +100,10 @@ class _Judge:
             order = permutation(self.a.logical(key), self.b.logical(key))
             if order:
                 self.b.orders[step] = order
+                shown = ", ".join(map(str, order[:SHOWN])) + (" …" if len(order) > SHOWN else "")
                 self.result.notes.append(
                     f"step {step}: the global batch's samples are laid over microbatches and ranks in another order in "
-                    f"B, A's {', '.join(map(str, order[:8]))}{' …' if len(order) > 8 else ''}: compared sample by sample"
+                    f"B: A's are there as {shown}; compared sample by sample"
                 )
                 return
 
@@ -159,8 +167,11 @@ class _Judge:
 
     def _mask(self, key: Key, x: Logical, y: Logical, wrong: str) -> tuple[Verdict, str]:
         """What dropout drops; an element that was zero before it says nothing."""
-        differing = bool(((x.bits != y.bits) & (x.bits < 2) & (y.bits < 2)).any())
-        self.redrawn |= differing
+        differing = dropped_apart(x, y)
+        # Nudged runs that drop other elements, too, say what that does.
+        judged = bool(self.estimate.noise) and all(trace.perturb >= REDRAWN for trace in self.estimate.noise)
+        self.redrawn |= differing and not judged
+        wrong = wrong or _rates_apart(x, y)
         wrong = wrong or _same_mask("A", x) or _same_mask("B", y)
         if differing and not wrong and self.layouts_are_one:
             generators = [one[0].get(key.step, {}).get("generators") for one in (self.a.settings, self.b.settings)]
@@ -168,7 +179,10 @@ class _Judge:
             wrong = "other elements are dropped at the same layout" + (
                 "; the random generators are in other states where the step begins: look at what seeds them, and at "
                 "what a resume restores" if known else "")  # fmt: skip
-        return ("suspect" if wrong else "unknown" if differing else "identical"), wrong
+        if differing and judged and DROPPED not in self.result.notes:
+            self.result.notes.append(DROPPED)
+        otherwise: Verdict = "rounding" if judged else "unknown"
+        return ("suspect" if wrong else otherwise if differing else "identical"), wrong
 
     def _pair(self, key: Key) -> tuple[Key, Logical, Logical] | Row | None:
         """Both sides of `key`, and under which name; notes why it cannot be compared, if so."""
@@ -263,6 +277,17 @@ class _Judge:
             verdict: Verdict = "suspect" if why else "rounding"
             return Row(key, x.dtype, x.bits.shape, found, expected, excess, verdict, why, apart=apart)
         return None
+
+
+def _rates_apart(x: Logical, y: Logical) -> str:
+    """What is said where one side drops more elements than chance explains."""
+    known = [one.bits[one.bits < 2] for one in (x, y)]
+    rates = [float((one == 1).mean()) if one.size else 0.0 for one in known]
+    mean = (rates[0] + rates[1]) / 2
+    spread = math.sqrt(mean * (1 - mean) * sum(1 / max(one.size, 1) for one in known))
+    if abs(rates[0] - rates[1]) <= RATE_SAFETY * spread:
+        return ""
+    return f"{rates[1]:.1%} of the elements are dropped in B, {rates[0]:.1%} in A: another dropout probability"
 
 
 def _same_mask(side: str, mask: Logical) -> str:

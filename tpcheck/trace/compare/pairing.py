@@ -8,7 +8,7 @@ import numpy as np
 
 from tpcheck.trace.compare.reader import Key, Logical, Trace
 
-__all__ = ["aliases", "permutation"]
+__all__ = ["aliases", "dropped_apart", "drops_otherwise", "permutation"]
 
 
 def aliases(a: Trace, b: Trace) -> Iterator[tuple[Key, tuple[Key, Key, Key]]]:
@@ -44,3 +44,20 @@ def permutation(a: Logical | str, b: Logical | str) -> list[int]:
             return []
         order.append(found.pop(0))
     return order
+
+
+def drops_otherwise(a: Trace, b: Trace) -> bool:
+    """Whether B's dropout drops other elements than A's, as it may where the layouts are two."""
+    if a.layout == b.layout:
+        return False
+    for key in a.order:
+        if key.kind == "mask" and key in b.records:
+            x, y = a.logical_or_none(key), b.logical_or_none(key)
+            if x is not None and y is not None and x.bits.shape == y.bits.shape and dropped_apart(x, y):
+                return True
+    return False
+
+
+def dropped_apart(x: Logical, y: Logical) -> bool:
+    """Whether two masks differ; an element that was zero before dropout (2) says nothing."""
+    return bool(((x.bits != y.bits) & (x.bits < 2) & (y.bits < 2)).any())

@@ -36,8 +36,8 @@ def put_straight(a: Trace, b: Trace, others: list[Trace]) -> Iterator[tuple[str,
 def _words(label: str, tp: int, dim: int, apart: bool) -> str:
     if apart:
         return (
-            f"in {label} the {tp} tensor-parallel ranks hold parts of it along dimension {dim}, and it is not marked so "
-            "(tensor_model_parallel): rank 0's part alone enters the gradient norm and the checkpoint"
+            f"in {label} the {tp} tensor-parallel ranks hold parts of it along dimension {dim}, and it is not marked "
+            "so (tensor_model_parallel): rank 0's part alone enters the gradient norm and the checkpoint"
         )
     return (
         f"in {label} it is marked as cut along dimension {dim} (tensor_model_parallel), while each of the {tp} "

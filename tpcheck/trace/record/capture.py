@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from tpcheck.trace.module_names import norm_of
 from tpcheck.trace.record.chunks import Chunk, chunks_of
 from tpcheck.trace.record.deepspeed import engine_of
-from tpcheck.trace.record.noise import Nudge, nudge, spawn
+from tpcheck.trace.record.noise import REDRAWN, Nudge, nudge, redrawn, spawn
 from tpcheck.trace.record.outputs import Watch, replaced
 from tpcheck.trace.record.parameters import Parameters
 from tpcheck.trace.record.rules import Batch, Rules
@@ -197,7 +197,8 @@ class Capture:
 
         def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
             zero = input.detach() == 0
-            answer = original(input, p, training, inplace)
+            again = p and training and self.options.perturb >= REDRAWN
+            answer = self._dropped(input, p) if again else original(input, p, training, inplace)
             if p and training and self.running and self.wanted:
                 name = f"{self.inside[-1] if self.inside else 'model'} dropout"
                 # 0 kept, 1 dropped, 2 was zero before, so that nothing can be seen
@@ -208,6 +209,12 @@ class Capture:
 
         torch.nn.functional.dropout = dropout
         self.undo.append(lambda: setattr(torch.nn.functional, "dropout", original))
+
+    def _dropped(self, x: torch.Tensor, p: float) -> torch.Tensor:
+        """Dropout as only this nudged run draws it; recomputation draws it again."""
+        name = self.inside[-1] if self.inside else "model"
+        call = self._call("drawn" if self.running else "drawn again", name)
+        return redrawn(x, p, spawn(self.options.perturb, self.step, self.microbatch, "dropout", name, call))
 
     def _enter(self, label: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: Any) -> None:
@@ -245,11 +252,13 @@ class Capture:
     def _on_input(self, label: str) -> Callable[..., Any]:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             x = args[0] if args else None
-            if self.wanted and self.running and isinstance(x, torch.Tensor) and not _known(x, self.batch):
-                if self.rules.is_cut_input(label, module, x):  # such as what an activation function gives
-                    self._record("in", label, self.rules.input(label, module, x, self.batch), self.batch,
-                                 self._call("in", label))  # fmt: skip
-            if not (self.wanted and isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled()):
+            if not (self.wanted and isinstance(x, torch.Tensor)):
+                return None
+            # Such as what an activation function gives, which is no module's output.
+            if self.running and not _known(x, self.batch) and self.rules.is_cut_input(label, module, x):
+                shards = self.rules.input(label, module, x, self.batch)
+                self._record("in", label, shards, self.batch, self._call("in", label))
+            if not (x.requires_grad and torch.is_grad_enabled()):
                 return None
             call = self._call("din", label)
             record = self._gradient_recorder("din", label, module, self.batch, call)

@@ -78,10 +78,9 @@ class Parameters:
             self.settings.parameter(name, requires_grad=parameter.requires_grad, **marks)
         for name, _, updated in self._updated_by(optimizer):
             self.settings.parameter(name, group=self.settings.group(optimizer, groups[id(updated)]))
-        if not any(is_cut(parameter) for parameter in self.named.values()):
             self.settings.note("all groups", True)
-        scale = getattr(self.rules.config, "grad_scale_func", None)
-        if hasattr(owner := getattr(scale, "__self__", None), "get_loss_scale"):
+        owner: Any = getattr(getattr(self.rules.config, "grad_scale_func", None), "__self__", None)
+        if hasattr(owner, "get_loss_scale"):
             self.settings.note("loss_scale", owner.get_loss_scale())
 
     def _clip(self, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tpcheck.trace.compare.logical import Key
 from tpcheck.trace.compare.metrics import Distance, Numbers
-from tpcheck.trace.compare.reader import Key, Trace
+from tpcheck.trace.compare.reader import Trace
 from tpcheck.trace.module_names import layer_of
 
 __all__ = ["Comparison", "Row", "Verdict"]
@@ -47,7 +48,8 @@ class Comparison:
     """What `judge` found, rows in execution order; `unmapped` says what could not be compared, and why.
 
     `vocabulary` are the sizes that A and B pad theirs to, where they differ; `drawn`, how many parameters start with
-    values that are drawn at random, known where some start otherwise; `notes` are other things to know.
+    values that are drawn at random, known where some start otherwise; `notes` are other things to know; `seeds` is how
+    many nudged runs of A there are.
     """
 
     a: Trace
@@ -57,6 +59,7 @@ class Comparison:
     rows: list[Row] = field(default_factory=list)
     unmapped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    seeds: int = 0
 
     @property
     def first(self) -> Row | None:

@@ -15,8 +15,9 @@ import math
 import numpy as np
 
 from tpcheck.checkpoint.tiling import Array
+from tpcheck.trace.compare.logical import Key, Logical
 from tpcheck.trace.compare.metrics import Numbers
-from tpcheck.trace.compare.reader import Key, Logical, Trace
+from tpcheck.trace.compare.reader import Trace
 
 __all__ = ["adds_up", "explain", "others", "resumed_otherwise"]
 

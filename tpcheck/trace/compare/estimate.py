@@ -9,24 +9,27 @@ million elements on a CPU: nudged runs clip otherwise by as much as it misses of
 coefficient is off by no more than rounding, its optimizer's state and updates may be off by that, too, and all that
 follows by as much more than in the nudged runs as B's coefficient is off by more than theirs.
 
-What a norm's bias gradient misses is no rounding of single numbers: torch's own kernel adds bfloat16 on a CPU, and is
-percents off where the batch is long. It is measured by adding the gradient of the norm's output, which is recorded.
-Where A is a run of `tpcheck train`, missing ones are made here.
+What a norm's gradient misses is no rounding of single numbers: torch's own kernel adds bfloat16 on a CPU, and is
+percents off where the batch is long. It is measured by adding up what is recorded of the norm's output and of its
+gradient. Where A is a run of `tpcheck train`, missing ones are made here.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from tpcheck.checkpoint.tiling import Array
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.files.names import TRACE
+from tpcheck.trace.compare.logical import Key, Logical
 from tpcheck.trace.compare.metrics import Blocks, Distance, distance
-from tpcheck.trace.compare.reader import Key, Logical, Trace
+from tpcheck.trace.compare.reader import Trace
 from tpcheck.trace.compare.sign_flips import sign_flip_distance
 from tpcheck.trace.module_names import role_of
 from tpcheck.trace.record.noise import REDRAWN
@@ -36,6 +39,7 @@ __all__ = ["GRADIENT_NORM", "ROUNDING", "Estimate", "open_noise", "open_trace"]
 # Half a unit in the last place, relative: what storing a number in the dtype costs, whatever was computed.
 ROUNDING = {"bfloat16": 2.0**-9, "float16": 2.0**-12, "float32": 2.0**-24, "float64": 2.0**-53}
 GRADIENT_NORM = 64 * ROUNDING["float32"]
+POWERS = {"grad": 1, "state.exp_avg": 1, "state.exp_avg_sq": 2}  # of a gradient
 LOSS = 4 * ROUNDING["float32"]  # a mean of many float32, taken in another order
 
 
@@ -69,8 +73,7 @@ class Estimate:
             found = [*self.runs(key, a), self._least(key, a)]
             if key.kind in ("weight", "state.main", "update"):
                 found.append(self._turned(key, a))
-            if key.kind == "grad":
-                found += self._kernel(key, a)
+            found += self._kernel(key)
             overall = max(one.overall for one in found)
             # A factor of norms cannot be told where one side may have more rounding in it than the other.
             coherent = max(overall / max(a.bits.size, 1) ** 0.5, overall**2 / 2, self._coherent(key),
@@ -96,7 +99,7 @@ class Estimate:
         """The spread of a common factor, over all that has the role of `key`; its own runs' if that is more."""
         role = key.kind, role_of(key.name)
         if role not in self.common:
-            every = [one.coherent for other in self.roles[role] for one in self.runs(other)]
+            every = [one.coherent for other in self.roles.get(role, []) for one in self.runs(other)]
             self.common[role] = _root_mean_square(every)
         return max(self.common[role], _root_mean_square([one.coherent for one in self.runs(key)]))
 
@@ -127,19 +130,44 @@ class Estimate:
         """The median of the absolute values."""
         return distance(a, replace(a, bits=np.zeros_like(a.bits))).median
 
-    def _kernel(self, key: Key, a: Logical) -> Iterator[Distance]:
-        """What the gradient of a norm's bias is off by from the sum that it should be."""
-        module = key.name.removesuffix(".bias")
-        if module == key.name or "norm" not in module.rpartition(".")[2] or a.bits.ndim != 1:
+    def _kernel(self, key: Key) -> Iterator[Distance]:
+        """What a norm's gradients, and what follows from them, are off by from the sums that they should be."""
+        power = POWERS.get(key.kind)
+        module, _, which = key.name.rpartition(".")
+        if power is None or "norm" not in module.rpartition(".")[2] or which not in ("weight", "bias"):
             return
-        handed = self.reference.logical_or_none(Key(key.step, "dout", module))
-        if handed is None or handed.bits.shape[-1] != a.bits.shape[0]:
-            return
-        x, due = a.values(), handed.values().reshape(-1, a.bits.shape[0]).sum(0)
-        square = float((due * due).sum())
-        due = due * (float((x * due).sum()) / square if square else 0.0)
-        if float(np.linalg.norm(x - due)) < 0.5 * float(np.linalg.norm(x)):
-            yield replace(distance(a, replace(a, dtype="float64", bits=due.view("<u8"))), blocks=())
+        for step in {key.step} if key.kind == "grad" else {one for one in self.reference.steps if one <= key.step}:
+            due = self._norm_gradient(step, module, which)
+            a = self.reference.logical_or_none(Key(step, "grad", key.name))
+            if due is None or a is None or a.values().shape != due.shape:
+                continue
+            x, square = a.values(), float((due * due).sum())
+            due = due * (float((x * due).sum()) / square if square else 0.0)  # whatever all gradients are divided by
+            if float(np.linalg.norm(x - due)) < float(np.linalg.norm(x)) / 2:
+                found = distance(replace(a, dtype="float64", bits=x.view("<u8")),
+                                 replace(a, dtype="float64", bits=due.view("<u8")))  # fmt: skip
+                # That of the gradient, and not of what is made of it, whose elements are of another size.
+                median = found.median if key.kind == "grad" else math.inf
+                yield replace(_times(found, power), median=median, blocks=())
+
+    def _norm_gradient(self, step: int, module: str, which: str) -> Array | None:
+        """Σ dy of a norm's bias, Σ dy·(y - bias)/weight of its weight, over all tokens."""
+        held = {kind: self.reference.logical_or_none(Key(step, kind, module)) for kind in ("out", "dout")}
+        y, dy = (one.values() if one is not None else None for one in held.values())
+        if dy is None or which == "bias":
+            return None if dy is None else np.asarray(dy.reshape(-1, dy.shape[-1]).sum(0))
+        gamma, beta = (self._parameter(step, f"{module}.{name}") for name in ("weight", "bias"))
+        if y is None or gamma is None or not gamma.all() or gamma.shape != y.shape[-1:]:
+            return None
+        normed = (y - (0.0 if beta is None else beta)) / gamma
+        return np.asarray((dy * normed).reshape(-1, dy.shape[-1]).sum(0))
+
+    def _parameter(self, step: int, name: str) -> Array | None:
+        """What a step begins with."""
+        for key in (Key(step - 1, "weight", name), Key(step, "start", name)):
+            if (found := self.reference.logical_or_none(key)) is not None:
+                return found.values()
+        return None
 
     def _turned(self, key: Key, a: Logical) -> Distance:
         """What nudged runs too few to show it may do to an updated weight."""

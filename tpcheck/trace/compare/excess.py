@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tpcheck.checkpoint.tiling import Array
+from tpcheck.trace.compare.logical import Key, Logical
 from tpcheck.trace.compare.metrics import Blocks, Distance, Numbers
-from tpcheck.trace.compare.reader import Key, Logical
 
 __all__ = ["Excess", "allowed", "excess", "limit", "rounded_too_much"]
 

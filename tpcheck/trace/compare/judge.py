@@ -24,9 +24,10 @@ from tpcheck.trace.compare.estimate import GRADIENT_NORM, ROUNDING, Estimate
 from tpcheck.trace.compare.exact import exact_findings
 from tpcheck.trace.compare.excess import allowed, excess, rounded_too_much
 from tpcheck.trace.compare.layers import together
+from tpcheck.trace.compare.logical import Key, Logical, encoded
 from tpcheck.trace.compare.metrics import Distance, Numbers, distance, numbers
 from tpcheck.trace.compare.pairing import aliases, dropped_apart, permutation
-from tpcheck.trace.compare.reader import Key, Logical, Trace, encoded
+from tpcheck.trace.compare.reader import Trace
 from tpcheck.trace.compare.shapes import put_straight
 from tpcheck.trace.record.noise import REDRAWN
 
@@ -52,7 +53,7 @@ class _Judge:
 
     def __init__(self, a: Trace, b: Trace, estimate: Estimate, vocabulary: tuple[int, int] | None) -> None:
         self.a, self.b, self.estimate = a, b, estimate
-        self.result = Comparison(a, b, vocabulary)
+        self.result = Comparison(a, b, vocabulary, seeds=len(estimate.noise))
         self.redrawn = False  # B drops other elements than A, or starts from other weights: nothing after can agree
         self.started = self.softmaxed = False  # past the initial weights; past a softmax over another vocabulary
         self.shapes = dict(put_straight(a, b, list(estimate.noise)))
@@ -151,7 +152,8 @@ class _Judge:
         if self.redrawn:
             return row("suspect" if wrong else "unknown", wrong)
         # What a run starts from has not been computed, so that no nudged run is needed to tell.
-        expected = self.estimate.of(key, x) if self.estimate or key.kind == "start" else None
+        of = self.aliases[key][1] if key in self.aliases else key
+        expected = self.estimate.of(of, x) if self.estimate or key.kind == "start" else None
         over = excess(key, found, apart, expected, len(self.estimate.noise))
         if over.value <= 1 and not wrong:
             if key.kind == "clip":

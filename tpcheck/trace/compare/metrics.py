@@ -11,7 +11,7 @@ import numpy as np
 
 from tpcheck.checkpoint.tiling import Array
 from tpcheck.checkpoint.ulp import compare, values
-from tpcheck.trace.compare.reader import Logical
+from tpcheck.trace.compare.logical import Logical
 
 __all__ = ["LEVELS", "Blocks", "Distance", "Numbers", "distance", "numbers"]
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tpcheck.trace.compare.reader import Key, Logical, Trace
+from tpcheck.trace.compare.logical import Key, Logical
+from tpcheck.trace.compare.reader import Trace
 
 __all__ = ["aliases", "dropped_apart", "drops_otherwise", "permutation"]
 

@@ -11,25 +11,24 @@ Nothing is read before it is asked for, and one tensor at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from tpcheck.checkpoint.tiling import Array, Index, Tile, tiles
-from tpcheck.checkpoint.ulp import FLOATS, values
-from tpcheck.checkpoint.unpickle import ITEMSIZE
+from tpcheck.checkpoint.ulp import values
 from tpcheck.errors import TpcheckError
 from tpcheck.files.names import RANK, RECORDS, SETTINGS
+from tpcheck.trace.compare.logical import Box, Key, Logical, encoded, in_a_row, replicas_of, resolved, slices_of
 from tpcheck.trace.compare.tensorfile import tensors
 from tpcheck.trace.record.store import FORMAT, rank_folder
 
-__all__ = ["PHASES", "Key", "Logical", "Replicas", "Trace", "encoded"]
+__all__ = ["PHASES", "Trace"]
 
 Json: TypeAlias = dict[str, Any]
-Box: TypeAlias = tuple[Index, Index]  # offset and size
 OPEN_FILES = 64
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 DESCRIPTION: Json = {"world": int, "tp": int, "dp": int, "dtype": str, "sample": int, "perturb": int,
@@ -38,66 +37,6 @@ RECORD: Json = {"name": str, "kind": str, "step": int, "file": int, "dtype": (st
 # In the order in which a step makes them; what was wrong first is what to look at.
 PHASES = {"start": 0, "resumed": 0, "input": 1, "in": 2, "out": 2, "mask": 2, "loss": 3, "again": 4, "dout": 5,
           "din": 5, "grad": 6, "clip": 7, "state": 8, "update": 9, "weight": 10}  # fmt: skip
-
-
-class Key(NamedTuple):
-    """What a logical tensor is known by in every trace."""
-
-    step: int
-    kind: str
-    name: str
-
-
-@dataclass(frozen=True)
-class Replicas:
-    """Ranks that hold the same box with other values than `first`, and how far from it, in norms, the worst is.
-
-    `add_up`: the sum over all ranks that hold it; where a reduction is missing, that is what it should have been.
-    """
-
-    first: int
-    others: tuple[int, ...]
-    distance: float
-    add_up: Array = field(repr=False, compare=False)
-
-
-@dataclass(frozen=True)
-class Logical:
-    """A tensor as the model has it, as bits; `ranks` says who holds which box, `batch` which dimension is the batch."""
-
-    dtype: str
-    bits: Array
-    ranks: tuple[tuple[int, tuple[slice, ...]], ...]
-    replicas: Replicas | None
-    how: tuple[str, ...]
-    batch: int | None = None
-
-    @property
-    def floats(self) -> bool:
-        return self.dtype in FLOATS
-
-    def narrowed(self, dim: int, size: int) -> Logical:
-        """The first `size` indices along `dim`; ranks that hold none of them are left out."""
-
-        def first(tensor: Array) -> Array:
-            return tensor[(slice(None),) * dim + (slice(size),)]
-
-        clipped = ((rank, (*box[:dim], slice(box[dim].start, min(box[dim].stop, size)), *box[dim + 1 :]))
-                   for rank, box in self.ranks)  # fmt: skip
-        ranks = tuple((rank, box) for rank, box in clipped if box[dim].start < box[dim].stop)
-        replicas = self.replicas and replace(self.replicas, add_up=first(self.replicas.add_up))
-        return replace(self, bits=np.ascontiguousarray(first(self.bits)), ranks=ranks, replicas=replicas)
-
-    def summed(self) -> Logical:
-        """One number, the sum of all."""
-        return replace(self, dtype="float64", bits=np.array([self.values().sum()]).view("<u8"), ranks=(), batch=None)
-
-    def widened(self) -> Logical:
-        """The same numbers as float64, for a comparison with another dtype."""
-        return replace(self, dtype="float64", bits=self.values().view("<u8"))
-
-    def values(self) -> Array:
-        return _numbers(self.bits, self.dtype)
 
 
 class Trace:
@@ -163,8 +102,8 @@ class Trace:
         sides = self._shape(key, shapes.pop())
         batch = sides.index(None) if None in sides else None
         if batch is not None:
-            boxes = _in_a_row(boxes, batch)
-        shape = _resolved(sides, boxes)
+            boxes = in_a_row(boxes, batch)
+        shape = resolved(sides, boxes)
         whole: dict[Box, Array] = {}
         partial = any(record.get("partial") for _, _, record in records) and key.kind in ("din", "dout")
         for place, held in boxes.items():
@@ -175,14 +114,14 @@ class Trace:
             return f"its boxes do not add up to {list(shape)}"
         bits = np.empty(shape, next(iter(whole.values())).dtype)
         for (offset, size), array in whole.items():
-            bits[_slices(offset, size)] = array
+            bits[slices_of(offset, size)] = array
         scale = records[0][2].get("scale", 1.0)
         if scale != 1:
             bits = encoded(values(bits, dtype) * scale, dtype)
-        ranks = tuple((rank, _slices(*place)) for place, held in boxes.items() for rank, _ in held)
+        ranks = tuple((rank, slices_of(*place)) for place, held in boxes.items() for rank, _ in held)
         assumed = any(record.get("assumed") for _, _, record in records)
         unequal = any(array.tobytes() != held[0][1].tobytes() for held in boxes.values() for _, array in held[1:])
-        replicas = None if partial or not unequal else _replicas(boxes, dtype, shape)
+        replicas = None if partial or not unequal else replicas_of(boxes, dtype, shape)
         if assumed and replicas:
             return "how it is cut is not known, and its ranks hold different values"
         found = Logical(dtype, bits, ranks, replicas, tuple(records[0][2]["how"]), batch)
@@ -297,20 +236,6 @@ class Trace:
         return found[name]
 
 
-def _in_a_row(boxes: dict[Box, Any], batch: int) -> dict[Box, Any]:
-    """Boxes, each written at its microbatch's number times its own size, one after the other, whatever their sizes."""
-    sizes = {offset[batch] // size[batch]: size[batch] for offset, size in boxes if size[batch]}
-    starts, start = {}, 0
-    for number in sorted(sizes):
-        starts[number] = start
-        start += sizes[number]
-    return {
-        ((*offset[:batch], starts[offset[batch] // size[batch]], *offset[batch + 1 :]), size): held
-        for (offset, size), held in boxes.items()
-        if size[batch]
-    }
-
-
 def _settings(folder: Path) -> dict[int, Json]:
     """A rank's settings by step; older traces have none."""
     file = folder / SETTINGS
@@ -355,41 +280,3 @@ def _require(found: Json, types: Json, *lists: str) -> None:
         raise TypeError(f"steps is {found['steps']!r}")
     if found.get("world", 1) < 1:
         raise ValueError(f"world is {found['world']}")
-
-
-def _resolved(shape: tuple[int | None, ...], boxes: Iterable[Box]) -> Index:
-    """The logical shape, its batch as long as the boxes reach."""
-    ends = [max(offset[dim] + size[dim] for offset, size in boxes) for dim in range(len(shape))]
-    return tuple(ends[dim] if extent is None else extent for dim, extent in enumerate(shape))
-
-
-def _replicas(boxes: dict[Box, list[tuple[int, Array]]], dtype: str, shape: Index) -> Replicas | None:
-    """Whether the holders of some box disagree; how much they do where they do most."""
-    worst, total = None, np.zeros(shape)
-    for place, held in boxes.items():
-        (first, reference), *rest = held
-        x = _numbers(reference, dtype)
-        total[_slices(*place)] = x + np.sum([_numbers(array, dtype) for _, array in rest], axis=0)
-        others = tuple(sorted({rank for rank, array in rest if array.tobytes() != reference.tobytes()}))
-        if others:
-            norm = np.linalg.norm(x) or 1.0
-            distance = max(float(np.linalg.norm(_numbers(array, dtype) - x) / norm) for _, array in rest)
-            if worst is None or not distance <= worst.distance:
-                worst = Replicas(first, others, distance, total)
-    return worst
-
-
-def _numbers(bits: Array, dtype: str) -> Array:
-    return values(bits, dtype) if dtype in FLOATS else bits.astype(np.float64)
-
-
-def encoded(numbers: Array, dtype: str) -> Array:
-    """The bits of `numbers` rounded to `dtype`."""
-    if dtype != "bfloat16":
-        return numbers.astype(FLOATS[dtype] if dtype != "float16" else "<f2").view(f"<u{ITEMSIZE[dtype]}")
-    bits = numbers.astype("<f4").view("<u4")
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
-
-
-def _slices(offset: Index, size: Index) -> tuple[slice, ...]:
-    return tuple(slice(start, start + length) for start, length in zip(offset, size, strict=True))

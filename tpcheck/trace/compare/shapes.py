@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tpcheck.trace.compare.reader import Key, Trace
+from tpcheck.trace.compare.logical import Key
+from tpcheck.trace.compare.reader import Trace
 
 __all__ = ["put_straight"]
 

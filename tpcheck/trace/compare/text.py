@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 
 from tpcheck.trace.compare.comparison import Comparison, Row
+from tpcheck.trace.compare.limits import Limits, limits
 from tpcheck.trace.compare.reader import Trace
 
-__all__ = ["layout", "lines", "padded", "sentence", "what"]
+__all__ = ["KINDS", "layout", "lines", "padded", "sentence", "what"]
 
 KINDS = {
     "settings": "setting",
@@ -33,6 +34,7 @@ SURER = (
     "strategy=tree, where any difference is one"
 )
 DOUBTFUL = 0.5  # of the limit
+SEEN = ("out", "dout", "grad", "update")
 SHOWN = 24
 NAMED = 3
 
@@ -57,6 +59,8 @@ def lines(comparison: Comparison, *, show_all: bool = False) -> Iterator[str]:
         yield f"not compared  {note}"
     if not show_all and len(comparison.unmapped) > 5:
         yield f"not compared  … and {len(comparison.unmapped) - 5} more"
+    if seen := "; ".join(_seen(one) for one in limits(comparison) if one.kind in SEEN):
+        yield f"would be found  {seen}"
     counts = Counter(row.verdict for row in comparison.rows)
     yield "tensors  " + ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
     if comparison.first_difference:
@@ -104,6 +108,12 @@ def _cannot_tell(comparison: Comparison) -> str:
         "can't tell: the runs differ, and A has no nudged runs to say by how much rounding may: "
         "trace A again into its folders noise-1, noise-2, noise-3 with perturb=1, 2, 3"
     )
+
+
+def _seen(one: Limits) -> str:
+    """A kind's limits, for half of its tensors."""
+    factor = f", or a factor of 1 ± {one.factor[0]:.1g}" if one.factor else ""
+    return f"{KINDS.get(one.kind, one.kind)}s off by {one.any_error[0]:.1g}{factor}"
 
 
 def padded(comparison: Comparison) -> str:

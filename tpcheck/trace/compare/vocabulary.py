@@ -13,7 +13,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from tpcheck.trace.compare.reader import Key, Trace
+from tpcheck.trace.compare.logical import Key
+from tpcheck.trace.compare.reader import Trace
 
 __all__ = ["along_vocabulary", "cut_alike", "padding"]
 

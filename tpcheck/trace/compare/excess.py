@@ -54,16 +54,19 @@ def excess(key: Key, found: Numbers, apart: Distance, expected: Distance | None,
     if expected is None:
         return Excess(0.0)
     times = allowed(found.size, seeds)
+    plain = Excess(
+        max(_over(apart.overall, times * expected.overall), _over(apart.peak, PEAK_SAFETY * times * expected.peak))
+    )
     every = [
-        Excess(_over(apart.overall, times * expected.overall)),
-        Excess(_over(apart.peak, PEAK_SAFETY * times * expected.peak)),
+        plain,
         _median(apart, expected, found.size, seeds),
     ]
     if key.kind not in TURNING:
         every.append(_coherent(apart, expected))
     if key.kind not in (*TURNING, "update"):
         every += [_parts(*one, seeds) for one in zip(apart.blocks, expected.blocks, ("rows", "columns"), strict=False)]
-    return max(every, key=lambda one: one.value)
+    worst = max(every, key=lambda one: one.value)
+    return worst if plain.value <= 1 else Excess(worst.value)  # what anybody sees needs no word of how
 
 
 def limit(expected: Distance, size: int, seeds: int) -> tuple[float, float]:

@@ -121,10 +121,9 @@ def _require_comparable(a: Trace, b: Trace) -> None:
 def _alike(x: tuple[int, ...], y: tuple[int, ...], a: Trace, b: Trace) -> bool:
     """Whether shapes are equal, or but for what tensor parallelism divides."""
     apart = [(one, other) for one, other in zip(x, y, strict=False) if one != other]
-    tps = {a.tp, b.tp}
-    return (
-        len(x) == len(y) and all(max(pair) == min(pair) * tp for pair in apart for tp in tps - {1}) and len(apart) < 2
-    )
+    if len(x) != len(y) or len(apart) > 1:
+        return False
+    return all(any(max(pair) == min(pair) * tp for tp in (a.tp, b.tp)) for pair in apart)
 
 
 def _parameters(trace: Trace) -> dict[str, tuple[int, ...]]:

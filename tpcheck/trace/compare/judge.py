@@ -39,6 +39,7 @@ DROPPED = (
     "A that drop others, too, so that only errors above dropout's own noise are seen; trace with dropout 0 to see more"
 )
 SHOWN = 8
+PADDING_SAFETY = 8.0  # times the share of the vocabulary that one side has more
 RATE_SAFETY = 8.0  # standard deviations of how many elements are dropped
 PARAMETERS = ("grad", "weight", "state")
 
@@ -159,13 +160,23 @@ class _Judge:
             if key.kind == "clip":
                 self.estimate.clips_apart(key, found.relative)
             return row("rounding" if expected else "unknown", "", expected, over.value)
-        if self.softmaxed and not wrong:
+        if self.softmaxed and not wrong and not self._beyond_padding(key, apart):
             return row("other vocabulary", "", expected, over.value)
         why = over.why
         if over.value > 1 and self.result.first is None:
             near = allowed(found.size, len(self.estimate.noise)) * expected.overall if expected else 0.0
             why = "; ".join(filter(None, (over.why, explain(key, x, y, self.a, self.b, found, near))))
         return row("suspect", "; ".join(filter(None, (wrong, why))), expected, over.value)
+
+    def _beyond_padding(self, key: Key, apart: Distance) -> bool:
+        """Whether a loss or gradient of the first step is farther off than the share of the padded logits explains.
+
+        What follows from them in later steps, and an optimizer's state, may be off by any share.
+        """
+        a, b = self.result.vocabulary or (1, 1)
+        explained = PADDING_SAFETY * abs(a - b) / min(a, b)
+        judged = key.kind in ("out", "loss", "dout", "din", "grad") and key.step == min(self.begun)
+        return judged and apart.overall > explained
 
     def _mask(self, key: Key, x: Logical, y: Logical, wrong: str) -> tuple[Verdict, str]:
         """What dropout drops; an element that was zero before it says nothing."""

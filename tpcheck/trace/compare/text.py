@@ -83,7 +83,8 @@ def sentence(comparison: Comparison) -> str:
             text += f" is off by {first.numbers.relative:.2g}, where rounding explains {first.estimate.overall:.1g}"
         return text + (f"; {first.why}" if first.why else "")
     if comparison.other_weights or comparison.verdict == "other vocabulary":
-        return f"not rounding: {'; '.join(_other_runs(comparison))}{left_out}"
+        verdict = "not rounding" if comparison.other_weights else "nothing suspect, though not the same"
+        return f"{verdict}: {'; '.join(_other_runs(comparison))}{left_out}"
     if not comparison.rows:
         return "can't tell: no tensor of one trace could be compared with the other's"
     if comparison.verdict == "unknown":

@@ -78,7 +78,7 @@ class Settings:
             self.step["parameters"].setdefault(name, {}).update(values)
 
     def line(self, step: int) -> str:
-        return json.dumps({"step": step, **self.step, "groups": self.groups}, sort_keys=True)
+        return json.dumps({"step": step, **self.step, "groups": self.groups})
 
 
 def run_settings(config: Any, models: list[torch.nn.Module]) -> dict[str, Any]:

@@ -179,18 +179,32 @@ def table(answers: Iterable[Answer]) -> str:
     clean = [a for a in every if not isinstance(a.case, Bug)]
     lines = [
         f"{sum(a.flagged for a in bugs)} of {len(bugs)} bugs flagged, {sum(a.named for a in bugs)} with the right "
-        f"module first; {sum(a.flagged for a in clean)} of {len(clean)} clean configurations flagged.",
+        f"module first, of {len({a.case.kind for a in bugs})} kinds; {sum(a.flagged for a in clean)} of {len(clean)} "  # type: ignore[attr-defined]
+        "clean configurations flagged.",
         "",
-        "| bug | what is wrong | layout | moves loss, gradients or weights by | first suspect | looks like | source |",
-        "|---|---|---|---|---|---|---|",
+        "| bug | kind | what is wrong | layout | moves loss, gradients or weights by | first suspect | looks like "
+        "| source |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for a in bugs:
         mark = "" if a.named else " (wrong)" if a.flagged else "**missed**"
         link = f"[{_short(a.case.source)}]({a.case.source})" if a.case.source else ""  # type: ignore[attr-defined]
-        cells = (a.case.name, a.case.sentence, _layout(a.case), f"{a.effect:.1e}", a.first_suspect + mark, a.why, link)  # type: ignore[attr-defined]
+        cells = (
+            a.case.name,
+            a.case.kind,
+            a.case.sentence,
+            _layout(a.case),
+            f"{a.effect:.1e}",
+            a.first_suspect + mark,
+            a.why,
+            link,
+        )  # type: ignore[attr-defined]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    lines += ["", "| clean configuration | flagged | first suspect |", "|---|---|---|"]
-    lines += [f"| {a.case.name} | {'**yes**' if a.flagged else 'no'} | {a.first_suspect} |" for a in clean]
+    lines += ["", "| clean configuration | flagged | verdict | nearest to the limit |", "|---|---|---|---|"]
+    lines += [
+        f"| {a.case.name} | {'**yes**, ' + a.first_suspect if a.flagged else 'no'} | {a.verdict} | {a.nearest:.0%} |"
+        for a in clean
+    ]
     return "\n".join(lines) + "\n"
 
 

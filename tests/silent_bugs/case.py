@@ -47,7 +47,7 @@ class Bug(Clean):
             bug is, or what consumes its result directly.
         sentence: what is wrong.
         source: a public report of a bug like it; empty where there is none.
-        kind: what bugs like it have in common, in a few words.
+        kind: what bugs like it have in common, in a few words; the name of the file where nothing is said.
     """
 
     suspects: tuple[str, ...] = ()
@@ -73,8 +73,9 @@ def bug(
     def enter(generator: Callable[[], Iterator[None]]) -> Context:
         inject = contextlib.contextmanager(generator)
         name = generator.__name__.replace("_", " ")
+        where = generator.__module__.rpartition(".")[2]
         sentence = inspect.getdoc(generator) or ""
-        BUGS[name] = Bug(name, layout, settings, world, inject, resume, suspects, sentence, source, kind)
+        BUGS[name] = Bug(name, layout, settings, world, inject, resume, suspects, sentence, source, kind or where)
         return inject
 
     return enter

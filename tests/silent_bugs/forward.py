@@ -124,7 +124,7 @@ def targets_of_other_shards_not_masked() -> Iterator[None]:
         yield
 
 
-@bug("out *.mlp.linear_fc2", layout=TP2, source="https://github.com/NVIDIA/Megatron-LM/issues/360")
+@bug("in *.mlp.linear_fc2", layout=TP2, source="https://github.com/NVIDIA/Megatron-LM/issues/360")
 def gate_and_up_swapped_on_one_rank() -> Iterator[None]:
     """Rank 1 takes the gated layer's up half for its gate."""
     chunk = torch.chunk

@@ -64,7 +64,7 @@ def exact_findings(a: Trace, b: Trace, step: int) -> Iterator[Finding]:
         left, right = (_by_field(part(trace, lines)) for trace, lines in zip((a, b), sides, strict=True))
         order = {field: place for place, field in enumerate(FIRST)}
         for field in sorted(left.keys() & right.keys(), key=lambda field: (order.get(field, len(order)), field)):
-            yield from _in_field(field, left[field], right[field])
+            yield from _in_field(field, left[field], right[field], named=part is _modules)
 
 
 def _run(trace: Trace, lines: list[tuple[int, Any]]) -> Iterator[tuple[str, str, int, Any]]:
@@ -116,7 +116,8 @@ def _by_field(found: Iterator[tuple[str, str, int, Any]]) -> Values:
     return values
 
 
-def _in_field(field: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Finding]:
+def _in_field(field: str, a: Mapping[str, Any], b: Mapping[str, Any], named: bool) -> Iterator[Finding]:
+    """`named`: of modules, the first is named also where all differ."""
     unequal: dict[str, list[str]] = {}
     other: dict[str, tuple[list[str], float]] = {}
     both = [of for of in a if of in b]
@@ -132,12 +133,12 @@ def _in_field(field: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterato
         if not _same(x, y) and not any(of in names for names in unequal.values()):
             other.setdefault(f"{_shown(y)} in B, {_shown(x)} in A", ([], _apart(x, y)))[0].append(of)
     for text, names in unequal.items():
-        yield _finding(field, names, len(both), text, 1.0)
+        yield _finding(field, names, not named and len(both) == len(names), text, 1.0)
     for text, (names, apart) in other.items():
-        yield _finding(field, names, len(both), text, apart)
+        yield _finding(field, names, not named and len(both) == len(names), text, apart)
 
 
-def _finding(field: str, names: list[str], of: int, text: str, apart: float) -> Finding:
+def _finding(field: str, names: list[str], whole: bool, text: str, apart: float) -> Finding:
     word, action = WORDS.get(field, field), ACTIONS.get(field, "")
     whole = (len(names) == of and of > 1) or names == [""]
     listed = "" if whole else ", of " + ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more"

@@ -64,7 +64,10 @@ def excess(key: Key, found: Numbers, apart: Distance, expected: Distance | None,
     if key.kind not in TURNING:
         every.append(_coherent(apart, expected))
     if key.kind not in (*TURNING, "update"):
-        every += [_parts(*one, seeds) for one in zip(apart.blocks, expected.blocks, ("rows", "columns"), strict=False)]
+        every += [
+            _parts(*one, expected.overall, seeds)
+            for one in zip(apart.blocks, expected.blocks, ("rows", "columns"), strict=False)
+        ]
     worst = max(every, key=lambda one: one.value)
     return worst if plain.value <= 1 else Excess(worst.value)  # what anybody sees needs no word of how
 
@@ -106,13 +109,12 @@ def _coherent(apart: Distance, expected: Distance) -> Excess:
     return Excess(_over(apart.coherent, COHERENT_SAFETY * expected.coherent), said)
 
 
-def _parts(found: Blocks, expected: Blocks, what: str, seeds: int) -> Excess:
-    """The worst part, by distance and by common factor."""
+def _parts(found: Blocks, expected: Blocks, what: str, whole: float, seeds: int) -> Excess:
+    """The worst part, by distance and by common factor; `whole` is the noise of the whole tensor, relative."""
     if found.error.shape != expected.error.shape or found.size != expected.size:
         return Excess(0.0)
     times, count = allowed(found.size, seeds), len(found.error)
     noise = np.sqrt(expected.error)  # of each part
-    whole = math.sqrt(float(expected.error.sum()) / max(float(found.square.sum()), 1e-300))
     noise = np.maximum(noise, PART_AT_LEAST * whole * np.sqrt(found.square))
     distances = _each_over(np.sqrt(found.error), PART_SAFETY * times * noise)
     relative = np.divide(noise, np.sqrt(found.square), out=np.full(count, np.inf), where=found.square > 0)

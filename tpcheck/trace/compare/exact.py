@@ -140,7 +140,6 @@ def _in_field(field: str, a: Mapping[str, Any], b: Mapping[str, Any], named: boo
 
 def _finding(field: str, names: list[str], whole: bool, text: str, apart: float) -> Finding:
     word, action = WORDS.get(field, field), ACTIONS.get(field, "")
-    whole = (len(names) == of and of > 1) or names == [""]
     listed = "" if whole else ", of " + ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more"
                                                                     if len(names) > NAMED else "")  # fmt: skip
     return Finding(field, "" if whole else names[0], f"{word}: {text}{listed}{f'; {action}' if action else ''}", apart)

@@ -25,6 +25,7 @@ from tpcheck.config.load import parse_run
 from tpcheck.run.launch import launch
 from tpcheck.run.nudged import make_nudged_runs
 from tpcheck.trace.compare.command import EXIT_CODES, compare
+from tpcheck.trace.compare.comparison import Verdict
 from tpcheck.trace.compare.estimate import open_trace
 from tpcheck.trace.compare.metrics import distance
 from tpcheck.trace.compare.reader import Trace
@@ -54,13 +55,13 @@ class Answer:
     named: bool
     why: str
     effect: float
-    verdict: str = ""
+    verdict: Verdict = "unknown"
     nearest: float = 0.0
     not_compared: int = 0
 
     @property
     def right(self) -> bool:
-        return self.named if isinstance(self.case, Bug) else self.verdict in ("identical", "rounding")
+        return self.named if isinstance(self.case, Bug) else EXIT_CODES[self.verdict] == 0
 
 
 class Benchmark:

@@ -54,6 +54,7 @@ class Estimate:
         self.common: dict[tuple[str, str], float] = {}
         for key in reference.order:
             self.roles.setdefault((key.kind, role_of(key.name)), []).append(key)
+        self.systematic: set[Key] = set()  # tensors that a kernel misses in one direction, in every layer
         self.clipped = GRADIENT_NORM
         self.more, self.since = 1.0, 0  # how much more B clips apart than nudged runs do, from which step on
 
@@ -73,7 +74,9 @@ class Estimate:
             found = [*self.runs(key, a), self._least(key, a)]
             if key.kind in ("weight", "state.main", "update"):
                 found.append(self._turned(key, a))
-            found += self._kernel(key)
+            kernel = list(self._kernel(key))
+            self.systematic |= {key} if kernel else set()
+            found += kernel
             overall = max(one.overall for one in found)
             # A factor of norms cannot be told where one side may have more rounding in it than the other.
             coherent = max(overall / max(a.bits.size, 1) ** 0.5, overall**2 / 2, self._coherent(key),

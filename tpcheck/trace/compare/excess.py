@@ -31,7 +31,7 @@ PART_SAFETY = 2.0  # a worst part of a hundred varies more than a whole
 PART_AT_LEAST = 0.3  # of a tensor's own noise, relative: what a part is taken to have where its own is less
 ENOUGH = 32  # elements, to say that all of them are rounded
 # Kinds that elements turning round dominate: neither parts nor a common factor says anything of them.
-TURNING = ("weight", "state.main", "start")
+TURNING = ("weight", "state.main", "start", "resumed.main")
 
 
 @dataclass(frozen=True)

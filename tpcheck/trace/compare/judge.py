@@ -155,7 +155,7 @@ class _Judge:
         # What a run starts from has not been computed, so that no nudged run is needed to tell.
         of = self.aliases[key][1] if key in self.aliases else key
         expected = self.estimate.of(of, x) if self.estimate or key.kind == "start" else None
-        over = excess(key, found, apart, expected, len(self.estimate.noise))
+        over = excess(of, found, apart, expected, len(self.estimate.noise))
         if over.value <= 1 and not wrong:
             if key.kind == "clip":
                 self.estimate.clips_apart(key, found.relative)

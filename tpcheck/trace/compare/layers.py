@@ -26,7 +26,8 @@ def together(rows: Sequence[Row], estimate: Estimate) -> list[Row]:
     """`rows`, the first of those suspect that are off by one factor together."""
     groups: dict[tuple[str, str], list[int]] = {}
     for place, row in enumerate(rows):
-        if row.verdict in ("rounding", "identical") and row.estimate and row.apart and row.key.kind not in TURNING:
+        usable = row.verdict == "rounding" and row.key.kind not in TURNING and row.key not in estimate.systematic
+        if usable and row.estimate and row.apart:
             for role in {role_of(row.key.name), ""}:
                 groups.setdefault((row.key.kind, role), []).append(place)
     changed = list(rows)

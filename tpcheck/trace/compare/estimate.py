@@ -55,6 +55,7 @@ class Estimate:
         for key in reference.order:
             self.roles.setdefault((key.kind, role_of(key.name)), []).append(key)
         self.systematic: set[Key] = set()  # tensors that a kernel misses in one direction, in every layer
+        self.parted: dict[tuple[str, str], list[float]] = {}
         self.clipped = GRADIENT_NORM
         self.more, self.since = 1.0, 0  # how much more B clips apart than nudged runs do, from which step on
 
@@ -82,7 +83,7 @@ class Estimate:
             coherent = max(overall / max(a.bits.size, 1) ** 0.5, overall**2 / 2, self._coherent(key),
                            *(one.coherent for one in found[len(self.runs(key, a)) :]))  # fmt: skip
             peak, median = (max(getattr(one, name) for one in found) for name in ("peak", "median"))
-            self.known[key] = Distance(overall, peak, coherent, median, 0.0, _largest([*self.runs(key, a)]))
+            self.known[key] = Distance(overall, peak, coherent, median, 0.0, tuple(self._parts(key)))
         more = self.more if self.more > 1 and key.step >= self.since else 1.0
         return _times(self.known[key], more) if more > 1 else self.known[key]
 
@@ -105,6 +106,21 @@ class Estimate:
             every = [one.coherent for other in self.roles.get(role, []) for one in self.runs(other)]
             self.common[role] = _root_mean_square(every)
         return max(self.common[role], _root_mean_square([one.coherent for one in self.runs(key)]))
+
+    def _parts(self, key: Key) -> Iterator[Blocks]:
+        """Part by part the most that nudged runs are off by, and how far a common factor of a part alone spreads."""
+        runs, role = self.runs(key), (key.kind, role_of(key.name))
+        if role not in self.parted:
+            every = [run.blocks for other in self.roles.get(role, []) for run in self.runs(other)]
+            levels = max(map(len, every), default=0)
+            self.parted[role] = [
+                _inflation([one[level] for one in every if len(one) > level]) for level in range(levels)
+            ]
+        for level, held in enumerate(zip(*(one.blocks for one in runs), strict=True)):
+            error = np.max([one.error for one in held], axis=0)
+            independent = _independent(replace(held[0], error=error))
+            more = self.parted[role][level] if level < len(self.parted[role]) else _inflation(held)
+            yield replace(held[0], error=error, scale=max(1.0, more) * independent)
 
     def _least(self, key: Key, a: Logical) -> Distance:
         least, size = ROUNDING.get(a.dtype, 0.0), self._typical(a)
@@ -200,16 +216,20 @@ class Estimate:
         return Distance(max(one.overall for one in every), max(one.peak for one in every))
 
 
-def _largest(ones: Sequence[Distance]) -> tuple[Blocks, ...]:
-    """Part by part: the most that any of them is off by, and the spread of the common factors."""
-    return tuple(
-        replace(
-            held[0],
-            error=np.max([one.error for one in held], axis=0),
-            scale=np.sqrt(np.mean([one.scale**2 for one in held], axis=0)),
-        )
-        for held in zip(*(one.blocks for one in ones), strict=True)
-    )
+def _independent(part: Blocks) -> Array:
+    """How far independent roundings would spread the common factor of each part."""
+    relative = np.sqrt(np.divide(part.error, part.square, out=np.zeros_like(part.error), where=part.square > 0))
+    return np.asarray(relative / part.size**0.5)
+
+
+def _inflation(held: Sequence[Blocks]) -> float:
+    """How much farther nudged runs spread it."""
+    ratios = []
+    for part in held:
+        independent = _independent(part)
+        ratios.append((part.scale[independent > 0] / independent[independent > 0]) ** 2)
+    every = np.concatenate(ratios) if ratios else np.zeros(0)
+    return float(np.sqrt(every.mean())) if every.size else 1.0
 
 
 def _times(one: Distance, more: float) -> Distance:

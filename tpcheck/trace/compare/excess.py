@@ -64,10 +64,7 @@ def excess(key: Key, found: Numbers, apart: Distance, expected: Distance | None,
     if key.kind not in TURNING:
         every.append(_coherent(apart, expected))
     if key.kind not in (*TURNING, "update"):
-        every += [
-            _parts(*one, expected.overall, seeds)
-            for one in zip(apart.blocks, expected.blocks, ("rows", "columns"), strict=False)
-        ]
+        every += [_parts(*one, expected.overall, seeds) for one in zip(apart.blocks, expected.blocks, strict=False)]
     worst = max(every, key=lambda one: one.value)
     return worst if plain.value <= 1 else Excess(worst.value)  # what anybody sees needs no word of how
 
@@ -109,7 +106,7 @@ def _coherent(apart: Distance, expected: Distance) -> Excess:
     return Excess(_over(apart.coherent, COHERENT_SAFETY * expected.coherent), said)
 
 
-def _parts(found: Blocks, expected: Blocks, what: str, whole: float, seeds: int) -> Excess:
+def _parts(found: Blocks, expected: Blocks, whole: float, seeds: int) -> Excess:
     """The worst part, by distance and by common factor; `whole` is the noise of the whole tensor, relative."""
     if found.error.shape != expected.error.shape or found.size != expected.size:
         return Excess(0.0)
@@ -118,18 +115,15 @@ def _parts(found: Blocks, expected: Blocks, what: str, whole: float, seeds: int)
     noise = np.maximum(noise, PART_AT_LEAST * whole * np.sqrt(found.square))
     distances = _each_over(np.sqrt(found.error), PART_SAFETY * times * noise)
     relative = np.divide(noise, np.sqrt(found.square), out=np.full(count, np.inf), where=found.square > 0)
-    independent = relative / math.sqrt(found.size)
-    # How much more than independent roundings leave the nudged runs have, all parts taken together.
-    usable = np.isfinite(independent) & (independent > 0)
-    more = float(np.sqrt(np.mean((expected.scale[usable] / independent[usable]) ** 2))) if usable.any() else 1.0
-    spread = np.maximum(np.maximum(max(1.0, more) * independent, expected.scale), relative**2 / 2)
+    spread = np.maximum(np.maximum(expected.scale, relative / math.sqrt(found.size)), relative**2 / 2)
     factors = _each_over(np.abs(found.scale), COHERENT_SAFETY * spread)
     worst = int(np.argmax(np.maximum(distances, factors)))
     value = float(max(distances[worst], factors[worst]))
     several = int((np.maximum(distances, factors) > 1).sum())
     off = math.sqrt(found.error[worst] / found.square[worst]) if found.square[worst] else math.inf
-    said = f"{what} {worst}/{count} are off by {off:.2g}, a factor of {math.exp(found.scale[worst]):.4g}"
-    return Excess(value, said + (f" ({several} of {count} parts)" if several > 1 else " (this part alone)"))
+    factor = math.exp(found.scale[worst])
+    said = f"part {worst + 1} of {count} is off by {off:.2g}, a factor of {factor:.4g} more than the whole"
+    return Excess(value, said + (f"; so are {several - 1} others" if several > 1 else ""))
 
 
 def _each_over(values: Array, bounds: Array) -> Array:

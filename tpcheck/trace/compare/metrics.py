@@ -18,6 +18,7 @@ __all__ = ["LEVELS", "Blocks", "Distance", "Numbers", "distance", "numbers"]
 LEVELS = (1e-4, 1e-3, 5e-3, 1e-2)
 BLOCK = 1 << 20  # elements widened to float64 at a time
 MOST_BLOCKS, FEWEST = 64, 64  # parts of a tensor; elements of a part
+HALVES = (2, 4, 8)
 MEDIAN_OF = 1 << 20  # elements that a median is taken of, evenly spaced
 
 
@@ -28,7 +29,8 @@ class Blocks:
     Attributes:
         error: squared norm of B - A.
         square: squared norm of A.
-        scale: logarithm of the factor between B's norm and A's.
+        scale: logarithm of the factor between B's norm and A's, over that of the whole tensor; in an estimate, how far
+            rounding spreads it.
         size: elements of a group.
     """
 
@@ -103,7 +105,7 @@ def distance(a: Logical, b: Logical) -> Distance:
         abs(scale),
         _median(a, b),
         scale,
-        tuple(_blocks(by_row, width)) + tuple(_blocks(columns, by_row.shape[1])),
+        (*_blocks(by_row, width, scale), *_blocks(columns, by_row.shape[1], scale)),
     )
 
 
@@ -111,18 +113,20 @@ def _log_scale(error: Any, along: Any, norm: Any) -> Any:
     """½·log(|B|²/|A|²), from |B - A|², <A, B - A> and |A|²."""
     with np.errstate(divide="ignore", invalid="ignore"):
         change = np.where(norm > 0, (2 * along + error) / np.where(norm > 0, norm, 1.0), 0.0)
-        return 0.5 * np.log1p(np.maximum(change, -1 + 1e-300))
+        return 0.5 * np.log1p(np.maximum(change, -1 + 1e-15))
 
 
-def _blocks(sums: Array, each: int) -> Iterator[Blocks]:
-    """`sums` [3, n] of n rows, or columns, of `each` elements, put together to at most `MOST_BLOCKS` of them."""
+def _blocks(sums: Array, each: int, whole: float) -> Iterator[Blocks]:
+    """`sums` [3, n] of n rows, or columns, of `each` elements, put together to halves, quarters … as ranks have them,
+    and to at most `MOST_BLOCKS` parts. `whole` is the factor of the whole tensor, of which theirs are counted."""
     count = sums.shape[1]
-    groups = min(MOST_BLOCKS, count, count * each // FEWEST)
-    while groups > 1 and count % groups:
-        groups -= 1
-    if groups > 1:
-        error, along, norm = sums.reshape(3, groups, -1).sum(2)
-        yield Blocks(error, norm, _log_scale(error, along, norm), each * (count // groups))
+    most = min(MOST_BLOCKS, count, count * each // FEWEST)
+    while most > 1 and count % most:
+        most -= 1
+    for groups in sorted({most, *(few for few in HALVES if few < most and not count % few)}):
+        if groups > 1:
+            error, along, norm = sums.reshape(3, groups, -1).sum(2)
+            yield Blocks(error, norm, _log_scale(error, along, norm) - whole, each * (count // groups))
 
 
 def _median(a: Logical, b: Logical) -> float:

@@ -76,13 +76,13 @@ def all_gradients_a_thousandth_too_small() -> Iterator[None]:
         yield
 
 
-@bug("grad *", layout=TP2, kind="all gradients, by a thousandth")
-def gradients_of_all_layers_two_thousandths_too_large() -> Iterator[None]:
-    """The gradients of all matrices in the layers are 1.004 times what they should be."""
+@bug("grad *", layout=TP2, kind="all gradients, by percents")
+def gradients_of_all_layers_three_percent_too_large() -> Iterator[None]:
+    """The gradients of all matrices in the layers are 1.03 times what they should be."""
 
     def scale(name: str, parameter: Any) -> None:
         if "layers." in name and parameter.dim() == 2:
-            parameter.main_grad.mul_(1.004)
+            parameter.main_grad.mul_(1.03)
 
     with finalized(scale):
         yield

@@ -188,7 +188,7 @@ def _along(x: Array, y: Array) -> str:
         if len(error) < 4 or not error.any():
             continue
         held = np.flatnonzero(error > error.max() / 100)
-        if len(held) <= len(error) / 4:
+        if len(held) <= np.count_nonzero(square) / 4:
             span = f"{held[0]}" if len(held) == 1 else f"{held[0]} to {held[-1]}"
             off = math.sqrt(error[held].sum() / max(square[held].sum(), 1e-300))
             return f"only {len(held)} of {len(error)} indices along dimension {dim} are off, {span}, by {off:.2g}"

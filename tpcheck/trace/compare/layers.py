@@ -1,4 +1,5 @@
-"""A common factor over all layers and steps, where each tensor's own is within what rounding explains.
+"""A common factor over all layers and steps, of whole tensors or of one part of each, where each tensor's own is within
+what rounding explains.
 
 factor of each tensor, in units of its spread   z₁ … zₙ     mean z·√n: rounding's averages out, a bug's does not
 the same of every nudged run                                by how much more than independent ones theirs do
@@ -7,7 +8,7 @@ the same of every nudged run                                by how much more tha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,15 +35,31 @@ def together(rows: Sequence[Row], estimate: Estimate) -> list[Row]:
     for (kind, role), places in groups.items():
         if len(places) < FEWEST or kind in ("clip", "loss"):
             continue
-        mean, spread = _mean([rows[place] for place in places], estimate)
-        if abs(mean) > COHERENT_SAFETY * spread:
-            first = places[0]
-            of = f"all {len(places)} tensors of this role" if role else f"all {len(places)} tensors of this kind"
-            why = f"{of} are a factor of {math.exp(mean):.6g} off together, where rounding explains 1 ± {spread:.1g}"
-            if changed[first].verdict != "suspect":
-                over = abs(mean) / (COHERENT_SAFETY * spread)
-                changed[first] = replace(changed[first], verdict="suspect", why=why, excess=over)
+        group = [rows[place] for place in places]
+        found = [("", *_mean(group, estimate)), *(_of_parts(group) if role and kind != "update" else ())]
+        part, mean, spread = max(found, key=lambda one: abs(one[1]) / one[2])
+        over = abs(mean) / (COHERENT_SAFETY * spread)
+        if over > 1 and changed[places[0]].verdict != "suspect":
+            of = f"{part}all {len(places)} tensors of this {'role' if role else 'kind'}"
+            more = " more than the rest of them" if part else ""
+            factor = f"a factor of {math.exp(mean):.6g} off together{more}"
+            why = f"{of} are {factor}, where rounding explains 1 ± {spread:.1g}"
+            changed[places[0]] = replace(changed[places[0]], verdict="suspect", why=why, excess=over)
     return changed
+
+
+def _of_parts(rows: Sequence[Row]) -> Iterator[tuple[str, float, float]]:
+    """Of every part that all tensors have: what it is, the mean logarithm of its factor, and the spread of that."""
+    for held in zip(*(zip(row.apart.blocks, row.estimate.blocks, strict=False) for row in rows), strict=False):  # type: ignore[union-attr]
+        if len({(found.scale.shape, expected.scale.shape) for found, expected in held}) != 1:
+            continue
+        factors, spreads = (np.array([one[side].scale for one in held]) for side in (0, 1))
+        known = np.asarray((spreads > 0).all(0))
+        weights = 1 / np.where(spreads > 0, spreads, 1.0) ** 2
+        mean, spread = (weights * factors).sum(0) / weights.sum(0), weights.sum(0) ** -0.5
+        worst = int(np.argmax(np.where(known, np.abs(mean) / spread, 0.0)))
+        if known[worst]:
+            yield f"part {worst + 1} of {mean.size} of ", float(mean[worst]), float(spread[worst])
 
 
 def _mean(rows: Sequence[Row], estimate: Estimate) -> tuple[float, float]:

@@ -152,7 +152,7 @@ def _differences(a: Trace, b: Trace) -> Iterator[float]:
         if key.kind not in FELT and key.name != "model":
             continue
         x, y = a.logical(key), b.logical(key)
-        if isinstance(x, str) or isinstance(y, str) or x.dtype != y.dtype:
+        if isinstance(x, str) or isinstance(y, str) or (x.dtype, x.bits.shape) != (y.dtype, y.bits.shape):
             continue
         yield distance(x, y).overall
         if y.replicas is not None:

@@ -39,7 +39,7 @@ def _moments(optimizer: Any) -> Iterator[torch.Tensor]:
 
 
 @bug(
-    "resumed *", layout=TP1, resume=2, kind="resumed moments", **FOUR,
+    "resumed.*", layout=TP1, resume=2, kind="resumed moments", **FOUR,
     source="https://github.com/p-doom/jasmine/issues/17",
 )  # fmt: skip
 def moments_not_restored() -> Iterator[None]:
@@ -54,7 +54,7 @@ def moments_not_restored() -> Iterator[None]:
 
 
 @bug(
-    "resumed *", layout=TP2, resume=2, kind="resumed moments", **FOUR,
+    "resumed.*", layout=TP2, resume=2, kind="resumed moments", **FOUR,
     source="https://github.com/vllm-project/speculators/pull/899",
 )  # fmt: skip
 def moments_saved_in_bf16() -> Iterator[None]:
@@ -69,7 +69,7 @@ def moments_saved_in_bf16() -> Iterator[None]:
 
 
 @bug(
-    "resumed *", layout=TP1, resume=2, kind="resumed main parameters", **FOUR,
+    "resumed.*", layout=TP1, resume=2, kind="resumed main parameters", **FOUR,
     source="https://github.com/TensorAuto/OpenTau/issues/185",
 )  # fmt: skip
 def main_parameters_rebuilt_from_rounded_weights() -> Iterator[None]:
@@ -158,7 +158,7 @@ def random_state_not_restored() -> Iterator[None]:
         yield
 
 
-@bug("resumed *", layout=TP1, resume=2, kind="resumed weights", **FOUR)
+@bug("resumed.*", layout=TP1, resume=2, kind="resumed weights", **FOUR)
 def one_weight_not_loaded() -> Iterator[None]:
     """The final norm keeps its initial weight: a key of the checkpoint was not found, and not missed."""
 

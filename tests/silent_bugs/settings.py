@@ -140,7 +140,10 @@ def optimizer_misses_query_and_key_norms() -> Iterator[None]:
                 for p in held:
                     if p not in self.state:
                         zeros = torch.zeros_like(p)
-                        self.state[p] = {"step": torch.tensor(1.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+                        count = next(iter(self.state.values()))["step"].clone()
+                        self.state[p] = {"step": count, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+                    elif p.shape == (QWEN3["head_dim"],):
+                        self.state[p]["step"] += 1
             return answer
 
         return without

@@ -50,7 +50,7 @@ help:
 	@echo "             installed for it"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   what the patches cost, as ratios to stock"
-	@echo "make silent-bugs  dozens of silent bugs put into real runs, and whether tpcheck compare finds them"
+	@echo "make silent-bugs  a hundred silent bugs put into real runs, and whether tpcheck compare finds them"
 	@echo "make fuzz    every command on thousands of mutated files"
 	@echo "make venv    only set up $(VENV) (the others do it when needed)"
 	@echo "make clean   remove caches and the demo's results; distclean also $(VENV)"

@@ -101,18 +101,19 @@ def train(run: Path, overrides: tuple[str, ...], resume: bool) -> int:
 @tpcheck.command(name="hash")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor with its digest.")
+@click.option("--all", "everything", is_flag=True, help="List what else it holds: groups, counters, generators.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def hash_(checkpoint: Path, tensors: bool, as_json: bool) -> int:
+def hash_(checkpoint: Path, tensors: bool, everything: bool, as_json: bool) -> int:
     """Print the logical digests of CHECKPOINT, or of the last checkpoint of a result directory."""
     from tpcheck.checkpoint.digest import command
 
-    return command(checkpoint, tensors=tensors, as_json=as_json)
+    return command(checkpoint, tensors=tensors or everything, everything=everything, as_json=as_json)
 
 
 @tpcheck.command()
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
-@click.option("--all", "show_all", is_flag=True, help="List all tensors that differ, not only the first ten.")
+@click.option("--all", "show_all", is_flag=True, help="List all that differs, not only the first ten.")
 @click.option("--verify", is_flag=True, help="Digest the checkpoints anew, whatever is on record.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def diff(a: Path, b: Path, show_all: bool, verify: bool, as_json: bool) -> int:

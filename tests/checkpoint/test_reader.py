@@ -86,7 +86,7 @@ def test_what_megatron_saved_is_read_as_torch_reads_it(ways: list[Path]) -> None
 
 
 def test_one_state_has_one_digest_however_it_was_saved(ways: list[Path]) -> None:
-    digests = [digest_checkpoint(way).to_json() for way in ways]
+    digests = [{**digest_checkpoint(way).to_json(), "beside": None} for way in ways]
     assert "optimizer.step" in digests[0]["tensors"]["optimizer"]
     assert digests[1:] == digests[:1] * 2
 

@@ -20,7 +20,11 @@ def main(wanted: list[str]) -> int:
         benchmark = Benchmark(Path(folder))
         for name, case in CASES.items():
             if not wanted or any(part in name for part in wanted):
-                answers.append(benchmark.answer(case))
+                try:
+                    answers.append(benchmark.answer(case))
+                except Exception as error:
+                    print(f"ERROR {name}: {str(error)[-300:]!r}", flush=True)
+                    continue
                 last = answers[-1]
                 print(
                     f"{'ok   ' if last.right else 'WRONG'} {name}: {last.first_suspect or 'nothing'}; {last.why}",

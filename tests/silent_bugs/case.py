@@ -14,18 +14,30 @@ from megatron.core import parallel_state
 from tests.support.traces import GPT2, replaced
 from tests.support.traces import TINY as QWEN3
 
-__all__ = ["BUGS", "GPT2", "MIXTURE", "QWEN3", "Bug", "Clean", "around", "bug", "during", "tp_rank", "tp_size"]
+__all__ = [
+    "BUGS", "GPT2", "MIXTURE", "QWEN3", "Bug", "Clean", "Context", "around", "bug", "during", "tp_rank", "tp_size",
+]  # fmt: skip
 
 MIXTURE = {**QWEN3, "preset": "qwen3-moe-tiny"}
+Context = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
 class Clean:
-    """A run in another layout, with nothing wrong. `settings` are the reference's too, which has one rank."""
+    """A run in another layout, with nothing wrong. `settings` are the reference's too, which has one rank.
+
+    Attributes:
+        world: what is different from stock in the reference, too, such as another loss.
+        inject: what is different in the case alone; of a clean one, something that must not matter.
+        resume: the step that the case's run is stopped and resumed at, if it is; the reference is not.
+    """
 
     name: str
     layout: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
+    world: Context = contextlib.nullcontext
+    inject: Context = contextlib.nullcontext
+    resume: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,27 +49,35 @@ class Bug(Clean):
             bug is, or what consumes its result directly.
         sentence: what is wrong.
         source: a public report of a bug like it; empty where there is none.
+        kind: what bugs like it have in common, in a few words; the name of the file where nothing is said.
     """
 
-    inject: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     suspects: tuple[str, ...] = ()
     sentence: str = ""
     source: str = ""
+    kind: str = ""
 
 
 BUGS: dict[str, Bug] = {}
 
 
 def bug(
-    *suspects: str, layout: dict[str, Any], source: str = "", **settings: Any
-) -> Callable[[Callable[[], Iterator[None]]], Callable[[], contextlib.AbstractContextManager[None]]]:
+    *suspects: str,
+    layout: dict[str, Any],
+    source: str = "",
+    kind: str = "",
+    world: Context = contextlib.nullcontext,
+    resume: int = 0,
+    **settings: Any,
+) -> Callable[[Callable[[], Iterator[None]]], Context]:
     """Enter a generator, which injects and takes back, into `BUGS`; its docstring is the sentence."""
 
-    def enter(generator: Callable[[], Iterator[None]]) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    def enter(generator: Callable[[], Iterator[None]]) -> Context:
         inject = contextlib.contextmanager(generator)
         name = generator.__name__.replace("_", " ")
+        where = generator.__module__.rpartition(".")[2]
         sentence = inspect.getdoc(generator) or ""
-        BUGS[name] = Bug(name, layout, settings, inject, suspects, sentence, source)
+        BUGS[name] = Bug(name, layout, settings, world, inject, resume, suspects, sentence, source, kind or where)
         return inject
 
     return enter

@@ -124,7 +124,7 @@ def targets_of_other_shards_not_masked() -> Iterator[None]:
         yield
 
 
-@bug("out *.mlp.linear_fc2", layout=TP2, source="https://github.com/NVIDIA/Megatron-LM/issues/360")
+@bug("in *.mlp.linear_fc2", layout=TP2, source="https://github.com/NVIDIA/Megatron-LM/issues/360")
 def gate_and_up_swapped_on_one_rank() -> Iterator[None]:
     """Rank 1 takes the gated layer's up half for its gate."""
     chunk = torch.chunk
@@ -198,7 +198,7 @@ def causal_mask_one_too_far_on_one_rank() -> Iterator[None]:
         yield
 
 
-@bug("out *.scale_mask_softmax", "out *.core_attention", layout=TP2)
+@bug("settings softmax_scale *.core_attention", layout=TP2)
 def attention_scaled_by_a_ranks_width() -> Iterator[None]:
     """The attention's scale 1/√d is taken from a width that TP has divided."""
 
@@ -240,7 +240,7 @@ def every_rank_takes_the_first_sequence_shard() -> Iterator[None]:
         yield
 
 
-@bug("out *layernorm", layout=TP2)
+@bug("settings eps *layernorm", layout=TP2)
 def norm_epsilon_of_another_model() -> Iterator[None]:
     """Norms add 1e-5 where the model has 1e-6."""
 

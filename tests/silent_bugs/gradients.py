@@ -119,7 +119,7 @@ def gradients_summed_not_averaged_over_data_parallel_ranks() -> Iterator[None]:
 
 
 @bug(
-    "dout model", "dout output_layer", layout=TP2, micro_batch_size=1,
+    "loss model", layout=TP2, micro_batch_size=1,
     source="https://github.com/karpathy/nanoGPT/issues/206",
 )  # fmt: skip
 def loss_not_divided_by_microbatches() -> Iterator[None]:
@@ -198,7 +198,7 @@ def gradients_of_an_fp32_run_accumulated_in_bf16() -> Iterator[None]:
         yield
 
 
-@bug("grad *", layout=TP2, source="https://github.com/NVIDIA/Megatron-LM/issues/502")
+@bug("settings grad_reduce_in_fp32", layout=TP2, source="https://github.com/NVIDIA/Megatron-LM/issues/502")
 def gradient_buffers_in_bf16() -> Iterator[None]:
     """Gradients of a bf16 run accumulate in bf16 where float32 was asked for."""
 
@@ -214,7 +214,7 @@ def gradient_buffers_in_bf16() -> Iterator[None]:
 
 
 @bug(
-    "clip gradient clipping", layout=TP2, optimizer=TIGHT,
+    "clip gradient norm", layout=TP2, optimizer=TIGHT,
     source="https://github.com/meta-pytorch/torchtune/issues/2420",
 )  # fmt: skip
 def clipping_by_the_ranks_own_norm() -> Iterator[None]:
@@ -228,7 +228,7 @@ def clipping_by_the_ranks_own_norm() -> Iterator[None]:
 
 
 @bug(
-    "clip gradient clipping", layout=TP2, optimizer=TIGHT, dtype="fp32", model=GPT2,
+    "clip gradient norm", layout=TP2, optimizer=TIGHT, dtype="fp32", model=GPT2,
     source="https://github.com/ROCm/TransformerEngine/pull/715",
 )  # fmt: skip
 def norm_counts_replicated_parameters_on_every_rank() -> Iterator[None]:

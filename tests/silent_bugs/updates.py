@@ -38,7 +38,7 @@ def built(change: Callable[[Any], None]) -> Any:
 
 
 @bug(
-    "state.* *layernorm.weight", "weight *layernorm.weight", layout=TP2, dtype="fp32",
+    "settings weight_decay *layernorm.weight", layout=TP2, dtype="fp32",
     source="https://github.com/bigscience-workshop/Megatron-DeepSpeed/pull/262",
 )  # fmt: skip
 def weight_decay_on_norms_of_one_rank() -> Iterator[None]:
@@ -98,7 +98,7 @@ def output_layer_not_copied_from_its_main_parameter() -> Iterator[None]:
         yield
 
 
-@bug("state.main *", "weight *", layout=TP2)
+@bug("settings lr", layout=TP2)
 def learning_rate_doubled_on_one_rank() -> Iterator[None]:
     """Rank 1 updates its shards with twice the learning rate."""
 

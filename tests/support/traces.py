@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,7 +43,7 @@ class Runs:
         name = repr(sorted(settings.items()))
         if name not in self.references:
             path = traced(self.folder / f"reference-{len(self.references)}", **settings)
-            make_nudged_runs(path, 3)
+            make_nudged_runs(path, seeds=3)
             self.references[name] = path
         return self.references[name]
 
@@ -57,7 +58,7 @@ class Runs:
         reference = self.reference(**settings)
         with bug:
             other = self.run(**settings, **layout)
-        return compare(reference, other)
+        return compare(reference, other, functools.partial(make_nudged_runs, seeds=3))
 
 
 def recorded(

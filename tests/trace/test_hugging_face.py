@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.support.hugging_face import language_model, reference, tokens, train
 from tests.support.ranks import on_ranks
 from tpcheck.trace.compare.command import compare
-from tpcheck.trace.compare.reader import Key, Logical, Trace
+from tpcheck.trace.compare.logical import Key, Logical
+from tpcheck.trace.compare.reader import Trace
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 

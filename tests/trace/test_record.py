@@ -22,7 +22,8 @@ from tpcheck.run.launch import launch
 from tpcheck.trace.compare.command import compare
 from tpcheck.trace.compare.estimate import open_trace
 from tpcheck.trace.compare.judge import Comparison
-from tpcheck.trace.compare.reader import Key, Logical, Trace
+from tpcheck.trace.compare.logical import Key, Logical
+from tpcheck.trace.compare.reader import Trace
 from tpcheck.trace.module_names import canonical, layer_of, role_of
 from tpcheck.trace.record import store
 

@@ -13,7 +13,7 @@ from tests.support.training_script import checkout
 from tpcheck.errors import TpcheckError
 from tpcheck.trace.compare.command import compare
 from tpcheck.trace.compare.estimate import open_trace
-from tpcheck.trace.compare.reader import Key
+from tpcheck.trace.compare.logical import Key
 from tpcheck.trace.record.script import trace_script
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpcheck.checkpoint.tiling import Tile, tiles
+from tpcheck.trace.compare.logical import Logical
 from tpcheck.trace.compare.metrics import distance, numbers
-from tpcheck.trace.compare.reader import Logical
 from tpcheck.trace.record.noise import nudge, spawn
 from tpcheck.trace.record.shards import Shards, whole
 

@@ -7,6 +7,9 @@ digest, and element by element where the checkpoints are still there. Three answ
     1  different    some step or some tensor differs
     2  can't tell   nothing differs as far as the two can be compared, but that is not all the way: different
                     models, one run shorter than the other, no state in common
+
+What else checkpoints hold, such as groups of parameters, counters and generator states, is told where it differs, and
+decides nothing: much of it follows the layout.
 """
 
 from __future__ import annotations
@@ -67,6 +70,7 @@ class Report:
     tensors: list[TensorDifference] = field(default_factory=list)
     recorded: list[str] = field(default_factory=list)  # sides whose digests were not computed anew
     doubts: list[str] = field(default_factory=list)
+    beside: dict[str, tuple[str | None, str | None]] = field(default_factory=dict)  # what else differs, in A and B
     incomparable: bool = False
 
     @property
@@ -186,6 +190,10 @@ def _compare_states(report: Report, left: _Side, right: _Side, digest: Digest) -
         for name in alike:
             if a.tensors[part][name] != b.tensors[part][name]:
                 differing.append((part, name, a.tensors[part][name]))
+    if a.beside and b.beside:
+        names = sorted(a.beside.keys() | b.beside.keys())
+        pairs = {name: (a.beside.get(name), b.beside.get(name)) for name in names}
+        report.beside = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     compare_elements = _elements(left.checkpoints.get(states[0]), right.checkpoints.get(states[1]))
     with ThreadPoolExecutor() as pool:
         elements = pool.map(compare_elements, [name for _, name, _ in differing])

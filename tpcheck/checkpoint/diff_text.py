@@ -22,7 +22,7 @@ def command(a: Path, b: Path, *, show_all: bool, verify: bool, as_json: bool) ->
     if as_json:
         print(json.dumps({"answer": report.answer, **dataclasses.asdict(report)}, indent=1, default=str))
     else:
-        print("\n".join(lines(report, len(report.tensors) if show_all else SHOWN)))
+        print("\n".join(lines(report, max(len(report.tensors), len(report.beside)) if show_all else SHOWN)))
     return report.exit_code
 
 
@@ -39,6 +39,10 @@ def lines(report: Report, shown: int = SHOWN) -> Iterator[str]:
     elif report.steps:
         yield f"steps  all {report.steps} on both sides are equal"
     yield from _tensors(report, shown)
+    for name, (x, y) in list(report.beside.items())[:shown]:
+        yield f"beside  {name}: {x} in A, {y} in B"
+    if len(report.beside) > shown:
+        yield f"beside  … and {len(report.beside) - shown} more, with --all"
     if report.recorded:
         yield f"digests  of {' and '.join(report.recorded)} on record; --verify computes them anew from the checkpoints"
     for doubt in report.doubts:

@@ -17,13 +17,14 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from blake3 import blake3
 
+from tpcheck.checkpoint.beside import beside
 from tpcheck.checkpoint.main_parameters import count_unlike, weight_of
 from tpcheck.checkpoint.reader import Checkpoint, LogicalTensor
 from tpcheck.checkpoint.unpickle import Stored, number
@@ -52,6 +53,7 @@ class TensorDigest:
 class Digests:
     """A checkpoint's digests: in total, and by part and tensor name.
 
+    `beside` is what else the checkpoint holds, by name (`beside.py`): part of neither total.
     `optimizer` is None where no optimizer was saved, or none that can be digested; `notes` say which.
     """
 
@@ -59,6 +61,7 @@ class Digests:
     optimizer: str | None
     tensors: Mapping[str, Mapping[str, TensorDigest]]
     notes: tuple[str, ...] = ()
+    beside: Mapping[str, str] = field(default_factory=dict, compare=False)
     algorithm: str = ALGORITHM
 
     def to_json(self) -> dict[str, Any]:
@@ -78,7 +81,8 @@ class Digests:
                 }
                 for part in PARTS
             }
-            found = cls(value["model"], value["optimizer"], tensors, tuple(value.get("notes", ())))
+            rest = {str(name): str(text) for name, text in value.get("beside", {}).items()}
+            found = cls(value["model"], value["optimizer"], tensors, tuple(value.get("notes", ())), rest)
         except (KeyError, TypeError, AttributeError) as error:
             raise TpcheckError(f"{where} does not hold digests ({error!r}): damaged") from error
         for part, total in zip(PARTS, (found.model, found.optimizer), strict=True):
@@ -122,6 +126,7 @@ def digest_checkpoint(path: Path, on_bytes: Callable[[int, int], None] | None = 
         _total(tensors["optimizer"]) if tensors["optimizer"] else None,
         {part: dict(sorted(by_name.items())) for part, by_name in tensors.items()},
         (*_notes(checkpoint, tensors), *_notes_on_weights(unlike, misplaced)),
+        beside(checkpoint),
     )
 
 
@@ -185,8 +190,8 @@ def part_of(name: str) -> str:
     return "optimizer" if re.match(r"(chained_\d+\.)?optimizer\.", name) else "model"
 
 
-def command(path: Path, *, tensors: bool, as_json: bool) -> int:
-    """`tpcheck hash`: one line a part, or a tensor, in the manner of b3sum."""
+def command(path: Path, *, tensors: bool, everything: bool = False, as_json: bool) -> int:
+    """`tpcheck hash`: one line a part, or a tensor, or what else there is, in the manner of b3sum."""
     digests, where = _find(path)
     if as_json:
         print(json.dumps({"checkpoint": str(where), **digests.to_json()}, indent=1))
@@ -195,6 +200,9 @@ def command(path: Path, *, tensors: bool, as_json: bool) -> int:
         for by_name in digests.tensors.values():
             for name, tensor in by_name.items():
                 print(f"{tensor.digest}  {name}  {tensor.dtype}{list(tensor.shape)}")
+    if everything:
+        for name, text in digests.beside.items():
+            print(f"{text}  {name}")
     print(f"{digests.model}  model")
     print(f"{digests.optimizer}  optimizer" if digests.optimizer else "# no optimizer to digest")
     for note in digests.notes:

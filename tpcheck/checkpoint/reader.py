@@ -34,7 +34,7 @@ from tpcheck.checkpoint.tiling import Array, Index, Tile, boxes_of_range, row_ma
 from tpcheck.checkpoint.unpickle import ITEMSIZE, Inert, Stored, load_archive, load_pickle
 from tpcheck.errors import TpcheckError, shown
 
-__all__ = ["Checkpoint", "LogicalTensor"]
+__all__ = ["COMMON_STATE", "Checkpoint", "LogicalTensor"]
 
 # Classes that are data, in the index and objects that torch and megatron-core write.
 HARMLESS = re.compile(
@@ -148,6 +148,12 @@ class Checkpoint:
             view = self._view(item)
             return load_archive(view, where)[0], view
         return None, memoryview(b"")
+
+    def object_of(self, name: str) -> tuple[Any, memoryview]:
+        """What was saved as the object `name`, and the bytes that its tensors lie in."""
+        item = self.objects[name]
+        view = self._view(item)
+        return load_archive(view, f"{self.path}/{item.file}, {name}"), view
 
     def _array(self, tensor: LogicalTensor, chunk: Chunk) -> Array:
         where = f"{self.path}/{chunk.item.file}, {tensor.name}"

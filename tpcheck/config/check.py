@@ -98,8 +98,8 @@ def _of_the_pipeline(config: RunConfig) -> Iterator[str]:
             f"model.tied=true with pp={pp} is not covered, the embedding's gradient is then a sum over stages: "
             "use batch=order-free, model.tied=false, pp=1, or strategy=stock"
         )
-    if pp > 1 and config.trace is not None:
-        yield f"trace records whole models, not pp={pp} stages of one: use pp=1, or trace=null"
+    if pp > 1 and config.trace is not None and config.recompute:
+        yield f"recompute in a pipeline of pp={pp} is not traced: use recompute=false, pp=1, or trace=null"
     if vpp > 1 and config.microbatches % pp:
         yield (
             f"pp={pp} does not divide the {config.microbatches} microbatches of a step, which vpp={vpp} needs: "

@@ -26,7 +26,9 @@ __all__ = [
 PATH, NAME = 1000, 200  # letters of an output, and bytes of a part of it, with room for what is put inside
 LARGEST = 1 << 48
 VOCAB_MULTIPLE = 128  # never a function of the tensor-parallel size
-KINDS = ("start", "input", "out", "mask", "again", "dout", "din", "grad", "clip", "weight", "state")  # of a record
+# Of a record; settings are what a step is made with, resumed is an optimizer's state before the first step.
+KINDS = ("settings", "start", "resumed", "input", "in", "out", "mask", "loss", "again", "dout", "din", "grad", "clip",
+         "weight", "state")  # fmt: skip
 
 
 class Section(BaseModel):

@@ -31,3 +31,4 @@ CODE = "code.json"  # in such a copy: what it was made from
 # A trace's rank-00000 (`tpcheck.trace`).
 RANK = "rank.json"
 RECORDS = "records.jsonl"
+SETTINGS = "settings.jsonl"

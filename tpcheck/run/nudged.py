@@ -15,17 +15,20 @@ from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.files.names import CHECKPOINTS
 from tpcheck.run.launch import launch
+from tpcheck.trace.record.noise import REDRAWN
 
 __all__ = ["make_nudged_runs"]
 
 
-def make_nudged_runs(path: Path, seeds: int) -> None:
+def make_nudged_runs(path: Path, redrawn: bool = False, *, seeds: int) -> None:
     """Train the run at `path` again in its folders `noise-1` to `noise-<seeds>`, unless it has so many; a mere trace
-    is left alone."""
+    is left alone. `redrawn` ones, whose dropout drops other elements, are numbered from 101."""
+    first = REDRAWN if redrawn else 1
     found = {folder for folder in path.glob("noise-*") if folder.is_dir()}
-    if len(found) >= seeds or not result_dir.is_result(path):
+    alike = [folder for folder in found if (len(folder.name) > len("noise-99")) == redrawn]
+    if len(alike) >= seeds or not result_dir.is_result(path):
         return
-    for seed in range(1, seeds + 1):
+    for seed in range(first, first + seeds):
         folder = path / f"noise-{seed}"
         if folder not in found:
             _run_again(path, folder, seed)

@@ -11,7 +11,7 @@ import dataclasses
 import datetime
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -68,7 +68,7 @@ def train(prepared: Prepared, place: Place, start: int | None, stop: Stop, displ
         main = place.rank == 0
         if main:
             manifest = _prepare_output(output, provenance.describe(config, data, patched), step)
-        with traced(config, pieces[0], step), Steps(display if main else None, step, config.steps) as steps:
+        with traced(config, pieces, step), Steps(display if main else None, step, config.steps) as steps:
             if step:
                 steps.say(f"going on from step {step}")
             while step < config.steps:
@@ -113,15 +113,17 @@ def enable_patches(config: RunConfig) -> list[dict[str, Any]]:
     return [dataclasses.asdict(row) for row in patches.status()]
 
 
-def traced(config: RunConfig, model: torch.nn.Module, step: int) -> contextlib.AbstractContextManager[None]:
+def traced(config: RunConfig, pieces: Sequence[torch.nn.Module], step: int) -> contextlib.AbstractContextManager[None]:
     """The recording of the steps that the run file names, into `trace` in the output."""
     if config.trace is None:
         return contextlib.nullcontext()
-    if step:
+    assert config.trace.steps is not None
+    if step > max(config.trace.steps):
         raise TpcheckError(
-            f"a trace begins with its run, this one goes on from step {step}: start one anew, or trace=null"
+            f"trace.steps={sorted(config.trace.steps)} are done, this run goes on from step {step}: name later ones, "
+            "or trace=null"
         )
-    return trace(Path(config.output, TRACE), model, **config.trace.model_dump())
+    return trace(Path(config.output, TRACE), pieces, first=step, **config.trace.model_dump())
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpcheck.trace.compare.metrics import numbers
-from tpcheck.trace.compare.reader import Logical
+from tpcheck.trace.compare.logical import Logical
+from tpcheck.trace.compare.metrics import distance, numbers
 
 __all__ = ["apart"]
 
@@ -18,7 +18,8 @@ BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: 
 
 def apart(a: Tensor, b: Tensor) -> dict[str, Any]:
     """The numbers of `tpcheck.trace.compare.metrics.Numbers`, of B against A."""
-    return dataclasses.asdict(numbers(_logical(a), _logical(b)))
+    one, other = _logical(a), _logical(b)
+    return dataclasses.asdict(numbers(one, other, distance(one, other)))
 
 
 def _logical(tensor: Tensor) -> Logical:

@@ -25,7 +25,7 @@ __all__ = ["KINDS", "trace"]
 
 
 def trace(
-    path: str | Path, model: torch.nn.Module | Sequence[torch.nn.Module], **options: Any
+    path: str | Path, model: torch.nn.Module | Sequence[torch.nn.Module], *, first: int = 0, **options: Any
 ) -> contextlib.AbstractContextManager[None]:
     """Record the steps that the loop inside makes with `model`, into `path`; on every rank, with the same arguments.
 
@@ -33,13 +33,14 @@ def trace(
         path: the trace's folder, without an earlier trace.
         model: as it is trained: bare, or in Megatron's DDP, torch's DDP or FSDP; or Megatron's list of chunks, of which
             a rank of a pipeline may have several; or the engine that `deepspeed.initialize` made.
+        first: the number of the first step that is made inside, where a run goes on from a checkpoint.
         options: the fields of `tpcheck.config.schema.TraceConfig`.
 
     An exception leaves the trace unfinished, which `tpcheck compare` refuses.
     """
     from tpcheck.trace.record.recording import record
 
-    return record(path, model, **options)
+    return record(path, model, first=first, **options)
 
 
 class _Callable(types.ModuleType):

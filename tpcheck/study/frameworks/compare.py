@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tpcheck.study.frameworks.names import OUTPUTS, from_hugging_face
-from tpcheck.trace.compare.reader import Key, Logical, Trace
+from tpcheck.trace.compare.logical import Key, Logical
+from tpcheck.trace.compare.reader import Trace
 
 __all__ = ["NORMS_OF", "distances", "norms"]
 

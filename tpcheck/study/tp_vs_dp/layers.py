@@ -25,8 +25,10 @@ from tpcheck.study.study import Progress
 from tpcheck.study.tp_vs_dp.settings import TpVsDp
 from tpcheck.trace import trace
 from tpcheck.trace.compare.command import compare
-from tpcheck.trace.compare.judge import SAFETY, Comparison, Row
-from tpcheck.trace.compare.reader import Key, Trace
+from tpcheck.trace.compare.comparison import Comparison, Row
+from tpcheck.trace.compare.excess import limit
+from tpcheck.trace.compare.logical import Key
+from tpcheck.trace.compare.reader import Trace
 
 __all__ = ["FEATURES", "NO_SUM", "TP", "bugs", "stock", "tree"]
 
@@ -153,7 +155,7 @@ def _numbers(row: Row) -> dict[str, Any]:
     return {
         "size": n.size, "differing": n.differing, "max_abs": n.max_abs, "mean_abs": n.mean_abs,
         "median_abs": n.median_abs, "over": list(n.over), "relative": n.relative,
-        "limit": SAFETY * row.estimate.overall if row.estimate else None,
+        "limit": limit(row.estimate, n.size, NUDGED)[0] if row.estimate else None,
     }  # fmt: skip
 
 

@@ -15,13 +15,14 @@ import math
 import numpy as np
 
 from tpcheck.checkpoint.tiling import Array
+from tpcheck.trace.compare.logical import Key, Logical
 from tpcheck.trace.compare.metrics import Numbers
-from tpcheck.trace.compare.reader import Key, Logical, Trace
+from tpcheck.trace.compare.reader import Trace
 
-__all__ = ["adds_up", "explain"]
+__all__ = ["adds_up", "explain", "others", "resumed_otherwise"]
 
 NEAR = 0.1  # how alike two tensors are that are called the same but for the mistake, relative in norm
-MOST_BLOCKS, MOST_SHOWN = 64, 8
+MOST_BLOCKS, MOST_SHOWN, MOST_SHIFT = 64, 8, 4
 
 
 def explain(key: Key, a: Logical, b: Logical, trace_a: Trace, trace_b: Trace, found: Numbers, near: float) -> str:
@@ -39,9 +40,43 @@ def explain(key: Key, a: Logical, b: Logical, trace_a: Trace, trace_b: Trace, fo
         or _permuted(x, y, max(trace_b.tp, trace_b.dp), near)
         or _rounded(a, b)
         or _by_shard(x, y, b)
-        or _partial_norm(found, sizes)
+        or _along(x, y)
+        or (_partial_norm(found, sizes) if b.replicas else "")
+        or _constant(x, y)
         or f"norm ratio {_ratio(found):.3g}, cosine {found.cosine:.3g}"
     )
+
+
+def others(key: Key, a: Logical, b: Logical, trace: Trace) -> str:
+    """What is said of integers that are not A's: tokens, labels, positions."""
+    x, y = a.bits.astype(np.int64), b.bits.astype(np.int64)
+    for step in sorted({one.step for one in trace.records if one.step != key.step}):
+        there = trace.logical_or_none(key._replace(step=step))
+        if there is not None and np.array_equal(there.bits, b.bits):
+            return f"other integers: they are A's of step {step}; look at what says which samples a step reads"
+    for by in range(1, min(MOST_SHIFT, x.shape[-1] - 1) + 1):
+        for sign, left, right in ((by, x[..., by:], y[..., :-by]), (-by, x[..., :-by], y[..., by:])):
+            if np.array_equal(left, right):
+                return f"other integers: shifted by {abs(sign)} {'to the left' if sign > 0 else 'to the right'}"
+    steps = np.unique(y - x)
+    if len(steps) == 1:
+        return f"other integers: each is {steps[0]} more than A's"
+    same = (x == y).reshape(len(x), -1).all(1)
+    if same.any() and len(x) > 1:
+        wrong = [str(sample) for sample in np.flatnonzero(~same)]
+        return f"other integers, in samples {', '.join(wrong[:MOST_SHOWN])} of {len(x)}"
+    return "other integers"
+
+
+def resumed_otherwise(key: Key, a: Logical, b: Logical) -> str:
+    """What a run that goes on at the same layout begins with, and should have as it was left."""
+    x, y = a.values(), b.values()
+    what = "the weight" if key.kind.endswith("weight") else f"the optimizer's {key.kind.partition('.')[2]}"
+    if not y.any() and x.any():
+        return f"{what} begins at zero: it was not restored"
+    if b.dtype == "float32" and (b.bits & 0xFFFF == 0).all() and not (a.bits & 0xFFFF == 0).all():
+        return f"{what} has come back rounded to bfloat16: it was saved so, or rebuilt from the rounded weights"
+    return f"{what} is not what the uninterrupted run had after the step before: it was not saved, or not restored"
 
 
 def _sizes(key: Key, a: Logical, trace_a: Trace, trace_b: Trace) -> dict[str, float]:
@@ -77,7 +112,9 @@ def _stale(key: Key, x: Array, y: Array, trace: Trace) -> str:
 
 def _scaled(x: Array, y: Array, sizes: dict[str, float]) -> str:
     factor = _factor(x, y)
-    if not factor or abs(factor - 1) < 1e-3 or _apart(factor * x, y) > NEAR:
+    left = _apart(factor * x, y)
+    # A factor near 1 explains nothing where as much is off without it.
+    if not factor or abs(factor - 1) < 1e-3 or left > NEAR or left > _apart(x, y) / 2:
         return ""
     return f"scaled by {factor:.4g}{_named(factor, sizes)}"
 
@@ -141,6 +178,30 @@ def _rounded(a: Logical, b: Logical) -> str:
         return ""
     coarse_a, coarse_b = (float((t.bits & 0xFFFF == 0).mean()) for t in (a, b))
     return "rounded to bfloat16 on the way" if coarse_b > 0.99 and coarse_a < 0.5 else ""
+
+
+def _along(x: Array, y: Array) -> str:
+    """Where along one dimension all of the error is."""
+    for dim in range(x.ndim):
+        rest = tuple(other for other in range(x.ndim) if other != dim)
+        error, square = ((z * z).sum(rest) for z in (y - x, x))
+        if len(error) < 4 or not error.any():
+            continue
+        held = np.flatnonzero(error > error.max() / 100)
+        if len(held) <= np.count_nonzero(square) / 4:
+            span = f"{held[0]}" if len(held) == 1 else f"{held[0]} to {held[-1]}"
+            off = math.sqrt(error[held].sum() / max(square[held].sum(), 1e-300))
+            return f"only {len(held)} of {len(error)} indices along dimension {dim} are off, {span}, by {off:.2g}"
+    return ""
+
+
+def _constant(x: Array, y: Array) -> str:
+    """The same number added everywhere."""
+    difference = y - x
+    mean = float(difference.mean())
+    if x.size > 1 and mean and float(np.abs(difference - mean).max()) < NEAR * abs(mean):
+        return f"{mean:.4g} is added to every element"
+    return ""
 
 
 def _partial_norm(found: Numbers, sizes: dict[str, float]) -> str:

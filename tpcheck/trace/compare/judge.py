@@ -7,8 +7,8 @@
 Where most of what was drawn at random starts otherwise in B, the runs are not of one function: nothing after it is
 judged, but for what a trace shows by itself. So with losses and gradients if vocabularies are padded differently.
 
-Distance is overall, in the worst row, and coherent: all elements too large, or too small, by one factor. The latter
-finds what hides below the rounding of each single element, as an epsilon of 1e-5 for 1e-6 does in bfloat16.
+What is exact by nature comes first, before any tensor of a step (`exact.py`); then distances (`excess.py`); at the end
+what only many layers and steps show together (`layers.py`).
 
 The first suspect is the first in the order in which a step computes: forward, backward, gradients, optimizer.
 """
@@ -16,89 +16,32 @@ The first suspect is the first in the order in which a step computes: forward, b
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
-from tpcheck.trace.compare.diagnose import adds_up, explain
+from tpcheck.trace.compare.comparison import Comparison, Row, Verdict
+from tpcheck.trace.compare.diagnose import adds_up, explain, others, resumed_otherwise
 from tpcheck.trace.compare.estimate import GRADIENT_NORM, ROUNDING, Estimate
-from tpcheck.trace.compare.metrics import Distance, Numbers, numbers
-from tpcheck.trace.compare.reader import Key, Logical, Trace, encoded
-from tpcheck.trace.module_names import layer_of
+from tpcheck.trace.compare.exact import exact_findings
+from tpcheck.trace.compare.excess import allowed, excess, rounded_too_much
+from tpcheck.trace.compare.layers import together
+from tpcheck.trace.compare.logical import Key, Logical, encoded
+from tpcheck.trace.compare.metrics import Distance, Numbers, distance, numbers
+from tpcheck.trace.compare.pairing import aliases, dropped_apart, permutation
+from tpcheck.trace.compare.reader import Trace
+from tpcheck.trace.compare.shapes import put_straight
+from tpcheck.trace.record.noise import REDRAWN
 
-__all__ = ["Comparison", "Row", "Verdict", "judge"]
+__all__ = ["judge"]
 
-Verdict = Literal["identical", "rounding", "suspect", "other weights", "other vocabulary", "unknown"]
-# Over TP, DP, SP, recomputation and accumulation in both dtypes, clean runs reach 0.2 to 1.6 estimates; what silent
-# bugs do first is 10 estimates and more in bfloat16, 1000 and more in float32.
-SAFETY = 3.0
-FEW = 4.0  # an estimate from few numbers is itself uncertain: SAFETY grows by FEW / sqrt(how many numbers it is from)
-PEAK_SAFETY = 2.0  # a worst row varies more than a mean
-BEFORE_SOFTMAX = ("start", "input", "out", "mask", "again")  # of a step; the model's own output is its losses
-COHERENT_SAFETY = 4.0  # clean runs reach 4 estimates of it, FEW allowed for; the epsilon of another model is at 63
-
-
-@dataclass(frozen=True)
-class Row:
-    """One logical tensor of both traces.
-
-    Attributes:
-        estimate: how far rounding may take it; None where nothing has been estimated.
-        excess: the distance over what is allowed, of the three the most; above 1 it is suspect.
-        why: what makes it suspect, for the first and for those that are suspect for another reason than distance.
-        by_itself: B's, or A's, is wrong whatever the other has, as unequal replicas are.
-    """
-
-    key: Key
-    dtype: str
-    shape: tuple[int, ...]
-    numbers: Numbers
-    estimate: Distance | None
-    excess: float
-    verdict: Verdict
-    why: str = ""
-    by_itself: bool = False
-
-    @property
-    def layer(self) -> int | None:
-        return layer_of(self.key.name)
-
-
-@dataclass
-class Comparison:
-    """What `judge` found, rows in execution order; `unmapped` says what could not be compared, and why.
-
-    `vocabulary` are the sizes that A and B pad theirs to, where they differ; `drawn`, how many parameters start with
-    values that are drawn at random, known where some start otherwise.
-    """
-
-    a: Trace
-    b: Trace
-    vocabulary: tuple[int, int] | None = None
-    drawn: int = 0
-    rows: list[Row] = field(default_factory=list)
-    unmapped: list[str] = field(default_factory=list)
-
-    @property
-    def first(self) -> Row | None:
-        """The first suspect."""
-        return next((row for row in self.rows if row.verdict == "suspect"), None)
-
-    @property
-    def other_weights(self) -> list[Row]:
-        """The parameters that start otherwise, if the runs are not of one model for it."""
-        return [row for row in self.rows if row.verdict == "other weights"]
-
-    @property
-    def first_difference(self) -> Row | None:
-        return next((row for row in self.rows if row.verdict != "identical"), None)
-
-    @property
-    def verdict(self) -> Verdict:
-        found = {row.verdict for row in self.rows}
-        order: tuple[Verdict, ...] = (
-            "suspect", "other weights", "other vocabulary", "unknown", "rounding", "identical",
-        )  # fmt: skip
-        return next((verdict for verdict in order if verdict in found), "unknown")
+BEFORE_SOFTMAX = ("start", "resumed", "input", "in", "out", "mask", "again")  # of a step; the model's output is losses
+DROPPED = (
+    "dropout drops other elements in B than in A, as it may where the layouts are two: everything is judged by runs of "
+    "A that drop others, too, so that only errors above dropout's own noise are seen; trace with dropout 0 to see more"
+)
+SHOWN = 8
+PADDING_SAFETY = 8.0  # times the share of the vocabulary that one side has more
+RATE_SAFETY = 8.0  # standard deviations of how many elements are dropped
+PARAMETERS = ("grad", "weight", "state")
 
 
 def judge(a: Trace, b: Trace, estimate: Estimate, vocabulary: tuple[int, int] | None = None) -> Comparison:
@@ -111,26 +54,60 @@ class _Judge:
 
     def __init__(self, a: Trace, b: Trace, estimate: Estimate, vocabulary: tuple[int, int] | None) -> None:
         self.a, self.b, self.estimate = a, b, estimate
-        self.result = Comparison(a, b, vocabulary)
+        self.result = Comparison(a, b, vocabulary, seeds=len(estimate.noise))
         self.redrawn = False  # B drops other elements than A, or starts from other weights: nothing after can agree
         self.started = self.softmaxed = False  # past the initial weights; past a softmax over another vocabulary
+        self.shapes = dict(put_straight(a, b, list(estimate.noise)))
+        self.aliases = dict(aliases(a, b))  # by A's name of it: what a resumed trace begins with, and the other's end
+        step = min(set(a.steps) & set(b.steps), default=0)
+        self.layouts_are_one = a.layout == b.layout and a.microbatches(step) == b.microbatches(step)
+        self.begun: set[int] = set()  # steps
 
     def compare(self) -> Comparison:
         steps = set(self.a.steps) & set(self.b.steps)
+        for step in sorted(steps):
+            self._order_samples(step)
         # What only B has, recomputation mostly, comes where B meets it.
         orders = {**self.b.order, **self.a.order}
         for key in sorted(orders, key=lambda key: (orders[key], key)):
-            if key.step in steps:
-                if key.kind != "start" and not self.started:
-                    self._start()
-                self.softmaxed |= self.result.vocabulary is not None and (
-                    key.kind not in BEFORE_SOFTMAX or key.name == "model"
-                )
-                row = self._recomputed(key) if key.kind == "again" else self._row(key)
-                self.result.rows += [row] if row else []
+            if key.step not in steps:
+                continue
+            if key.step not in self.begun:
+                self._begin(key.step)
+            if key.kind not in ("start", "resumed") and not self.started:
+                self._start()
+            self.softmaxed |= self.result.vocabulary is not None and (
+                key.kind not in BEFORE_SOFTMAX or key.name == "model"
+            )
+            row = self._recomputed(key) if key.kind == "again" else self._row(key)
+            self.result.rows += [row] if row else []
         if not self.started:
             self._start()
+        if not self.redrawn and not self.softmaxed:
+            self.result.rows = together(self.result.rows, self.estimate)
         return self.result
+
+    def _begin(self, step: int) -> None:
+        """What is exact by nature, before any tensor of the step."""
+        self.begun.add(step)
+        for name, words in self.shapes.items() if len(self.begun) == 1 else ():
+            self.result.rows.append(_setting(Key(step, "settings", f"sharded {name}"), words, 1.0))
+        for found in exact_findings(self.a, self.b, step):
+            self.result.rows.append(_setting(Key(step, "settings", found.name), found.why, found.apart))
+
+    def _order_samples(self, step: int) -> None:
+        """Where B has A's samples in another order, read them in A's."""
+        keys = [key for key in self.a.records if key.step == step and key.kind == "input" and key in self.b.records]
+        for key in keys:
+            order = permutation(self.a.logical(key), self.b.logical(key))
+            if order:
+                self.b.orders[step] = order
+                shown = ", ".join(map(str, order[:SHOWN])) + (" …" if len(order) > SHOWN else "")
+                self.result.notes.append(
+                    f"step {step}: the global batch's samples are laid over microbatches and ranks in another order in "
+                    f"B: A's are there as {shown}; compared sample by sample"
+                )
+                return
 
     def _start(self) -> None:
         """Once all initial weights are known: where most of the drawn ones differ, none of them is the suspect."""
@@ -150,59 +127,119 @@ class _Judge:
 
     def _row(self, key: Key) -> Row | None:
         pair = self._pair(key)
-        if pair is None:
-            return None
-        x, y = pair
-        other_dtype = f"{y.dtype} where A has {x.dtype}" if x.dtype != y.dtype else ""
+        if pair is None or isinstance(pair, Row):
+            return pair
+        name, x, y = pair
+        other_dtype = f"{y.dtype} where A has {x.dtype}" if x.dtype != y.dtype and key.kind != "mask" else ""
         if other_dtype:
             x, y = x.widened(), y.widened()
-        unequal = self._unequal(key, x, y)
-        wrong = "; ".join(filter(None, (unequal, self._not_copied(key), other_dtype)))
-        found = numbers(x, y)
+        addends = self.b.dp * self.b.microbatches(key.step)
+        fits = rounded_too_much(key, x, y, addends)
+        wrong = "; ".join(filter(None, (self._unequal(key, x, y), self._not_copied(key), other_dtype, fits)))
+        apart = distance(x, y)
+        found = numbers(x, y, apart)
 
         def row(verdict: Verdict, why: str = "", expected: Distance | None = None, excess: float = 0.0) -> Row:
-            return Row(key, x.dtype, x.bits.shape, found, expected, excess, verdict, why, bool(wrong))
+            return Row(name, x.dtype, x.bits.shape, found, expected, excess, verdict, why, bool(wrong), apart)
 
         if key.kind == "mask":
-            self.redrawn |= bool(found.differing)
-            wrong = wrong or _same_mask("A", x) or _same_mask("B", y)
-            return row("suspect" if wrong else "unknown" if found.differing else "identical", wrong)
+            return row(*self._mask(key, x, y, wrong))
         if not found.differing and not wrong:
             return row("identical")
         if not x.floats:
-            return row("suspect", wrong or "other integers", excess=math.inf)
+            return row("suspect", wrong or others(key, x, y, self.a), excess=math.inf)
+        if name.kind.startswith("resumed") and self.layouts_are_one:
+            return row("suspect", wrong or resumed_otherwise(name, x, y), excess=math.inf)
         if self.redrawn:
             return row("suspect" if wrong else "unknown", wrong)
         # What a run starts from has not been computed, so that no nudged run is needed to tell.
-        expected = self.estimate.of(key, x) if self.estimate or key.kind == "start" else None
-        excess, coherent = _excess(found, expected, len(self.estimate.noise))
-        if excess <= 1 and not wrong:
+        of = self.aliases[key][1] if key in self.aliases else key
+        expected = self.estimate.of(of, x) if self.estimate or key.kind == "start" else None
+        over = excess(of, found, apart, expected, len(self.estimate.noise))
+        if over.value <= 1 and not wrong:
             if key.kind == "clip":
-                self.estimate.clips_apart(found.relative)
-            return row("rounding" if expected else "unknown", "", expected, excess)
-        if self.softmaxed and not wrong:
-            return row("other vocabulary", "", expected, excess)
-        if excess > 1 and self.result.first is None:
-            near = _allowed(found, len(self.estimate.noise)) * expected.overall if expected else 0.0
-            coherent = coherent or explain(key, x, y, self.a, self.b, found, near)
-        return row("suspect", "; ".join(filter(None, (wrong, coherent))), expected, excess)
+                self.estimate.clips_apart(key, found.relative)
+            return row("rounding" if expected else "unknown", "", expected, over.value)
+        if self.softmaxed and not wrong and not self._beyond_padding(key, apart):
+            return row("other vocabulary", "", expected, over.value)
+        why = over.why
+        if over.value > 1 and self.result.first is None:
+            near = allowed(found.size, len(self.estimate.noise)) * expected.overall if expected else 0.0
+            why = "; ".join(filter(None, (over.why, explain(key, x, y, self.a, self.b, found, near))))
+        return row("suspect", "; ".join(filter(None, (wrong, why))), expected, over.value)
 
-    def _pair(self, key: Key) -> tuple[Logical, Logical] | None:
-        """Both sides of `key`; notes why it cannot be compared, if so."""
+    def _beyond_padding(self, key: Key, apart: Distance) -> bool:
+        """Whether a loss or gradient of the first step is farther off than the share of the padded logits explains.
+
+        What follows from them in later steps, and an optimizer's state, may be off by any share.
+        """
+        a, b = self.result.vocabulary or (1, 1)
+        explained = PADDING_SAFETY * abs(a - b) / min(a, b)
+        judged = key.kind in ("out", "loss", "dout", "din", "grad") and key.step == min(self.begun)
+        return judged and apart.overall > explained
+
+    def _mask(self, key: Key, x: Logical, y: Logical, wrong: str) -> tuple[Verdict, str]:
+        """What dropout drops; an element that was zero before it says nothing."""
+        differing = dropped_apart(x, y)
+        # Nudged runs that drop other elements, too, say what that does.
+        judged = bool(self.estimate.noise) and all(trace.perturb >= REDRAWN for trace in self.estimate.noise)
+        self.redrawn |= differing and not judged
+        wrong = wrong or _rates_apart(x, y)
+        wrong = wrong or _same_mask("A", x) or _same_mask("B", y)
+        if differing and not wrong and self.layouts_are_one:
+            generators = [one[0].get(key.step, {}).get("generators") for one in (self.a.settings, self.b.settings)]
+            known = all(generators) and generators[0] != generators[1]
+            wrong = "other elements are dropped at the same layout" + (
+                "; the random generators are in other states where the step begins: look at what seeds them, and at "
+                "what a resume restores" if known else "")  # fmt: skip
+        if differing and judged and DROPPED not in self.result.notes:
+            self.result.notes.append(DROPPED)
+        otherwise: Verdict = "rounding" if judged else "unknown"
+        return ("suspect" if wrong else otherwise if differing else "identical"), wrong
+
+    def _pair(self, key: Key) -> tuple[Key, Logical, Logical] | Row | None:
+        """Both sides of `key`, and under which name; notes why it cannot be compared, if so."""
         notes = self.result.unmapped
-        if key not in self.a.records or key not in self.b.records:
-            notes.append(f"{_name(key)} is only in {'A' if key in self.a.records else 'B'}")
-            return None
-        x, y = self.a.logical(key), self.b.logical(key)
+        if key in self.aliases:
+            name, here, there = self.aliases[key]
+            x, y = self.a.logical(here), self.b.logical(there)
+        elif key not in self.a.records or key not in self.b.records:
+            if key.kind in ("start", "resumed"):
+                return None  # one side has gone on from a step before
+            return self._only_in("A" if key in self.a.records else "B", key)
+        else:
+            name, x, y = key, self.a.logical(key), self.b.logical(key)
         for side, tensor in (("A", x), ("B", y)):
             if isinstance(tensor, str):
                 notes.append(f"{_name(key)} in {side}: {tensor}")
         if isinstance(x, str) or isinstance(y, str):
             return None
         if x.bits.shape != y.bits.shape:
-            notes.append(f"{_name(key)}: {list(x.bits.shape)} in A, {list(y.bits.shape)} in B")
+            shapes = f"{list(x.bits.shape)} in A, {list(y.bits.shape)} in B"
+            if key.kind.partition(".")[0] in ("start", *PARAMETERS) or (key.kind, key.name) == ("out", "model"):
+                return _setting(key, f"of another shape: {shapes}", 1.0)
+            notes.append(f"{_name(key)}: {shapes}")
             return None
-        return x, y
+        return name, x, y
+
+    def _only_in(self, side: str, key: Key) -> Row | None:
+        """A parameter's gradient or state that one run has alone is a finding; a module's output may be a matter of
+        how modules are made up."""
+        trace, other = (self.a, self.b) if side == "A" else (self.b, self.a)
+        kind = key.kind.partition(".")[0]
+        parameter = next((one for one in trace.order if one.kind in ("start", "weight") and one.name == key.name), None)
+        known = parameter is not None and any(
+            one.name == key.name for one in other.order if one.kind in ("start", "weight")
+        )
+        likewise = any(one.kind == key.kind and one.step == key.step for one in other.order)
+        if kind in PARAMETERS and known and likewise:
+            what = {"grad": "no gradient", "weight": "no weight after the update"}.get(kind, "no such optimizer state")
+            return _setting(
+                key, f"only in {side}: {what} of this parameter in the other run, which has it of others", 1.0
+            )
+        if kind != "update":
+            self.result.unmapped.append(f"{_name(key)} is only in {side}")
+        return None
 
     def _unequal(self, key: Key, x: Logical, y: Logical) -> str:
         """What is said of ranks that hold different values for the same thing, if that is more than rounding."""
@@ -229,7 +266,7 @@ class _Judge:
 
     def _drift(self, key: Key, x: Logical) -> float:
         """How far apart replicas may be."""
-        if key.kind in ("start", "weight", "input", "mask") or key.kind.startswith("state"):
+        if key.kind.partition(".")[0] in ("start", "resumed", "weight", "input", "mask", "state"):
             return 0.0  # what is kept from step to step drifts apart for good
         if key.kind == "clip":
             return GRADIENT_NORM  # each rank works it out from its own shards
@@ -242,15 +279,28 @@ class _Judge:
             x, y = trace.logical_or_none(before), trace.logical_or_none(key)
             if x is None or y is None or x.bits.shape != y.bits.shape:
                 continue
-            found = numbers(x, y)
+            apart = distance(x, y)
+            found = numbers(x, y, apart)
             if not found.differing:
                 continue
             least = ROUNDING.get(x.dtype, 0.0)
             expected = self.estimate.of(before, x) if before in self.a.records else Distance(least, least)
             excess = math.inf if found.nan else max(found.relative / expected.overall, found.peak / expected.peak)
             why = f"recomputation in {side} gives other values than the forward pass did" if excess > 1 else ""
-            return Row(key, x.dtype, x.bits.shape, found, expected, excess, "suspect" if why else "rounding", why)
+            verdict: Verdict = "suspect" if why else "rounding"
+            return Row(key, x.dtype, x.bits.shape, found, expected, excess, verdict, why, apart=apart)
         return None
+
+
+def _rates_apart(x: Logical, y: Logical) -> str:
+    """What is said where one side drops more elements than chance explains."""
+    known = [one.bits[one.bits < 2] for one in (x, y)]
+    rates = [float((one == 1).mean()) if one.size else 0.0 for one in known]
+    mean = (rates[0] + rates[1]) / 2
+    spread = math.sqrt(mean * (1 - mean) * sum(1 / max(one.size, 1) for one in known))
+    if abs(rates[0] - rates[1]) <= RATE_SAFETY * spread:
+        return ""
+    return f"{rates[1]:.1%} of the elements are dropped in B, {rates[0]:.1%} in A: another dropout probability"
 
 
 def _same_mask(side: str, mask: Logical) -> str:
@@ -265,22 +315,10 @@ def _same_mask(side: str, mask: Logical) -> str:
     return ""
 
 
-def _allowed(found: Numbers, seeds: int) -> float:
-    """How many times the estimate a tensor may be off."""
-    return SAFETY * (1 + FEW / math.sqrt(found.size * max(seeds, 1)))
-
-
-def _excess(found: Numbers, expected: Distance | None, seeds: int) -> tuple[float, str]:
-    """The distance over what is allowed, and what is said if it is the coherent one alone that is above."""
-    if found.nan or math.isinf(found.max_abs):  # infinities are left out of the distances
-        return math.inf, ""
-    if expected is None:
-        return 0.0, ""
-    allowed = _allowed(found, seeds)
-    apart = max(found.relative / (allowed * expected.overall), found.peak / (PEAK_SAFETY * allowed * expected.peak))
-    coherent = found.coherent_scale / (COHERENT_SAFETY * allowed * expected.coherent)
-    said = f"coherent scale {found.scale:.6g}, where rounding explains 1 ± {expected.coherent:.1g}"
-    return max(apart, coherent), said if apart <= 1 < coherent else ""
+def _setting(key: Key, why: str, apart: float) -> Row:
+    """A finding about something that is no tensor, or none that can be held against the other side's."""
+    nothing = Numbers(1, 1, 0, apart, apart, apart, (0.0,) * 4, apart, apart, 0.0, 0.0, 0.0, 0.0, 0.0, None)
+    return Row(key, "setting", (), nothing, None, math.inf, "suspect", why, True)
 
 
 def _name(key: Key) -> str:

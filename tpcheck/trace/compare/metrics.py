@@ -5,34 +5,62 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from tpcheck.checkpoint.tiling import Array
 from tpcheck.checkpoint.ulp import compare, values
-from tpcheck.trace.compare.reader import Logical
+from tpcheck.trace.compare.logical import Logical
 
-__all__ = ["LEVELS", "Distance", "Numbers", "distance", "numbers"]
+__all__ = ["LEVELS", "Blocks", "Distance", "Numbers", "distance", "numbers"]
 
 LEVELS = (1e-4, 1e-3, 5e-3, 1e-2)
 BLOCK = 1 << 20  # elements widened to float64 at a time
+MOST_BLOCKS, FEWEST = 64, 64  # parts of a tensor; elements of a part
+HALVES = (2, 4, 8)
 MEDIAN_OF = 1 << 20  # elements that a median is taken of, evenly spaced
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """A tensor cut into groups of rows, or of columns: what B is off by in each.
+
+    Attributes:
+        error: squared norm of B - A.
+        square: squared norm of A.
+        scale: logarithm of the factor between B's norm and A's, over that of the whole tensor; in an estimate, how far
+            rounding spreads it.
+        size: elements of a group.
+    """
+
+    error: Array
+    square: Array
+    scale: Array
+    size: int
+
+
+@dataclass(frozen=True)
 class Distance:
-    """Of B from A, relative to A.
+    """Of B from A, relative to A but for the median.
 
     Attributes:
         overall: by norms.
         peak: for the worst row, against A's root mean square row.
-        coherent: |s - 1|, where s·A is the multiple of A nearest to B. Of independent roundings little is left in
-            it, overall/√n of n elements; of a mistake that makes all of them a little too large, all of it.
+        coherent: how far a common factor takes A, as `scale` without its sign. Of independent roundings little is
+            left in it, overall/√n of n elements; of a mistake that makes all of them a little too large, all of it.
+        median: of the absolute difference of the elements, which the few that turn round do not reach.
+        scale: logarithm of the factor between B's norm and A's. A regression of B on A, which are off alike: the
+            factor of the reduced major axis, which errors in A do not bring below 1 as they do least squares.
+        blocks: the same of parts.
     """
 
     overall: float
     peak: float
     coherent: float = 0.0
+    median: float = 0.0
+    scale: float = 0.0
+    blocks: tuple[Blocks, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,17 +88,57 @@ class Numbers:
 
 def distance(a: Logical, b: Logical) -> Distance:
     """The numbers that are compared with an estimate."""
-    error = norm = peak = along = 0.0
-    rows = 0
+    width = a.bits.shape[-1] if a.bits.ndim > 1 else 1
+    rows: list[Array] = []
+    columns = np.zeros((3, width))
     for x, y in _rows(a, b):
-        square, along = ((x - y) ** 2).sum(1), along + float((x * (y - x)).sum())
-        error, norm, rows = error + float(square.sum()), norm + float((x * x).sum()), rows + len(x)
-        peak = max(peak, float(square.max(initial=0.0)))
-    return Distance(_ratio(error, norm), _ratio(peak, norm / max(rows, 1)), abs(along) / norm if norm else 0.0)
+        each = np.stack(((y - x) ** 2, x * (y - x), x * x))
+        rows.append(each.sum(2))
+        columns += each.sum(1)
+    by_row = np.concatenate(rows, 1) if rows else np.zeros((3, 0))
+    error, along, norm = (float(one) for one in by_row.sum(1))
+    scale = float(_log_scale(error, along, norm))
+    peak = float(by_row[0].max(initial=0.0))
+    return Distance(
+        _ratio(error, norm),
+        _ratio(peak, norm / max(by_row.shape[1], 1)),
+        abs(scale),
+        _median(a, b),
+        scale,
+        (*_blocks(by_row, width, scale), *_blocks(columns, by_row.shape[1], scale)),
+    )
 
 
-def numbers(a: Logical, b: Logical) -> Numbers:
-    """All numbers; NaN on a side counts as a difference and is left out of the others."""
+def _log_scale(error: Any, along: Any, norm: Any) -> Any:
+    """½·log(|B|²/|A|²), from |B - A|², <A, B - A> and |A|²."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change = np.where(norm > 0, (2 * along + error) / np.where(norm > 0, norm, 1.0), 0.0)
+        return 0.5 * np.log1p(np.maximum(change, -1 + 1e-15))
+
+
+def _blocks(sums: Array, each: int, whole: float) -> Iterator[Blocks]:
+    """`sums` [3, n] of n rows, or columns, of `each` elements, put together to halves, quarters … as ranks have them,
+    and to at most `MOST_BLOCKS` parts. `whole` is the factor of the whole tensor, of which theirs are counted."""
+    count = sums.shape[1]
+    most = min(MOST_BLOCKS, count, count * each // FEWEST)
+    while most > 1 and count % most:
+        most -= 1
+    for groups in sorted({most, *(few for few in HALVES if few < most and not count % few)}):
+        if groups > 1:
+            error, along, norm = sums.reshape(3, groups, -1).sum(2)
+            yield Blocks(error, norm, _log_scale(error, along, norm) - whole, each * (count // groups))
+
+
+def _median(a: Logical, b: Logical) -> float:
+    stride = -(-max(a.bits.size, 1) // MEDIAN_OF)
+    x, y = (_wide(t.bits.reshape(-1)[::stride], t) for t in (a, b))
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():  # infinities apart; NaN alone
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return float(np.nan_to_num(np.nanmedian(np.abs(x - y)))) if len(x) else 0.0
+
+
+def numbers(a: Logical, b: Logical, apart: Distance) -> Numbers:
+    """All numbers, `apart` being the distance; NaN on a side counts as a difference and is left out of the others."""
     found = compare(iter([_bytes(a)]), iter([_bytes(b)]), a.dtype)
     dot = norm_a = norm_b = total = 0.0
     over = np.zeros(len(LEVELS))
@@ -79,19 +147,14 @@ def numbers(a: Logical, b: Logical) -> Numbers:
         dot, total = dot + float((x * y).sum()), total + float(error.sum())
         norm_a, norm_b = norm_a + float((x * x).sum()), norm_b + float((y * y).sum())
         over += [(error > level).sum() for level in LEVELS]
-    apart, size = distance(a, b), max(a.bits.size, 1)
-    stride = -(-size // MEDIAN_OF)
-    x, y = (_wide(t.bits.reshape(-1)[::stride], t) for t in (a, b))
-    with np.errstate(invalid="ignore"), warnings.catch_warnings():  # infinities apart; NaN alone
-        warnings.simplefilter("ignore", RuntimeWarning)
-        median = float(np.nanmedian(np.abs(x - y))) if len(x) else 0.0
+    size = max(a.bits.size, 1)
     return Numbers(
         size=a.bits.size,
         differing=found.differing,
         nan=found.nan,
         max_abs=found.max_abs or 0.0,
         mean_abs=total / size,
-        median_abs=median,
+        median_abs=apart.median,
         over=tuple(float(count) / size for count in over),
         relative=apart.overall,
         peak=apart.peak,

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from tpcheck.pages.colours import COLOURS, INK
 from tpcheck.pages.figures import LOOK, WIDTH, png, tidy
-from tpcheck.trace.compare.judge import Comparison, Row
+from tpcheck.trace.compare.comparison import Comparison, Row
 from tpcheck.trace.module_names import role_of
 
 __all__ = ["growth", "heat_map", "losses"]

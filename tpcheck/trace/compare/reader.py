@@ -11,96 +11,43 @@ Nothing is read before it is asked for, and one tensor at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from tpcheck.checkpoint.tiling import Array, Index, Tile, tiles
-from tpcheck.checkpoint.ulp import FLOATS, values
-from tpcheck.checkpoint.unpickle import ITEMSIZE
+from tpcheck.checkpoint.ulp import values
 from tpcheck.errors import TpcheckError
-from tpcheck.files.names import RANK, RECORDS
+from tpcheck.files.names import RANK, RECORDS, SETTINGS
+from tpcheck.trace.compare.logical import Box, Key, Logical, encoded, in_a_row, replicas_of, resolved, slices_of
 from tpcheck.trace.compare.tensorfile import tensors
 from tpcheck.trace.record.store import FORMAT, rank_folder
 
-__all__ = ["PHASES", "Key", "Logical", "Replicas", "Trace", "encoded"]
+__all__ = ["PHASES", "Trace"]
 
 Json: TypeAlias = dict[str, Any]
-Box: TypeAlias = tuple[Index, Index]  # offset and size
 OPEN_FILES = 64
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 DESCRIPTION: Json = {"world": int, "tp": int, "dp": int, "dtype": str, "sample": int, "perturb": int,
                      "records": int}  # fmt: skip
 RECORD: Json = {"name": str, "kind": str, "step": int, "file": int, "dtype": (str, type(None))}
 # In the order in which a step makes them; what was wrong first is what to look at.
-PHASES = {"start": 0, "input": 1, "out": 2, "mask": 2, "again": 3, "dout": 4, "din": 4, "grad": 5, "clip": 6,
-          "state": 7, "weight": 8}  # fmt: skip
-
-
-class Key(NamedTuple):
-    """What a logical tensor is known by in every trace."""
-
-    step: int
-    kind: str
-    name: str
-
-
-@dataclass(frozen=True)
-class Replicas:
-    """Ranks that hold the same box with other values than `first`, and how far from it, in norms, the worst is.
-
-    `add_up`: the sum over all ranks that hold it; where a reduction is missing, that is what it should have been.
-    """
-
-    first: int
-    others: tuple[int, ...]
-    distance: float
-    add_up: Array = field(repr=False, compare=False)
-
-
-@dataclass(frozen=True)
-class Logical:
-    """A tensor as the model has it, as bits; `ranks` says who holds which box, `batch` which dimension is the batch."""
-
-    dtype: str
-    bits: Array
-    ranks: tuple[tuple[int, tuple[slice, ...]], ...]
-    replicas: Replicas | None
-    how: tuple[str, ...]
-    batch: int | None = None
-
-    @property
-    def floats(self) -> bool:
-        return self.dtype in FLOATS
-
-    def narrowed(self, dim: int, size: int) -> Logical:
-        """The first `size` indices along `dim`; ranks that hold none of them are left out."""
-
-        def first(tensor: Array) -> Array:
-            return tensor[(slice(None),) * dim + (slice(size),)]
-
-        clipped = ((rank, (*box[:dim], slice(box[dim].start, min(box[dim].stop, size)), *box[dim + 1 :]))
-                   for rank, box in self.ranks)  # fmt: skip
-        ranks = tuple((rank, box) for rank, box in clipped if box[dim].start < box[dim].stop)
-        replicas = self.replicas and replace(self.replicas, add_up=first(self.replicas.add_up))
-        return replace(self, bits=np.ascontiguousarray(first(self.bits)), ranks=ranks, replicas=replicas)
-
-    def widened(self) -> Logical:
-        """The same numbers as float64, for a comparison with another dtype."""
-        return replace(self, dtype="float64", bits=self.values().view("<u8"))
-
-    def values(self) -> Array:
-        return _numbers(self.bits, self.dtype)
+PHASES = {"start": 0, "resumed": 0, "input": 1, "in": 2, "out": 2, "mask": 2, "loss": 3, "again": 4, "dout": 5,
+          "din": 5, "grad": 6, "clip": 7, "state": 8, "update": 9, "weight": 10}  # fmt: skip
 
 
 class Trace:
     """The trace in `path`; refused unless every rank's part of it is whole.
 
-    `cuts` are dimensions of which only the first indices are looked at, with how many: of vocabularies that another
-    trace pads differently.
+    Attributes:
+        cuts: dimensions of which only the first indices are looked at, with how many: of vocabularies that another
+            trace pads differently.
+        recuts: dimensions along which tensor-parallel ranks' boxes lie one after the other, though their records say
+            that each is all of it (True), or the other way round (False).
+        orders: by step, samples in the order in which another trace has them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -115,12 +62,19 @@ class Trace:
         self.perturb: int = first["perturb"]
         self.pp: int = first.get("pp", 1)
         self.steps: list[int] = first["steps"]
+        self.megatron: bool = first.get("megatron", False)
+        self.layout = (self.tp, self.dp, self.pp, bool(first.get("sequence_parallel")))
         self.cuts: dict[Key, tuple[int, int]] = {}
+        self.recuts: dict[Key, tuple[int, bool]] = {}
+        self.orders: dict[int, list[int]] = {}
         self.files: dict[Path, dict[str, Array]] = {}
         self.records: dict[Key, list[tuple[int, int, Json]]] = {}
         self.order: dict[Key, tuple[int, int, int, int]] = {}
         for rank, description in enumerate(self.ranks):
             self._index(rank, description["records"])
+        self._separate()
+        self._derive_updates()
+        self.settings = [_settings(rank_folder(path, rank)) for rank in range(self.world)]
 
     def keys(self) -> list[Key]:
         """All logical tensors, as they came up in the run."""
@@ -128,6 +82,8 @@ class Trace:
 
     def logical(self, key: Key) -> Logical | str:
         """The tensor put together, or why it cannot be."""
+        if key in self.updates:
+            return self._update(key)
         records = self.records[key]
         shapes = {tuple(record["shape"]) for _, _, record in records}
         dtypes = {record["dtype"] for _, _, record in records if record["dtype"]}
@@ -136,14 +92,18 @@ class Trace:
         dtype = dtypes.pop()
         boxes: dict[Box, list[tuple[int, Array]]] = {}
         for rank, number, record in records:
-            for box, offset in enumerate(record["at"]):
+            for box, offset in enumerate(self._offsets(key, rank, record)):
                 array = self._array(rank, record, f"{number}.{box}")
                 if not len(offset) == array.ndim == len(record["shape"]):
                     return "its boxes have other dimensions than it"
                 boxes.setdefault((tuple(offset), array.shape), []).append((rank, array))
         if not boxes:
             return "no rank holds any of it"
-        shape = _resolved(shapes.pop(), boxes)
+        sides = self._shape(key, shapes.pop())
+        batch = sides.index(None) if None in sides else None
+        if batch is not None:
+            boxes = in_a_row(boxes, batch)
+        shape = resolved(sides, boxes)
         whole: dict[Box, Array] = {}
         partial = any(record.get("partial") for _, _, record in records) and key.kind in ("din", "dout")
         for place, held in boxes.items():
@@ -154,20 +114,84 @@ class Trace:
             return f"its boxes do not add up to {list(shape)}"
         bits = np.empty(shape, next(iter(whole.values())).dtype)
         for (offset, size), array in whole.items():
-            bits[_slices(offset, size)] = array
+            bits[slices_of(offset, size)] = array
         scale = records[0][2].get("scale", 1.0)
         if scale != 1:
             bits = encoded(values(bits, dtype) * scale, dtype)
-        ranks = tuple((rank, _slices(*place)) for place, held in boxes.items() for rank, _ in held)
+        ranks = tuple((rank, slices_of(*place)) for place, held in boxes.items() for rank, _ in held)
         assumed = any(record.get("assumed") for _, _, record in records)
         unequal = any(array.tobytes() != held[0][1].tobytes() for held in boxes.values() for _, array in held[1:])
-        replicas = None if partial or not unequal else _replicas(boxes, dtype, shape)
+        replicas = None if partial or not unequal else replicas_of(boxes, dtype, shape)
         if assumed and replicas:
             return "how it is cut is not known, and its ranks hold different values"
-        sides = records[0][2]["shape"]
-        batch = sides.index(None) if None in sides else None
         found = Logical(dtype, bits, ranks, replicas, tuple(records[0][2]["how"]), batch)
+        if key.kind == "loss":
+            return found.summed()
+        if batch is not None and len(order := self.orders.get(key.step, [])) == shape[batch]:
+            found = replace(found, bits=np.take(bits, order, batch), ranks=())
         return found.narrowed(*self.cuts[key]) if key in self.cuts else found
+
+    def _offsets(self, key: Key, rank: int, record: Json) -> Iterator[Index]:
+        """Where a record's boxes are."""
+        dim, apart = self.recuts.get(key, (-1, False))
+        for offset in record["at"]:
+            if dim >= 0:
+                extent = record["shape"][dim]
+                by = self.ranks[rank]["tp_rank"] * (extent if apart else -(extent // self.tp))
+                offset = [*offset[:dim], offset[dim] + by, *offset[dim + 1 :]]
+            yield tuple(offset)
+
+    def _shape(self, key: Key, shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        dim, apart = self.recuts.get(key, (-1, False))
+        if dim < 0:
+            return shape
+        extent = shape[dim] or 0
+        return (*shape[:dim], extent * self.tp if apart else extent // self.tp, *shape[dim + 1 :])
+
+    def _separate(self) -> None:
+        """Microbatches whose sequences are of other lengths than others' are tensors by themselves."""
+        for key, held in list(self.records.items()):
+            shapes = {tuple(record["shape"]) for _, _, record in held}
+            if len(shapes) < 2 or not all("microbatch" in record and None in record["shape"] for _, _, record in held):
+                continue
+            del self.records[key]
+            for rank, number, record in held:
+                alone = key._replace(name=f"{key.name}@{record['microbatch']}")
+                self.records.setdefault(alone, []).append((rank, number, record))
+                self.order.setdefault(alone, self.order[key])
+            del self.order[key]
+
+    def _derive_updates(self) -> None:
+        """Of every parameter that is kept in float32, what a step moves it by."""
+        self.updates: dict[Key, tuple[Key, Key]] = {}
+        for key, place in list(self.order.items()):
+            if key.kind not in ("state.main", "weight"):
+                continue
+            main = key._replace(kind="state.main")
+            fine = key.kind == "state.main" or (main not in self.records and self._dtype(key) == "float32")
+            ones = (
+                Key(key.step - 1, key.kind, key.name),
+                key._replace(kind="resumed.main"),
+                key._replace(kind="start"),
+            )
+            before = next((one for one in ones if one in self.records), None)
+            if fine and before is not None:
+                update = key._replace(kind="update")
+                self.updates[update] = (before, key)
+                self.records[update] = self.records[key]
+                self.order[update] = (place[0], PHASES["update"], *place[2:])
+
+    def _dtype(self, key: Key) -> str:
+        return next((record["dtype"] for _, _, record in self.records[key] if record["dtype"]), "")
+
+    def _update(self, key: Key) -> Logical | str:
+        before, after = (self.logical(one) for one in self.updates[key])
+        if isinstance(before, str) or isinstance(after, str):
+            return before if isinstance(before, str) else str(after)
+        if before.bits.shape != after.bits.shape:
+            return "the parameter has changed its shape"
+        moved = after.values() - before.values()
+        return replace(after, dtype="float64", bits=moved.view("<u8"), replicas=None)
 
     def logical_or_none(self, key: Key) -> Logical | None:
         found = self.logical(key) if key in self.records else None
@@ -212,6 +236,18 @@ class Trace:
         return found[name]
 
 
+def _settings(folder: Path) -> dict[int, Json]:
+    """A rank's settings by step; older traces have none."""
+    file = folder / SETTINGS
+    if not file.exists():
+        return {}
+    try:
+        lines = [json.loads(line) for line in file.read_bytes().splitlines()]
+        return {int(line["step"]): line for line in lines}
+    except DAMAGE as error:
+        raise TpcheckError(f"{file} does not hold settings ({error!r}): copy the trace again") from error
+
+
 def _rank_json(path: Path, rank: int) -> Json:
     file = rank_folder(path, rank) / RANK
     try:
@@ -244,41 +280,3 @@ def _require(found: Json, types: Json, *lists: str) -> None:
         raise TypeError(f"steps is {found['steps']!r}")
     if found.get("world", 1) < 1:
         raise ValueError(f"world is {found['world']}")
-
-
-def _resolved(shape: tuple[int | None, ...], boxes: Iterable[Box]) -> Index:
-    """The logical shape, its batch as long as the boxes reach."""
-    ends = [max(offset[dim] + size[dim] for offset, size in boxes) for dim in range(len(shape))]
-    return tuple(ends[dim] if extent is None else extent for dim, extent in enumerate(shape))
-
-
-def _replicas(boxes: dict[Box, list[tuple[int, Array]]], dtype: str, shape: Index) -> Replicas | None:
-    """Whether the holders of some box disagree; how much they do where they do most."""
-    worst, total = None, np.zeros(shape)
-    for place, held in boxes.items():
-        (first, reference), *rest = held
-        x = _numbers(reference, dtype)
-        total[_slices(*place)] = x + np.sum([_numbers(array, dtype) for _, array in rest], axis=0)
-        others = tuple(sorted({rank for rank, array in rest if array.tobytes() != reference.tobytes()}))
-        if others:
-            norm = np.linalg.norm(x) or 1.0
-            distance = max(float(np.linalg.norm(_numbers(array, dtype) - x) / norm) for _, array in rest)
-            if worst is None or not distance <= worst.distance:
-                worst = Replicas(first, others, distance, total)
-    return worst
-
-
-def _numbers(bits: Array, dtype: str) -> Array:
-    return values(bits, dtype) if dtype in FLOATS else bits.astype(np.float64)
-
-
-def encoded(numbers: Array, dtype: str) -> Array:
-    """The bits of `numbers` rounded to `dtype`."""
-    if dtype != "bfloat16":
-        return numbers.astype(FLOATS[dtype] if dtype != "float16" else "<f2").view(f"<u{ITEMSIZE[dtype]}")
-    bits = numbers.astype("<f4").view("<u4")
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
-
-
-def _slices(offset: Index, size: Index) -> tuple[slice, ...]:
-    return tuple(slice(start, start + length) for start, length in zip(offset, size, strict=True))

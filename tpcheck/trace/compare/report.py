@@ -9,8 +9,9 @@ from pathlib import Path
 from tpcheck.files import result_dir
 from tpcheck.pages import html
 from tpcheck.trace.compare import pictures
-from tpcheck.trace.compare.judge import Comparison, Row
-from tpcheck.trace.compare.text import layout, padded, sentence, what
+from tpcheck.trace.compare.comparison import Comparison, Row
+from tpcheck.trace.compare.limits import limits
+from tpcheck.trace.compare.text import KINDS, layout, padded, sentence, what
 
 __all__ = ["write"]
 
@@ -54,9 +55,34 @@ def write(comparison: Comparison, a: Path, b: Path, path: Path) -> None:
 <div class="pictures">{figures}</div>
 {"<h2>Suspect, in the order of execution</h2>" + _numbers(suspects[:40]) if suspects else ""}
 {f"<p>Vocabulary: {escape(text)}.</p>" if (text := padded(comparison)) else ""}
+{_notes(comparison)}
+{_limits(comparison)}
 {_unmapped(comparison)}
 <details><summary>All {len(comparison.rows)} tensors</summary>{_numbers(comparison.rows)}</details>"""
     path.write_text(html.document("Rounding or bug?", body, STYLE), encoding="utf-8")
+
+
+def _notes(comparison: Comparison) -> str:
+    return "".join(f"<p>{escape(note)}.</p>" for note in comparison.notes)
+
+
+def _limits(comparison: Comparison) -> str:
+    """How small an error of each kind would have been found."""
+    found = list(limits(comparison))
+    if not found:
+        return ""
+    headings = ("kind", "tensors", "off by", "worst", "a common factor of 1 ±", "worst")
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+    rows = []
+    for one in found:
+        numbers = (*one.any_error, *(one.factor or ()))
+        cells = (KINDS.get(one.kind, one.kind), str(one.tensors), *(f"{number:.1e}" for number in numbers))
+        rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    return (
+        "<h2>What would have been found</h2><p>Errors above these, relative to the tensor, are beyond what rounding "
+        "explains: for half of the tensors of a kind, and for the one where it explains most.</p>"
+        f'<table class="numbers"><tr>{head}</tr>{"".join(rows)}</table>'
+    )
 
 
 def _unmapped(comparison: Comparison) -> str:

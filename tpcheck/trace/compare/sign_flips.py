@@ -19,16 +19,17 @@ __all__ = ["sign_flip_distance"]
 POSSIBLE = 1e-4  # probability from which on a turn is allowed for
 
 
-def sign_flip_distance(before: Array, after: Array, average: Array, noise: float) -> Distance:
-    """How far the updates whose sign rounding may decide take `after` from itself.
+def sign_flip_distance(before: Array, after: Array, average: Array, noise: float, of: Array) -> Distance:
+    """How far the updates whose sign rounding may decide take `after` from itself, relative to `of`.
 
     Args:
         before, after: the weights on both sides of the update.
         average: what decided on its direction: Adam's first moment, or the gradient.
         noise: how far rounding may take `average`, relative in norm.
+        of: the weights, or the update itself.
     """
     spread = noise * float(np.linalg.norm(average)) / max(average.size, 1) ** 0.5
-    norm = float(np.linalg.norm(after))
+    norm = float(np.linalg.norm(of))
     if not spread or not norm:
         return Distance(0.0, 0.0)
     odds = torch.special.erfc(torch.from_numpy(np.abs(average) / spread / 2**0.5)).numpy() / 2

@@ -6,23 +6,35 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
-from tpcheck.trace.compare.judge import Comparison, Row
+from tpcheck.trace.compare.comparison import Comparison, Row
+from tpcheck.trace.compare.limits import Limits, limits
 from tpcheck.trace.compare.reader import Trace
 
-__all__ = ["layout", "lines", "padded", "sentence", "what"]
+__all__ = ["KINDS", "layout", "lines", "padded", "sentence", "what"]
 
 KINDS = {
+    "settings": "setting",
     "start": "initial weight",
     "input": "input",
+    "in": "input of a layer",
     "out": "output",
     "mask": "what is dropped",
+    "loss": "loss",
     "again": "recomputed output",
     "dout": "gradient of output",
     "din": "gradient of input",
     "grad": "parameter gradient",
     "clip": "clip coefficient",
+    "update": "update",
     "weight": "updated weight",
+    "resumed.weight": "weight, as resumed",
 }
+SURER = (
+    ". The surest way to tell: trace both runs with dtype=fp32, where a bug stands out a thousandfold, or under "
+    "strategy=tree, where any difference is one"
+)
+DOUBTFUL = 0.5  # of the limit
+SEEN = ("out", "dout", "grad", "update")
 SHOWN = 24
 NAMED = 3
 
@@ -41,10 +53,14 @@ def lines(comparison: Comparison, *, show_all: bool = False) -> Iterator[str]:
         yield ""
     if vocabulary := padded(comparison):
         yield f"vocabulary  {vocabulary}"
+    for note in comparison.notes:
+        yield f"note  {note}"
     for note in comparison.unmapped[: None if show_all else 5]:
         yield f"not compared  {note}"
     if not show_all and len(comparison.unmapped) > 5:
         yield f"not compared  … and {len(comparison.unmapped) - 5} more"
+    if seen := "; ".join(_seen(one) for one in limits(comparison) if one.kind in SEEN):
+        yield f"would be found  {seen}"
     counts = Counter(row.verdict for row in comparison.rows)
     yield "tensors  " + ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
     if comparison.first_difference:
@@ -67,19 +83,38 @@ def sentence(comparison: Comparison) -> str:
             text += f" is off by {first.numbers.relative:.2g}, where rounding explains {first.estimate.overall:.1g}"
         return text + (f"; {first.why}" if first.why else "")
     if comparison.other_weights or comparison.verdict == "other vocabulary":
-        return f"not rounding: {'; '.join(_other_runs(comparison))}{left_out}"
+        verdict = "not rounding" if comparison.other_weights else "nothing suspect, though not the same"
+        return f"{verdict}: {'; '.join(_other_runs(comparison))}{left_out}"
     if not comparison.rows:
         return "can't tell: no tensor of one trace could be compared with the other's"
     if comparison.verdict == "unknown":
-        return (
-            "can't tell: the runs differ, and A has no nudged runs to say by how much rounding may: "
-            "trace A again into its folders noise-1, noise-2, noise-3 with perturb=1, 2, 3"
-        )
+        return _cannot_tell(comparison)
     if comparison.verdict == "rounding":
         worst = max((row for row in comparison.rows if row.verdict == "rounding"), key=lambda row: row.excess)
         limit = f"the nearest, {what(worst)}, is at {worst.excess:.0%} of the limit"
-        return f"rounding: no tensor is beyond what rounding explains; {limit}{left_out}"
+        surer = SURER if worst.excess > DOUBTFUL else ""
+        return f"rounding: no tensor is beyond what rounding explains; {limit}{left_out}{surer}"
     return f"identical: every tensor that has been compared, bit for bit{left_out}"
+
+
+def _cannot_tell(comparison: Comparison) -> str:
+    dropped = next((row for row in comparison.rows if row.key.kind == "mask" and row.verdict == "unknown"), None)
+    if dropped is not None:
+        return (
+            f"can't tell: {what(dropped)} is not the same in both runs, as it need not be at two layouts, and what "
+            "follows from it cannot be compared; before it, no tensor is beyond what rounding explains. Trace both "
+            "runs with dropout 0"
+        )
+    return (
+        "can't tell: the runs differ, and A has no nudged runs to say by how much rounding may: "
+        "trace A again into its folders noise-1, noise-2, noise-3 with perturb=1, 2, 3"
+    )
+
+
+def _seen(one: Limits) -> str:
+    """A kind's limits, for half of its tensors."""
+    factor = f", or a factor of 1 ± {one.factor[0]:.1g}" if one.factor else ""
+    return f"{KINDS.get(one.kind, one.kind)}s off by {one.any_error[0]:.1g}{factor}"
 
 
 def padded(comparison: Comparison) -> str:
@@ -107,7 +142,8 @@ def _other_runs(comparison: Comparison) -> Iterator[str]:
 
 
 def what(row: Row) -> str:
-    kind = KINDS.get(row.key.kind, f"optimizer {row.key.kind.partition('.')[2]}")
+    resumed = ", as resumed" if row.key.kind.startswith("resumed") else ""
+    kind = KINDS.get(row.key.kind, f"optimizer {row.key.kind.partition('.')[2]}{resumed}")
     return f"{row.key.name} ({kind}, step {row.key.step})"
 
 

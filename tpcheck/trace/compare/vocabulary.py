@@ -13,7 +13,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from tpcheck.trace.compare.reader import Key, Trace
+from tpcheck.trace.compare.logical import Key
+from tpcheck.trace.compare.reader import Trace
 
 __all__ = ["along_vocabulary", "cut_alike", "padding"]
 
@@ -25,7 +26,8 @@ def padding(a: Trace, b: Trace) -> tuple[int, int] | None:
     for key in a.records.keys() & b.records.keys():
         if key.kind in ("start", "grad") and along_vocabulary(key.name):
             x, y = _shape(a, key), _shape(b, key)
-            if len(x) == len(y) and x[0] != y[0] and x[1:] == y[1:]:
+            divided = (x[0] or 0) in ((y[0] or 0) * b.tp, (y[0] or 0) // a.tp)  # not padded, but not marked as cut
+            if len(x) == len(y) and x[0] != y[0] and x[1:] == y[1:] and not divided:
                 return x[0] or 0, y[0] or 0
     return None
 

@@ -1,7 +1,7 @@
 """Hooks that see a training step go by and record it.
 
-    model's input ─► start (weights) ─► out (modules' outputs) ─► dout, din (their gradients) ─► grad (parameters')
-       step ends ◄─ weight, state.* ◄─ optimizer steps ◄─ clip ◄──────────────────────────────────────┘
+    model's input ─► start (weights) ─► out (modules' outputs) ─► loss ─► dout, din (their gradients) ─► grad
+       step ends ◄─ weight, state.* ◄─ optimizer steps ◄─ resumed, settings, clip ◄── (parameters') ─────┘
 
 A step ends when the model runs forward after an optimizer has stepped, or when the trace is closed; so nothing in
 the training loop has to tell. A module that runs while the model does not is recomputing: `again`.
@@ -21,12 +21,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from tpcheck.trace.module_names import norm_of
 from tpcheck.trace.record.chunks import Chunk, chunks_of
 from tpcheck.trace.record.deepspeed import engine_of
-from tpcheck.trace.record.noise import Nudge, nudge, spawn
+from tpcheck.trace.record.noise import REDRAWN, Nudge, nudge, redrawn, spawn
 from tpcheck.trace.record.outputs import Watch, replaced
 from tpcheck.trace.record.parameters import Parameters
 from tpcheck.trace.record.rules import Batch, Rules, is_of_an_expert
+from tpcheck.trace.record.settings import Settings, generators, modules, run_settings
 from tpcheck.trace.record.shards import Shards, whole
 from tpcheck.trace.record.store import Writer
+from tpcheck.trace.record.watched import watch
 
 __all__ = ["Capture"]
 
@@ -36,9 +38,11 @@ Handle = Any  # torch's removable handles have no common public type
 class Capture:
     """The hooks on one rank's models. `close` takes them off again and ends the last step."""
 
-    def __init__(self, models: list[torch.nn.Module], rules: Rules, writer: Writer, options: Any) -> None:
+    def __init__(
+        self, models: list[torch.nn.Module], rules: Rules, writer: Writer, options: Any, first: int = 0
+    ) -> None:
         self.models, self.rules, self.writer, self.options = models, rules, writer, options
-        self.step, self.microbatch, self.updated, self.graded = 0, -1, False, False
+        self.step, self.microbatch, self.updated, self.graded = first, -1, False, False
         self.running = self.evaluating = self.closed = False
         self.batch = Batch(0, 0, 0)
         self.recorded: list[int] = []
@@ -47,7 +51,9 @@ class Capture:
         self.chunks = chunks_of(models, rules.layout)
         self.begun: Counter[int] = Counter()  # microbatches of this step, by the chunk's stage
         self.stages: dict[str, int] = {}  # by name
-        self.parameters = Parameters(self.chunks, rules, self._record, options.perturb)
+        self.settings = Settings()
+        self.parameters = Parameters(self.chunks, rules, self._record, options.perturb, self.settings)
+        self.losses = 0  # of this step
         self.undo: list[Callable[[], None]] = []
         self._hook()
 
@@ -84,6 +90,7 @@ class Capture:
         self._wrap_finalize()
         self._wrap_engine()
         self._watch_dropout()
+        self.undo += watch(self._loss, self._norm, lambda limit: self.settings.note("clip_grad", limit))
 
     def _keep(self, handle: Handle) -> None:
         self.undo.append(handle.remove)
@@ -96,7 +103,12 @@ class Capture:
             return
 
         def finalize(*args: Any, **kwargs: Any) -> Any:
+            tokens = args[1] if len(args) > 1 else kwargs.get("num_tokens")
+            if isinstance(tokens, torch.Tensor):
+                self.settings.note("tokens counted", tokens)
             answer = original(*args, **kwargs)
+            if isinstance(tokens, torch.Tensor):
+                self.settings.note("tokens", tokens)  # now the global batch's
             self._gradients()
             return answer
 
@@ -134,39 +146,75 @@ class Capture:
             sides = next((tuple(value.shape[:2]) for value in inputs if value.dim() >= 2), (0, 0))
             self.batch = Batch(self.microbatch, *sides)
             if self.wanted:
-                if not self.writer.records:
-                    self.parameters.start()
                 if self.step not in self.recorded:
-                    self.recorded.append(self.step)
+                    self._begin_step()
                 self._inputs(args, kwargs)
             self.running = True
 
         return hook
+
+    def _begin_step(self) -> None:
+        """The first microbatch of a step that is wanted."""
+        settings: dict[str, Any] = {"generators": generators()}
+        if not self.recorded:
+            self.parameters.start()
+            described = [entry for chunk in self.chunks for entry in modules(chunk.modules())]
+            settings |= {"run": run_settings(self.rules.config, self.models), "modules": dict(described)}
+        self.recorded.append(self.step)
+        self.settings.begin(settings)
 
     def _finish(self, model: torch.nn.Module, args: Any, output: Any) -> None:
         self.running = self.evaluating = False
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for key, value in (*enumerate(args), *kwargs.items()):
-            if isinstance(value, torch.Tensor) and value.dim() >= 2 and not value.dtype.is_floating_point:
+            if not isinstance(value, torch.Tensor) or value.dim() < 2:
+                continue
+            mask = isinstance(key, str) and "mask" in key
+            if mask or not value.dtype.is_floating_point:
                 index = self.batch.number * self.rules.layout.dp + self.rules.layout.dp_rank
-                self._record("input", f"input {key}", whole(value).batch(0, index))
+                shards = whole(value)
+                # One attention mask may serve all samples.
+                shards = shards.batch(0, index) if len(value) == self.batch.samples else replace(shards, alone=True)
+                self._record("input", f"input {key}", shards, self.batch)
+
+    def _loss(self, loss: torch.Tensor) -> None:
+        """What is differentiated, once a microbatch; `microbatch` may be another one's by then, in a pipeline."""
+        if self.wanted and self.microbatch >= 0:
+            batch = replace(self.batch, number=self.losses)
+            index = batch.number * self.rules.layout.dp + self.rules.layout.dp_rank
+            shards = whole(loss.float().reshape(1)).batch(0, index)
+            self._record("loss", "model", shards, batch, scale=self.rules.layout.grad_scale)
+        self.losses += 1
+
+    def _norm(self, norm: float) -> None:
+        if self.wanted and self.microbatch >= 0:
+            self.parameters.total_norm = norm
 
     def _watch_dropout(self) -> None:
         """Record what dropout drops: whatever follows can be compared only where both runs drop the same."""
         original = torch.nn.functional.dropout
 
         def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-            before = input.detach() != 0
-            answer = original(input, p, training, inplace)
+            zero = input.detach() == 0
+            again = p and training and self.options.perturb >= REDRAWN
+            answer = self._dropped(input, p) if again else original(input, p, training, inplace)
             if p and training and self.running and self.wanted:
                 name = f"{self.inside[-1] if self.inside else 'model'} dropout"
-                shards = self.rules.hidden(before & (answer.detach() == 0), self.batch)
+                # 0 kept, 1 dropped, 2 was zero before, so that nothing can be seen
+                dropped = (answer.detach() == 0).to(torch.uint8).masked_fill(zero, 2)
+                shards = self.rules.hidden(dropped, self.batch)
                 self._record("mask", name, shards, self.batch, self._call("mask", name))
             return answer
 
         torch.nn.functional.dropout = dropout
         self.undo.append(lambda: setattr(torch.nn.functional, "dropout", original))
+
+    def _dropped(self, x: torch.Tensor, p: float) -> torch.Tensor:
+        """Dropout as only this nudged run draws it; recomputation draws it again."""
+        name = self.inside[-1] if self.inside else "model"
+        call = self._call("drawn" if self.running else "drawn again", name)
+        return redrawn(x, p, spawn(self.options.perturb, self.step, self.microbatch, "dropout", name, call))
 
     def _enter(self, label: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: Any) -> None:
@@ -185,7 +233,7 @@ class Capture:
         return hook
 
     def _output(self, name: str, module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if getattr(x, "_tpcheck", None) is self.batch:
+        if _known(x, self.batch):
             return x  # a child's output, handed on
         kind = "out" if self.running else "again"
         call = self._call(kind, name)
@@ -204,7 +252,13 @@ class Capture:
     def _on_input(self, label: str) -> Callable[..., Any]:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             x = args[0] if args else None
-            if not (self.wanted and isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled()):
+            if not (self.wanted and isinstance(x, torch.Tensor)):
+                return None
+            # Such as what an activation function gives, which is no module's output.
+            if self.running and not _known(x, self.batch) and self.rules.is_cut_input(label, module, x):
+                shards = self.rules.input(label, module, x, self.batch)
+                self._record("in", label, shards, self.batch, self._call("in", label))
+            if not (x.requires_grad and torch.is_grad_enabled()):
                 return None
             call = self._call("din", label)
             record = self._gradient_recorder("din", label, module, self.batch, call)
@@ -244,7 +298,7 @@ class Capture:
             return
         self._gradients()
         if self.wanted:
-            self.parameters.clip(optimizer, self.step)
+            self.parameters.before_update(optimizer, self.step, first=self.recorded[:1] == [self.step])
 
     def _after_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.updated |= self.microbatch >= 0 and self.parameters.owns(optimizer)
@@ -252,6 +306,9 @@ class Capture:
     def _end_step(self) -> None:
         if self.wanted:
             self.parameters.after_update()
+            if not self.options.kinds or "settings" in self.options.kinds:
+                self.writer.add_settings(self.settings.line(self.step))
+        self.losses = 0
         self.step, self.microbatch, self.updated, self.graded = self.step + 1, -1, False, False
         self.begun.clear()
 
@@ -270,3 +327,8 @@ class Capture:
         if batch is not None:
             record["microbatch"] = batch.number * self.rules.layout.dp + self.rules.layout.dp_rank
         self.writer.add(record, replace(shards, scale=scale).every(self.options.sample))
+
+
+def _known(x: torch.Tensor, batch: Batch) -> bool:
+    """Whether `x` has been recorded as an output."""
+    return getattr(x, "_tpcheck", None) is batch

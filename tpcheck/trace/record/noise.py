@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["Nudge", "nudge", "spawn"]
+__all__ = ["REDRAWN", "Nudge", "nudge", "redrawn", "spawn"]
+
+REDRAWN = 101  # from this seed on, a nudged run's dropout drops other elements, too
 
 # A sum of products is rounded once to bfloat16 or float16, but at every addition to float32 and float64: there, an
 # order of a few hundred summands is worth several units in the last place.
@@ -34,6 +36,12 @@ def nudge(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     steps = torch.div(draw, 2, rounding_mode="trunc").to(x.device, bits.dtype)
     moved = (bits + steps).view(x.dtype)
     return torch.where((x.detach() != 0) & torch.isfinite(x.detach()) & torch.isfinite(moved), moved, x.detach())
+
+
+def redrawn(x: torch.Tensor, p: float, generator: torch.Generator) -> torch.Tensor:
+    """Dropout of `x` by random numbers of its own."""
+    kept = torch.rand(x.shape, generator=generator).to(x.device) >= p
+    return x * (kept / (1 - p)).to(x.dtype)
 
 
 class Nudge(torch.autograd.Function):

@@ -17,6 +17,7 @@ from tpcheck.trace.record.chunks import Chunk
 from tpcheck.trace.record.deepspeed import engine_of, full_gradient, full_states, full_weight, is_cut, set_full_gradient
 from tpcheck.trace.record.noise import nudge, spawn
 from tpcheck.trace.record.rules import Rules
+from tpcheck.trace.record.settings import Settings
 from tpcheck.trace.record.shards import Shards, whole
 
 __all__ = ["Parameters"]
@@ -28,8 +29,10 @@ CLIPPED = 1e-4  # a factor farther from 1 than this is clipping's
 class Parameters:
     """Records the parameters of `chunks`, each under its canonical name, through `record(kind, name, shards)`."""
 
-    def __init__(self, chunks: Sequence[Chunk], rules: Rules, record: Record, perturb: int) -> None:
-        self.rules, self.record, self.perturb = rules, record, perturb
+    def __init__(self, chunks: Sequence[Chunk], rules: Rules, record: Record, perturb: int, settings: Settings) -> None:
+        self.rules, self.record, self.perturb, self.settings = rules, record, perturb, settings
+        self.wrapped = [chunk.model for chunk in chunks]
+        self.total_norm: float | None = None  # of all gradients, as the run has worked it out
         self.engine = engine_of([chunk.model for chunk in chunks])
         self.named = {name: p for chunk in chunks for name, p in chunk.parameters().items()}
         self.optimizers: dict[int, torch.optim.Optimizer] = {}
@@ -55,7 +58,32 @@ class Parameters:
                 self.coarse[name] = sum(_square(part, torch.float32) for _, part in shards.parts)
             self.record("grad", name, shards)
 
-    def clip(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def before_update(self, optimizer: torch.optim.Optimizer, step: int, first: bool) -> None:
+        """What the update is made with; at the `first` step that is recorded, also what a resumed optimizer holds."""
+        self._settings(optimizer)
+        if first:
+            for name, parameter, updated in self._updated_by(optimizer):
+                states = list(self._states(optimizer, parameter, updated))
+                if any(key != "main" for key, _ in states):
+                    for key, value in states:
+                        self.record(f"resumed.{key}", name, self.rules.updated(name, parameter, value))
+        self._clip(optimizer, step)
+
+    def _settings(self, optimizer: torch.optim.Optimizer) -> None:
+        groups = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
+        for name, parameter in self.named.items():
+            marked = getattr(parameter, "tensor_model_parallel", False)
+            cut = [int(parameter.partition_dim), int(getattr(parameter, "partition_stride", 1))] if marked else None  # type: ignore[attr-defined]
+            marks = {"sharded": cut} if self.rules.config is not None else {}
+            self.settings.parameter(name, requires_grad=parameter.requires_grad, **marks)
+        for name, _, updated in self._updated_by(optimizer):
+            self.settings.parameter(name, group=self.settings.group(optimizer, groups[id(updated)]))
+            self.settings.note("all groups", True)
+        owner: Any = getattr(getattr(self.rules.config, "grad_scale_func", None), "__self__", None)
+        if hasattr(owner, "get_loss_scale"):
+            self.settings.note("loss_scale", owner.get_loss_scale())
+
+    def _clip(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """What clipping multiplied the gradients by, as far as this rank can tell; every rank should find the same."""
         before = after = coarse = 0.0
         clipped = []
@@ -76,10 +104,15 @@ class Parameters:
             ratio *= factor
             for gradient in clipped:
                 gradient.mul_(factor)
+        if self.total_norm is not None:
+            missed = math.sqrt(coarse / before) if self.perturb else 1.0
+            self.record("clip", "gradient norm", whole(torch.tensor([self.total_norm * missed])))
+            self.total_norm = None
         self.record("clip", "gradient clipping", whole(torch.tensor([ratio])))
 
     def after_update(self) -> None:
         """The weights that the next forward pass takes, and what optimizers keep of them."""
+        self._finish_gathering()
         for name, parameter in self.named.items():
             self.record("weight", name, self.rules.parameter(name, parameter, full_weight(parameter)))
             if is_cut(parameter):
@@ -87,11 +120,26 @@ class Parameters:
                     self.record(f"state.{key}", name, self.rules.parameter(name, parameter, value))
         for optimizer in self.optimizers.values():
             for name, parameter, updated in self._updated_by(optimizer):
-                if updated is not parameter and updated.dtype != parameter.dtype:
-                    self.record("state.main", name, self.rules.updated(name, parameter, updated.detach()))
-                for key, value in optimizer.state.get(updated, {}).items():
-                    if isinstance(value, torch.Tensor) and value.dim() and value.numel() == updated.numel():
-                        self.record(f"state.{key}", name, self.rules.updated(name, parameter, value))
+                for key, value in self._states(optimizer, parameter, updated):
+                    self.record(f"state.{key}", name, self.rules.updated(name, parameter, value))
+                if (steps := _steps(optimizer, updated)) is not None:
+                    self.settings.parameter(name, steps=steps)
+
+    def _states(
+        self, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, updated: torch.Tensor
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the optimizer keeps of a parameter, by key; as `main` the parameter that it updates, if another one."""
+        if updated is not parameter and updated.dtype != parameter.dtype:
+            yield "main", updated.detach()
+        for key, value in optimizer.state.get(updated, {}).items():
+            if isinstance(value, torch.Tensor) and value.dim() and value.numel() == updated.numel():
+                yield key, value
+
+    def _finish_gathering(self) -> None:
+        """Where Megatron gathers updated weights while the next forward pass runs, they are gathered first."""
+        for model in self.wrapped:
+            if getattr(getattr(model, "ddp_config", None), "overlap_param_gather", False):
+                model.start_param_sync(force_sync=True)  # type: ignore[operator]
 
     def owns(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether `optimizer` updates these models; it is asked for its state from then on."""
@@ -140,3 +188,12 @@ def _round(gradient: torch.Tensor, dtype: torch.dtype, generator: torch.Generato
     values = _local(gradient)
     coarse = values.to(dtype)
     values.add_((nudge(coarse, generator) - coarse).to(values.dtype))
+
+
+def _steps(optimizer: torch.optim.Optimizer, updated: torch.Tensor) -> int | None:
+    """How many updates the optimizer counts for what it updates; kept with it, or with its group."""
+    count = optimizer.state.get(updated, {}).get("step")
+    if count is None:
+        group = next((one for one in optimizer.param_groups if any(p is updated for p in one["params"])), {})
+        count = group.get("step")
+    return None if count is None else int(count)

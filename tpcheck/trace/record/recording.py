@@ -20,7 +20,9 @@ __all__ = ["record"]
 
 
 @contextlib.contextmanager
-def record(path: str | Path, model: torch.nn.Module | Sequence[torch.nn.Module], **options: Any) -> Iterator[None]:
+def record(
+    path: str | Path, model: torch.nn.Module | Sequence[torch.nn.Module], *, first: int = 0, **options: Any
+) -> Iterator[None]:
     """What `tpcheck.trace` does; it says what the arguments are."""
     asked = parse_trace(options)
     models = list(model) if isinstance(model, Sequence) else [model]
@@ -28,9 +30,17 @@ def record(path: str | Path, model: torch.nn.Module | Sequence[torch.nn.Module],
         raise TpcheckError(f"{len(models)} models cannot be traced into one folder: trace each into its own")
     layout = rank_layout_of(models)
     rules = Rules(models, layout)
-    description = {**layout.to_json(), "dtype": _dtype(models), "sample": asked.sample, "perturb": asked.perturb}
+    description = {
+        **layout.to_json(),
+        "dtype": _dtype(models),
+        "sample": asked.sample,
+        "perturb": asked.perturb,
+        "modules": asked.modules,
+        "kinds": asked.kinds,
+        "megatron": rules.config is not None,
+    }
     writer = Writer(rank_folder(Path(path), layout.rank), description)
-    capture = Capture(models, rules, writer, asked)
+    capture = Capture(models, rules, writer, asked, first)
     try:
         yield
     except BaseException:

@@ -83,6 +83,10 @@ class Rules:
     def input(self, name: str, module: torch.nn.Module, tensor: torch.Tensor, batch: Batch) -> Shards:
         return self._activation(self._rule(name, module, tensor, 1), 1, module, tensor, batch)
 
+    def is_cut_input(self, name: str, module: torch.nn.Module, tensor: torch.Tensor) -> bool:
+        """Whether the module's input is cut in features, as a row-parallel layer's is."""
+        return self._rule(name, module, tensor, 1) == COLUMN
+
     def hidden(self, tensor: torch.Tensor, batch: Batch) -> Shards:
         """What dropout is applied to in Megatron: hidden states, or attention's probabilities."""
         rule = {3: HIDDEN, 4: "BHFF"}.get(tensor.dim()) if self.config is not None else None

@@ -2,6 +2,7 @@
 
     rank-00000/rank.json           where the rank stands, what was asked for; `records` once the trace is whole
                records.jsonl       name, kind, step, shape, offsets of its boxes … one line a record
+               settings.jsonl      what each step is made with, a line a step
                000000.safetensors  the boxes of the records that say `file: 0`, as "<record>.<box>"
 
 Records wait in memory until they fill a file; nothing else is kept.
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 from tpcheck.errors import TpcheckError
 from tpcheck.files.json_files import write_object
-from tpcheck.files.names import RANK, RECORDS
+from tpcheck.files.names import RANK, RECORDS, SETTINGS
 from tpcheck.trace.record.shards import Shards
 
 __all__ = ["FORMAT", "Writer", "rank_folder"]
@@ -65,6 +66,10 @@ class Writer:
         self.records += 1
         if self.bytes >= FILE_BYTES:
             self._flush()
+
+    def add_settings(self, line: str) -> None:
+        with open(self.folder / SETTINGS, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
     def close(self, summary: dict[str, Any]) -> None:
         """Write what is waiting, and that the trace is whole."""

@@ -1,0 +1,67 @@
+"""A traced resume against the uninterrupted run: identical at the same layout, and what was not restored is named."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from patches import cpu
+from tests.silent_bugs import BUGS
+from tests.support.traces import BASE, Runs
+from tpcheck.config.load import parse_run
+from tpcheck.run.launch import launch
+from tpcheck.trace.compare.command import compare
+from tpcheck.trace.compare.comparison import Comparison
+
+cpu.enable()
+FOUR = {"steps": 4, "trace": {"steps": [0, 1, 2, 3]}}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("resumed"))
+
+
+def resumed(path: Path, bug: contextlib.AbstractContextManager[None], **layout: Any) -> Path:
+    """A run that is stopped after two steps, and resumed with a `bug`."""
+    settings = {**BASE, **FOUR, **layout, "output": str(path)}
+    assert launch(parse_run({**settings, "trace": None, "stop_after": 2})) == 0
+    with bug:
+        assert launch(parse_run(settings), resume=True) == 0
+    return path
+
+
+def judged(runs: Runs, path: Path, bug: contextlib.AbstractContextManager[None]) -> Comparison:
+    return compare(runs.reference(**FOUR), resumed(path, bug))
+
+
+def test_a_clean_resume_is_identical(runs: Runs, tmp_path: Path) -> None:
+    found = judged(runs, tmp_path / "b", contextlib.nullcontext())
+    assert found.verdict == "identical" and not found.unmapped
+    begun = {row.key.kind for row in found.rows if row.key.kind.startswith("resumed")}
+    assert begun == {"resumed.weight", "resumed.main", "resumed.exp_avg", "resumed.exp_avg_sq"}
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "words"),
+    [
+        ("moments not restored", "resumed.exp_avg ", "begins at zero: it was not restored"),
+        ("main parameters rebuilt from rounded weights", "resumed.main ", "rebuilt from the rounded weights"),
+        ("one weight not loaded", "resumed.weight decoder.final_layernorm.weight", "had after the step before"),
+    ],
+)
+def test_what_was_not_restored_is_named(runs: Runs, tmp_path: Path, name: str, first: str, words: str) -> None:
+    found = judged(runs, tmp_path / "b", BUGS[name].inject())
+    assert found.first is not None and found.first.key.step == 2
+    assert f"{found.first.key.kind} {found.first.key.name}".startswith(first)
+    assert words in found.first.why
+
+
+def test_a_resume_beyond_the_steps_to_trace_is_refused(tmp_path: Path) -> None:
+    settings = {**BASE, "steps": 4, "output": str(tmp_path / "run")}
+    assert launch(parse_run({**settings, "stop_after": 2})) == 0
+    assert launch(parse_run({**settings, "trace": {"steps": [0, 1]}}), resume=True) != 0
+    assert "trace.steps=[0, 1] are done" in (tmp_path / "run" / "log.txt").read_text()

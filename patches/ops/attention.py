@@ -18,7 +18,7 @@ from torch import Tensor
 
 from patches.contract import UnsupportedError
 from patches.ops.sharded import Shards
-from patches.order.backend import backend, product_backend
+from patches.order.backend import attention_backend, backend, product_backend
 from patches.order.collectives import all_gather
 from patches.order.tree import tree_sum
 from patches.order.visible import WIDEST, Visible
@@ -54,7 +54,7 @@ class _Blockwise(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, groups: int, shards: Shards
     ) -> Tensor:
-        y, top, inverse = product_backend(q, k, v).attention(q, k, v, visible, scale)
+        y, top, inverse = attention_backend(q, k, v, visible).attention(q, k, v, visible, scale)
         ctx.save_for_backward(q, k, v, y, top, inverse)
         ctx.visible, ctx.scale, ctx.groups, ctx.shards = visible, scale, groups, shards
         return y

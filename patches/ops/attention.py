@@ -24,7 +24,7 @@ from torch import Tensor
 
 from patches.contract import UnsupportedError
 from patches.ops.sharded import Shards
-from patches.order.backend import backend, product_backend
+from patches.order.backend import attention_backend, backend, product_backend
 from patches.order.chunks import begin_gather, begin_sum_of_own, chunks_of_rank, tree_order
 from patches.order.collectives import all_gather
 from patches.order.tree import tree_sum
@@ -86,8 +86,8 @@ class _Blockwise(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: list[tuple[slice, Visible]], scale: float, groups: int,
         shards: Shards,
     ) -> Tensor:  # fmt: skip
-        compute = product_backend(q, k, v)
         keys, values = _whole(k, v, shards)
+        compute = attention_backend(q, keys, values, parts[0][1])
         found = [compute.attention(q[rows], keys, values, visible, scale) for rows, visible in parts]
         ys, tops, inverses = zip(*found, strict=True)
         y = _joined(ys)

@@ -13,6 +13,7 @@ from tpcheck.config.load import load_run_or_preset, read_yaml
 from tpcheck.config.presets import PRESETS
 from tpcheck.config.schema import RunConfig
 from tpcheck.cost.attention import KERNELS, attention_terms
+from tpcheck.cost.attention import Quantity as AttentionQuantity
 from tpcheck.cost.datasheets import GPUS, NVLINK_DOMAIN, Gpu
 from tpcheck.cost.measured import Rates, measured
 from tpcheck.cost.memory import GIB, memory
@@ -145,20 +146,27 @@ def _lines(
     yield from textwrap.wrap("; ".join(legend), 120)
 
 
+ATTENTION: dict[AttentionQuantity, tuple[str, float]] = {
+    "flops": ("attention multiplies, TFLOP", 1e12), "moved": ("attention moves in memory, GB", 1e9),
+    "saved": ("and keeps, GiB", GIB), "peak": ("and holds at once, of a layer, GiB", GIB),
+}  # fmt: skip
+
+
 def _attention_lines(config: RunConfig, width: int) -> Iterator[str]:
-    """What attention moves and keeps, whatever the strategy."""
+    """What attention costs by either kernel, whatever the strategy."""
     terms = attention_terms(config)
-    for quantity, title, scale in (("moved", "attention moves in memory, GB", 1e9), ("saved", "and keeps, GiB", GIB)):
+    for quantity, (title, scale) in ATTENTION.items():
         lines = [term for term in terms if term.quantity == quantity]
-        if lines:
-            yield ""
-            yield f"{title:<{width}}" + _kernel_cells(KERNELS) + "  formula"
+        if not lines:
+            return
+        yield ""
+        yield f"{title:<{width}}" + _kernel_cells(KERNELS) + "  formula"
         for term in lines:
             values = [_number(term.value / scale) if term.kernel == kernel else "-" for kernel in KERNELS]
             yield f"  {term.what:<{width - 2}}{_kernel_cells(values)}  {term.formula}"
-        if lines:
-            sums = (sum(term.value for term in lines if term.kernel == kernel) / scale for kernel in KERNELS)
-            yield f"{'total':<{width}}" + _kernel_cells(map(_number, sums))
+        name, total_of = ("largest", max) if quantity == "peak" else ("total", sum)
+        sums = (total_of(term.value for term in lines if term.kernel == kernel) / scale for kernel in KERNELS)
+        yield f"{name:<{width}}" + _kernel_cells(map(_number, sums))
 
 
 def _kernel_cells(texts: Iterable[str]) -> str:

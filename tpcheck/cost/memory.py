@@ -105,9 +105,9 @@ def _activations(config: RunConfig, stage: int, on_gpu: bool) -> float:
         mlp += model.experts.per_token * (model.hidden_size + model.experts.ffn_hidden_size * widths)
     # Queries, keys and values twice (normalised, rotated), attention's output, the MLP's two widths.
     sharded = size * tokens * (2 * heads + model.num_attention_heads * model.head_dim + mlp) / config.tp
-    # Unfused attention keeps the scores' softmax and what it was made from.
+    # Unfused attention keeps the scores' softmax in float32, and rounded where that is another dtype.
     unfused = config.attention_on(on_gpu) == "unfused"
-    scores = unfused * 2 * size * tokens * config.seq_length * model.num_attention_heads / config.tp
+    scores = unfused * (6 if size == 2 else 4) * tokens * config.seq_length * model.num_attention_heads / config.tp
     inside = 4 * whole + sharded + scores
     layers = model.num_layers / config.pp * _in_flight(config, stage)
     return layers * whole + inside if config.recompute else layers * inside

@@ -9,9 +9,9 @@ A term *is* its formula: the text that is shown is the text that is evaluated. T
     memory    beyond stock's, while one sum over ranks is under way; the largest term counts
 
 Attention is unfused and not causal, as Megatron's own is: 12·T·s·q FLOP for 9 of the patches' own, which walks half of
-the scores, but those of backward twice (`cost.attention` has what either moves and keeps). Summing gradients over data-
-and context-parallel ranks adds the same to all three and is left out, and so are collectives of a few scalars: the
-gradient norm, the optimizer's flags.
+the scores, but those of backward twice (`cost.attention` has both, and what they move and hold). Summing gradients over
+data- and context-parallel ranks adds the same to all three and is left out, and so are collectives of a few scalars:
+the gradient norm, the optimizer's flags.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ LEGEND = {
     "q": "width of all queries",
     "k": "width of all ranks' keys",
     "w": "width of QKV",
+    "P": "width of all queries, each head filled up to a power of two",
+    "l": "leaves of a group's heads on a rank",
     "d": "width of a head",
     "f": "feed-forward width",
     "g": "its pieces in fc1 (2: gate and up)",
@@ -106,6 +108,8 @@ def symbols(config: RunConfig) -> dict[str, float]:
         "q": model.num_attention_heads * model.head_dim,
         "k": max(model.num_query_groups, tp) * model.head_dim,
         "w": (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim,
+        "P": model.num_attention_heads * max(16, 1 << (model.head_dim - 1).bit_length()),
+        "l": max(1, config.leaves // model.num_query_groups) / max(1, tp // model.num_query_groups),
         "d": model.head_dim,
         "f": model.ffn_hidden_size,
         "g": 2 if model.activation == "swiglu" else 1,

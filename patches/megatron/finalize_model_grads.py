@@ -103,9 +103,10 @@ def _refuse_inexact(model: Any) -> None:
     data_parallel = parallel_state.get_data_parallel_group(with_context_parallel=True)
     of_experts = torch.tensor([not getattr(parameter, "allreduce", True) for _, parameter in named])
     for some, group in ((~of_experts, data_parallel), (of_experts, parallel_state.get_expert_data_parallel_group())):
-        part = found[:, some]
-        dist.all_reduce(part, group=group)
-        found[:, some] = part
+        if some.any():
+            part = found[:, some]
+            dist.all_reduce(part, group=group)
+            found[:, some] = part
     bad = exceeds(found[0]) | found[1].ne(0)
     worst = bad.any().double()
     for group in (data_parallel, parallel_state.get_model_parallel_group()):

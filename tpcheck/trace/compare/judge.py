@@ -149,7 +149,8 @@ class _Judge:
         if not x.floats:
             return row("suspect", wrong or others(key, x, y, self.a), excess=math.inf)
         if name.kind.startswith("resumed") and self.layouts_are_one:
-            return row("suspect", wrong or resumed_otherwise(name, x, y), excess=math.inf)
+            told = wrong if wrong and not fits else resumed_otherwise(name, x, y)
+            return row("suspect", told, excess=math.inf)
         if self.redrawn:
             return row("suspect" if wrong else "unknown", wrong)
         # What a run starts from has not been computed, so that no nudged run is needed to tell.

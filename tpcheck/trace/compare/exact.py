@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tpcheck.errors import TpcheckError
 from tpcheck.trace.compare.reader import Trace
 
 __all__ = ["Finding", "exact_findings"]
@@ -61,7 +62,10 @@ def exact_findings(a: Trace, b: Trace, step: int) -> Iterator[Finding]:
     if not all(sides):
         return
     for part in (_run, _modules, _parameters):
-        left, right = (_by_field(part(trace, lines)) for trace, lines in zip((a, b), sides, strict=True))
+        try:
+            left, right = (_by_field(part(trace, lines)) for trace, lines in zip((a, b), sides, strict=True))
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise TpcheckError(f"the settings of step {step} are damaged ({error!r}): copy the traces again") from error
         order = {field: place for place, field in enumerate(FIRST)}
         for field in sorted(left.keys() & right.keys(), key=lambda field: (order.get(field, len(order)), field)):
             yield from _in_field(field, left[field], right[field], named=part is _modules)

@@ -25,8 +25,9 @@ from tpcheck.trace.compare.exact import exact_findings
 from tpcheck.trace.compare.excess import allowed, excess, rounded_too_much
 from tpcheck.trace.compare.layers import together
 from tpcheck.trace.compare.logical import Key, Logical, encoded
+from tpcheck.trace.compare.masks import dropped_apart, rates_apart, same_mask
 from tpcheck.trace.compare.metrics import Distance, Numbers, distance, numbers
-from tpcheck.trace.compare.pairing import aliases, dropped_apart, permutation
+from tpcheck.trace.compare.pairing import aliases, permutation
 from tpcheck.trace.compare.reader import Trace
 from tpcheck.trace.compare.shapes import put_straight
 from tpcheck.trace.record.noise import REDRAWN
@@ -40,7 +41,6 @@ DROPPED = (
 )
 SHOWN = 8
 PADDING_SAFETY = 8.0  # times the share of the vocabulary that one side has more
-RATE_SAFETY = 8.0  # standard deviations of how many elements are dropped
 PARAMETERS = ("grad", "weight", "state")
 
 
@@ -149,7 +149,8 @@ class _Judge:
         if not x.floats:
             return row("suspect", wrong or others(key, x, y, self.a), excess=math.inf)
         if name.kind.startswith("resumed") and self.layouts_are_one:
-            return row("suspect", wrong or resumed_otherwise(name, x, y), excess=math.inf)
+            told = wrong if wrong and not fits else resumed_otherwise(name, x, y)
+            return row("suspect", told, excess=math.inf)
         if self.redrawn:
             return row("suspect" if wrong else "unknown", wrong)
         # What a run starts from has not been computed, so that no nudged run is needed to tell.
@@ -184,8 +185,8 @@ class _Judge:
         # Nudged runs that drop other elements, too, say what that does.
         judged = bool(self.estimate.noise) and all(trace.perturb >= REDRAWN for trace in self.estimate.noise)
         self.redrawn |= differing and not judged
-        wrong = wrong or _rates_apart(x, y)
-        wrong = wrong or _same_mask("A", x) or _same_mask("B", y)
+        wrong = wrong or rates_apart(x, y)
+        wrong = wrong or same_mask("A", x) or same_mask("B", y)
         if differing and not wrong and self.layouts_are_one:
             generators = [one[0].get(key.step, {}).get("generators") for one in (self.a.settings, self.b.settings)]
             known = all(generators) and generators[0] != generators[1]
@@ -290,29 +291,6 @@ class _Judge:
             verdict: Verdict = "suspect" if why else "rounding"
             return Row(key, x.dtype, x.bits.shape, found, expected, excess, verdict, why, apart=apart)
         return None
-
-
-def _rates_apart(x: Logical, y: Logical) -> str:
-    """What is said where one side drops more elements than chance explains."""
-    known = [one.bits[one.bits < 2] for one in (x, y)]
-    rates = [float((one == 1).mean()) if one.size else 0.0 for one in known]
-    mean = (rates[0] + rates[1]) / 2
-    spread = math.sqrt(mean * (1 - mean) * sum(1 / max(one.size, 1) for one in known))
-    if abs(rates[0] - rates[1]) <= RATE_SAFETY * spread:
-        return ""
-    return f"{rates[1]:.1%} of the elements are dropped in B, {rates[0]:.1%} in A: another dropout probability"
-
-
-def _same_mask(side: str, mask: Logical) -> str:
-    """Ranks that drop the same elements of different shards; data-parallel ranks may."""
-    seen: dict[tuple[object, bytes], tuple[int, tuple[slice, ...]]] = {}
-    for rank, box in mask.ranks:
-        dropped = mask.bits[box]
-        sample = repr(box[mask.batch]) if mask.batch is not None else ""
-        first, place = seen.setdefault((sample, dropped.tobytes()), (rank, box))
-        if place != box and 0 < dropped.sum() < dropped.size:
-            return f"in {side}, ranks {first} and {rank} drop the same elements of different shards: equal seeds"
-    return ""
 
 
 def _setting(key: Key, why: str, apart: float) -> Row:

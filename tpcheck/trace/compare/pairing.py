@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from tpcheck.trace.compare.logical import Key, Logical
+from tpcheck.trace.compare.masks import dropped_apart
 from tpcheck.trace.compare.reader import Trace
 
-__all__ = ["aliases", "dropped_apart", "drops_otherwise", "permutation"]
+__all__ = ["aliases", "drops_otherwise", "permutation"]
 
 
 def aliases(a: Trace, b: Trace) -> Iterator[tuple[Key, tuple[Key, Key, Key]]]:
@@ -57,8 +58,3 @@ def drops_otherwise(a: Trace, b: Trace) -> bool:
             if x is not None and y is not None and x.bits.shape == y.bits.shape and dropped_apart(x, y):
                 return True
     return False
-
-
-def dropped_apart(x: Logical, y: Logical) -> bool:
-    """Whether two masks differ; an element that was zero before dropout (2) says nothing."""
-    return bool(((x.bits != y.bits) & (x.bits < 2) & (y.bits < 2)).any())

@@ -243,7 +243,15 @@ def _settings(folder: Path) -> dict[int, Json]:
         return {}
     try:
         lines = [json.loads(line) for line in file.read_bytes().splitlines()]
-        return {int(line["step"]): line for line in lines}
+        for line in lines:
+            _require(line, {"step": int, "run": dict, "parameters": dict}, "groups")
+            known = range(len(line["groups"]))
+            described = [*line["groups"], *line.get("modules", {}).values(), *line["parameters"].values()]
+            if not all(isinstance(one, dict) for one in described):
+                raise TypeError("what should be fields is not")
+            if not all(one.get("group", 0) in known or not known for one in line["parameters"].values()):
+                raise ValueError("a parameter's group is not there")
+        return {line["step"]: line for line in lines}
     except DAMAGE as error:
         raise TpcheckError(f"{file} does not hold settings ({error!r}): copy the trace again") from error
 

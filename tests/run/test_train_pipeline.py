@@ -117,7 +117,7 @@ def test_verdict_over_stages_alone_is_short(tmp_path: Path) -> None:
         ),
         (
             {"pp": 2, "recompute": True, "trace": {"steps": [0]}},
-            "recompute in a pipeline of pp=2 is not traced: use rec",
+            "recompute in a pipeline of pp=2 is not traced",
         ),
         ({"pp": 2, "vpp": 2, "global_batch_size": 3}, "pp=2 does not divide the 3 microbatches .* which vpp=2 needs"),
     ],

@@ -123,7 +123,10 @@ def test_verdict_over_stages_alone_is_short(tmp_path: Path) -> None:
             {"pp": 2, "model": {**TINY, "tied": True}},
             "model.tied=true with pp=2 .* use batch=order-free, model.tied=false, pp=1, or",
         ),
-        ({"pp": 2, "trace": {"steps": [0]}}, "trace records whole models, not pp=2 stages of one: use pp=1, or trace"),
+        (
+            {"pp": 2, "recompute": True, "trace": {"steps": [0]}},
+            "recompute in a pipeline of pp=2 is not traced",
+        ),
         ({"pp": 2, "vpp": 2, "global_batch_size": 3}, "pp=2 does not divide the 3 microbatches .* which vpp=2 needs"),
     ],
 )

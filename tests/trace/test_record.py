@@ -77,7 +77,7 @@ def test_filters_sampling_and_small_files_keep_the_same_values(tmp_path: Path, m
     assert whole.order.keys() == again.order.keys()
 
 
-def test_the_same_folder_twice_and_a_resumed_run_are_refused(tmp_path: Path) -> None:
+def test_the_same_folder_twice_is_refused_also_to_a_resumed_run(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
     with tpcheck.trace(tmp_path / "trace", model):
         pass
@@ -85,7 +85,7 @@ def test_the_same_folder_twice_and_a_resumed_run_are_refused(tmp_path: Path) -> 
         pass
     traced(tmp_path / "run", steps=2, stop_after=1)
     settings = json.loads((tmp_path / "run/manifest.json").read_text())["config"]
-    with pytest.raises(TpcheckError, match="a trace begins with its run, this one goes on from step 1"):
+    with pytest.raises(TpcheckError, match="holds a trace already: name another folder, or remove it"):
         launch(parse_run({**settings, "stop_after": None}), resume=True)
 
 
@@ -94,7 +94,7 @@ def test_the_same_folder_twice_and_a_resumed_run_are_refused(tmp_path: Path) -> 
     [
         ({"steps": 3}, r"steps=3: name them by numbers from 0, as in steps=\[0, 1\]"),
         ({"steps": [-1]}, "numbers from 0"),
-        ({"kinds": ["output"]}, r"kinds=\['output'\]: use some of start, input, out,"),
+        ({"kinds": ["output"]}, r"kinds=\['output'\]: use some of settings, start, resumed, input, in, out,"),
         ({"modules": "decoder.*"}, r"use a list, \['decoder.\*'\]"),
         ({"sample": 0}, "sample=0: use a number from 1"),
         ({"perturb": -1}, "perturb=-1: use 0, or a seed"),

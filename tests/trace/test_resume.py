@@ -12,6 +12,7 @@ from patches import cpu
 from tests.silent_bugs import BUGS
 from tests.support.traces import BASE, Runs
 from tpcheck.config.load import parse_run
+from tpcheck.errors import TpcheckError
 from tpcheck.run.launch import launch
 from tpcheck.trace.compare.command import compare
 from tpcheck.trace.compare.comparison import Comparison
@@ -63,5 +64,5 @@ def test_what_was_not_restored_is_named(runs: Runs, tmp_path: Path, name: str, f
 def test_a_resume_beyond_the_steps_to_trace_is_refused(tmp_path: Path) -> None:
     settings = {**BASE, "steps": 4, "output": str(tmp_path / "run")}
     assert launch(parse_run({**settings, "stop_after": 2})) == 0
-    assert launch(parse_run({**settings, "trace": {"steps": [0, 1]}}), resume=True) != 0
-    assert "trace.steps=[0, 1] are done" in (tmp_path / "run" / "log.txt").read_text()
+    with pytest.raises(TpcheckError, match=r"trace.steps=\[0, 1\] are done, this run goes on from step 2"):
+        launch(parse_run({**settings, "trace": {"steps": [0, 1]}}), resume=True)

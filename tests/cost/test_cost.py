@@ -24,6 +24,7 @@ from patches.order.exact import products
 from tests.support.ranks import on_ranks
 from tpcheck.cli import main
 from tpcheck.config.load import parse_run
+from tpcheck.config.presets import PRESETS
 from tpcheck.config.schema import RunConfig
 from tpcheck.cost import terms
 from tpcheck.cost.measured import measured
@@ -288,7 +289,7 @@ def test_command_takes_a_run_file(tmp_path: Path, capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["qwen4"], "qwen4: neither a preset (qwen3-tiny, qwen3-0.6b, qwen3-8b, gpt2-124m) nor a run file"),
+        (["qwen4"], f"qwen4: neither a preset ({', '.join(PRESETS)}) nor a run file"),
         (["qwen3-8b", "--tp", "3"], "num_attention_heads=32"),
         (["qwen3-8b", "--gpu", "v100"], "'v100' is not one of"),
     ],

@@ -29,7 +29,7 @@ __all__ = ["KINDS", "Source", "Tried", "try_case"]
 # What commands import when they are called, imported once and not in every child.
 for package in (tpcheck, slurm):
     for module in walk_packages(package.__path__, f"{package.__name__}."):
-        if not module.name.endswith("__main__"):
+        if not module.name.endswith("__main__") and ".study." not in module.name:  # which may need other packages
             import_module(module.name)
 
 SWEEP = (BEFORE / "sweep.yaml").read_text().replace("matrix:\n", "matrix:\n  arch: [h100]\n")
@@ -47,7 +47,7 @@ class Source:
     def unpacked(cls, folder: Path) -> Source:
         shutil.unpack_archive(BEFORE / "states.tar.xz", folder)
         shutil.copytree(BEFORE, folder, dirs_exist_ok=True)
-        make_nudged_runs(folder / "stopped", 1)
+        make_nudged_runs(folder / "stopped", seeds=1)
         return cls(folder)
 
     def copy(self, name: str, to: Path) -> Path:

@@ -20,6 +20,7 @@ from tests.support.traces import GPT2, TINY, Runs, replaced
 from tpcheck.cli import main
 from tpcheck.files.names import RECORDS
 from tpcheck.trace.compare.command import compare, to_json
+from tpcheck.trace.compare.text import sentence
 from tpcheck.trace.record.store import rank_folder
 
 cpu.enable()
@@ -134,9 +135,9 @@ BUGS = [
     ),
     ("bf16", _without_norm_reduction, {"tp": 2}, "q_layernorm.weight", "grad", "adds up to A"),
     ("fp32", _forward_reduction_doubled, {"tp": 2}, "embedding.word_embeddings", "out", "scaled by 2 = TP"),
-    ("bf16", _local_gradient_norm, {"tp": 2}, "gradient clipping", "clip", "unequal replicas"),
+    ("bf16", _local_gradient_norm, {"tp": 2}, "gradient norm", "clip", "unequal replicas"),
     ("fp32", _gradients_doubled_by_dp, {"dp": 2}, "embedding.word_embeddings.weight", "grad", "scaled by 2 = DP"),
-    ("bf16", _larger_norm_epsilon, {}, "input_layernorm", "out", "coherent scale 0.98"),
+    ("bf16", _larger_norm_epsilon, {}, "input_layernorm", "settings", "epsilon: 1e-05 in B, 1e-06 in A"),
     ("bf16", _weights_not_copied, {}, "word_embeddings.weight", "weight", "are not their main parameters, rounded"),
 ]
 
@@ -182,8 +183,18 @@ class TestDropout:
 
     SETTINGS: ClassVar[dict[str, Any]] = {"model": {**TINY, "dropout": 0.1}, "steps": 1, "trace": {"steps": [0]}}
 
-    def test_a_clean_run_cannot_be_told(self, runs: Runs) -> None:
-        assert runs.judge({"tp": 2}, NO_BUG, **self.SETTINGS).verdict == "unknown"
+    def test_a_clean_run_is_judged_by_runs_that_redraw_it(self, runs: Runs) -> None:
+        found = runs.judge({"tp": 2}, NO_BUG, **self.SETTINGS)
+        assert found.verdict == "rounding" and not found.unmapped
+        assert "everything is judged by runs of A that drop others, too" in found.notes[0]
+
+    def test_without_such_runs_it_cannot_be_told(self, runs: Runs, tmp_path: Path) -> None:
+        without = shutil.ignore_patterns("noise-101", "noise-102", "noise-103")
+        shutil.copytree(runs.reference(**self.SETTINGS), tmp_path / "a", ignore=without)
+        found = compare(tmp_path / "a", runs.run(tp=2, **self.SETTINGS))
+        assert found.verdict == "unknown"
+        assert sentence(found).startswith("can't tell: embedding.embedding_dropout dropout (what is dropped, step 0)")
+        assert sentence(found).endswith("Trace both runs with dropout 0")
 
     def test_equal_seeds_where_they_must_differ_are_suspect(self, runs: Runs) -> None:
         from megatron.core.tensor_parallel.random import CudaRNGStatesTracker

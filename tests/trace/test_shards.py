@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tpcheck.checkpoint.tiling import Tile, tiles
 from tpcheck.trace.compare.logical import Logical
-from tpcheck.trace.compare.metrics import distance, numbers
+from tpcheck.trace.compare.metrics import Numbers, distance, numbers
 from tpcheck.trace.record.noise import nudge, spawn
 from tpcheck.trace.record.shards import Shards, whole
 
@@ -69,11 +69,15 @@ def _logical(x: torch.Tensor) -> Logical:
     return Logical(str(x.dtype).removeprefix("torch."), bits, (), None, ())
 
 
+def _numbers(a: Logical, b: Logical) -> Numbers:
+    return numbers(a, b, distance(a, b))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_numbers_are_what_float64_says(dtype: torch.dtype) -> None:
     a = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
     b = (a.double() * 1.01 + 0.001).to(dtype)
-    found, x, y = numbers(_logical(a), _logical(b)), a.double(), b.double()
+    found, x, y = _numbers(_logical(a), _logical(b)), a.double(), b.double()
     error = (x - y).abs()
     assert found.max_abs == pytest.approx(error.max().item())
     assert found.mean_abs == pytest.approx(error.mean().item())
@@ -98,12 +102,12 @@ def test_coherent_distance_is_large_where_a_factor_hides_below_rounding() -> Non
 
 def test_numbers_of_equal_zero_and_nan_tensors() -> None:
     zeros, ones = _logical(torch.zeros(3, 4)), _logical(torch.ones(3, 4))
-    assert numbers(zeros, zeros).relative == 0
-    assert numbers(zeros, zeros).cosine == 1
-    assert numbers(zeros, ones).relative == float("inf")
+    assert _numbers(zeros, zeros).relative == 0
+    assert _numbers(zeros, zeros).cosine == 1
+    assert _numbers(zeros, ones).relative == float("inf")
     broken = torch.ones(3, 4)
     broken[1, 1] = float("nan")
-    assert numbers(ones, _logical(broken)).nan == 1
+    assert _numbers(ones, _logical(broken)).nan == 1
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 2.0**-7), (torch.float32, 4 * 2.0**-23)])

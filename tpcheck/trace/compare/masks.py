@@ -34,6 +34,6 @@ def same_mask(side: str, mask: Logical) -> str:
         dropped = mask.bits[box]
         sample = repr(box[mask.batch]) if mask.batch is not None else ""
         first, place = seen.setdefault((sample, dropped.tobytes()), (rank, box))
-        if place != box and 0 < dropped.sum() < dropped.size:
+        if place != box and (dropped == 1).any() and (dropped == 0).any():
             return f"in {side}, ranks {first} and {rank} drop the same elements of different shards: equal seeds"
     return ""

@@ -81,7 +81,7 @@ def _limits(comparison: Comparison) -> str:
     return (
         "<h2>What would have been found</h2><p>Errors above these, relative to the tensor, are beyond what rounding "
         "explains: for half of the tensors of a kind, and for the one where it explains most.</p>"
-        f'<table class="numbers"><tr>{head}</tr>{"".join(rows)}</table>'
+        f'<div class="scroll"><table class="numbers"><tr>{head}</tr>{"".join(rows)}</table></div>'
     )
 
 

@@ -100,7 +100,12 @@ class _Blockwise(torch.autograd.Function):
         q, k, v, y, *kept = ctx.saved_tensors
         compute, count = product_backend(dy, q), len(ctx.parts)
         keys, values = _whole(k, v, ctx.shards)
+        alone = count == 1 and ctx.shards.context is None
         dq: dict[int, Tensor] = {}
+
+        def root(x: Tensor) -> Tensor:
+            of_groups = _root_over_heads(x.unflatten(2, (k.shape[2], -1)), ctx.groups, ctx.shards)
+            return compute.rounded(of_groups, k.dtype) if alone else of_groups
 
         def roots() -> Iterator[list[Tensor]]:
             """What every chunk of queries gives keys and values, float32 [s, b, g, d] each, in the tree's order."""
@@ -109,10 +114,12 @@ class _Blockwise(torch.autograd.Function):
                 dq[i], *of_heads = compute.attention_gradient(
                     dy[rows], q[rows], keys, values, y[rows], kept[i], kept[count + i], visible, ctx.scale
                 )
-                yield [_root_over_heads(x.unflatten(2, (k.shape[2], -1)), ctx.groups, ctx.shards) for x in of_heads]
+                yield [root(x) for x in of_heads]
 
         totals = tree_sum(roots(), lambda a, b: [x + y for x, y in zip(a, b, strict=True)])
-        if ctx.shards.context is None:
+        if alone:
+            dk, dv = totals
+        elif ctx.shards.context is None:
             dk, dv = (compute.rounded(total, k.dtype) for total in totals)
         else:
             begun = [begin_sum_of_own(total, ctx.shards.context, k.dtype) for total in totals]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from tpcheck.config.schema import RunConfig
 from tpcheck.doctor.command import examine
+from tpcheck.study.ranks import on_ranks
 from tpcheck.study.study import Progress
 from tpcheck.study.tp_vs_dp.settings import TpVsDp
 
@@ -17,5 +19,10 @@ def machine(settings: TpVsDp, progress: Progress) -> dict[str, Any]:
     found = {}
     for number, strategy in enumerate(("stock", "tree")):
         progress(number / 2, strategy)
-        found[strategy] = [dataclasses.asdict(line) for line in examine(settings.run(strategy=strategy))]
+        (found[strategy],) = on_ranks(1, _examined, settings.run(strategy=strategy))
     return found
+
+
+def _examined(config: RunConfig) -> list[dict[str, Any]]:
+    """In a process of its own: attention starts threads, and who has some must not fork a training run."""
+    return [dataclasses.asdict(line) for line in examine(config)]

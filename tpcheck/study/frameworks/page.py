@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any
 
 from matplotlib import pyplot
@@ -153,12 +154,15 @@ def _training_table(runs: dict[str, dict[str, Any]]) -> Table:
 
 
 def _training_blocks(settings: Any, runs: dict[str, dict[str, Any]], table: Table) -> list[Block]:
+    losses = zip_longest(*(run["losses"] for run in runs.values()))
+    rows = [[str(step), *(f"{loss:.6f}" if loss else "" for loss in row)] for step, row in enumerate(losses)]
     return [
         Heading("Trainings, and what bends a curve"),
         Paragraph(
-            f"{settings.steps} steps of AdamW, learning rate 1e-5, no weight decay, gradients clipped to norm 1, "
-            f"{settings.batch} samples of {settings.training_length} Zipf-distributed words a rank, random biases. "
-            "Where nothing is said of it, DP=1. Norms are added up in float64."
+            f"{settings.steps} steps ({settings.short_steps} at DP=2 and under `patches`) of AdamW, learning rate 1e-5, no "
+            f"weight decay, gradients clipped to norm 1, {settings.batch} samples of {settings.training_length} "
+            "Zipf-distributed words a rank, random biases. Where nothing is said of it, DP=1. Norms are added up in "
+            "float64."
         ),
         table,
         Paragraph(
@@ -172,6 +176,5 @@ def _training_blocks(settings: Any, runs: dict[str, dict[str, Any]], table: Tabl
             "once. Added up over all ranks blindly, norms and embeddings count twice, and every gradient is scaled "
             "down too far. Adam divides by the gradient's own size, so the curve hardly shows it; plain SGD would."
         ),
-        Table(("step", *runs), [[str(i), *(f"{run['losses'][i]:.6f}" for run in runs.values())]
-                                for i in range(settings.steps)], "All losses", folded=True),
+        Table(("step", *runs), rows, "All losses", folded=True),
     ]  # fmt: skip

@@ -165,7 +165,7 @@ def _of_trainings(results: Results) -> list[Finding]:
         Finding(
             "Megatron under `patches` has one loss curve at TP=1 and TP=2",
             "holds" if tree == 0 else "does not hold",
-            f"largest difference {tree:.1f} in {len(runs['Megatron tree, TP=1']['losses'])} steps; stock's {max(stock):.1e} "
-            f"in {steps}",
+            f"largest difference {tree:.1f} in {len(runs['Megatron tree, TP=1']['losses'])} steps; "
+            f"stock's {max(stock):.1e} in {steps}",
         ),
     ]  # fmt: skip

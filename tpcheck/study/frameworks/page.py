@@ -159,8 +159,8 @@ def _training_blocks(settings: Any, runs: dict[str, dict[str, Any]], table: Tabl
     return [
         Heading("Trainings, and what bends a curve"),
         Paragraph(
-            f"{settings.steps} steps ({settings.short_steps} at DP=2 and under `patches`) of AdamW, learning rate 1e-5, "
-            f"no weight decay, gradients clipped to norm 1, {settings.batch} samples of {settings.training_length} "
+            f"{settings.steps} steps ({settings.short_steps} at DP=2 and under `patches`) of AdamW, learning rate "
+            f"1e-5, no weight decay, gradients clipped to norm 1, {settings.batch} samples of {settings.training_length} "
             "Zipf-distributed words a rank, random biases. Where nothing is said of it, DP=1. Norms are added up in "
             "float64."
         ),

@@ -27,10 +27,12 @@ APART = {
     "AutoTP, float32 master": "DDP, float32 master", "FSDP2 + DTensor, float32 master": "DDP, float32 master",
     "DDP, float32 master": "DDP, bf16", "Megatron stock, TP=1": "DDP, float32 master",
     "Megatron stock, TP=2": "Megatron stock, TP=1", "Megatron tree, TP=1": "Megatron stock, TP=1",
-    "Megatron tree, TP=2": "Megatron tree, TP=1", "DTensor without gradient sync, bf16, DP=2": "DDP, bf16, DP=2",
+    "Megatron tree, TP=2": "Megatron tree, TP=1",
 }  # fmt: skip
-DRAWN_APART = ("AutoTP, bf16", "FSDP2 + DTensor, bf16, wrong clip", "Megatron stock, TP=2", "Megatron tree, TP=2",
-               "DTensor without gradient sync, bf16, DP=2", "DDP, float32 master")  # fmt: skip
+DRAWN_APART = (
+    "AutoTP, bf16", "FSDP2 + DTensor, bf16, wrong clip", "Megatron stock, TP=2", "Megatron tree, TP=2",
+    "DDP, float32 master",
+)  # fmt: skip
 STEPS = {"one-step-fp32": "float32", "one-step-bf16": "bfloat16"}
 
 
@@ -159,9 +161,10 @@ def _training_blocks(settings: Any, runs: dict[str, dict[str, Any]], table: Tabl
     return [
         Heading("Trainings, and what bends a curve"),
         Paragraph(
-            f"{settings.steps} steps ({settings.short_steps} at DP=2 and under `patches`) of AdamW, learning rate "
-            f"1e-5, no weight decay, gradients clipped to norm 1, {settings.batch} samples of {settings.training_length} "
-            "Zipf-distributed words a rank, random biases. Where nothing is said of it, DP=1. Norms are added up in "
+            f"{settings.steps} steps ({settings.short_steps} under `patches`) of AdamW, learning rate "
+            f"1e-5, no weight decay, gradients clipped to norm 1, {settings.batch} samples of "
+            f"{settings.training_length} "
+            "Zipf-distributed words a rank, random biases. DP=1. Norms are added up in "
             "float64."
         ),
         table,

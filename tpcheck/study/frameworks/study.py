@@ -32,9 +32,6 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "Megatron stock, TP=2": {"framework": "megatron", "precision": "master", **TP2, **CLIP},
     "Megatron tree, TP=1": {"framework": "megatron", "precision": "master", "strategy": "tree", **CLIP},
     "Megatron tree, TP=2": {"framework": "megatron", "precision": "master", "strategy": "tree", **TP2, **CLIP},
-    "DDP, bf16, DP=2": {"framework": "ddp", "precision": "bf16", "dp": 2, **CLIP},
-    "DTensor without gradient sync, bf16, DP=2": {
-        "framework": "fsdp", "precision": "bf16", "no_sync": True, "dp": 2, **TP2, **CLIP},
 }  # fmt: skip
 MEGATRON = {
     f"Megatron {strategy}, TP={tp}": {"framework": "megatron", "strategy": strategy, "tp": tp}
@@ -161,8 +158,8 @@ def _training(name: str, settings: FrameworksSettings, progress: Progress) -> di
 
 
 def _steps(name: str) -> str:
-    """The setting that says how many: few where a difference of one bit, or of a whole sum, has to show."""
-    return "short_steps" if "tree" in name or "DP=2" in name else "steps"
+    """The setting that says how many: few where one differing bit would show."""
+    return "short_steps" if "tree" in name else "steps"
 
 
 def _memory_gib(settings: FrameworksSettings) -> float:

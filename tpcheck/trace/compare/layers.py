@@ -25,6 +25,9 @@ __all__ = ["together"]
 
 FEWEST = 4  # tensors of a role or kind; one of a name is enough
 ENOUGH = 8  # tensors, to say how large B's roundings are
+QUIETEST = 0.25  # of the nudged runs' roundings: with less than that of its own, B may still have theirs at one place
+# Whose roundings are one operation's or a few; an optimizer's state is scaled by a coefficient that all tensors share.
+COMPUTED = ("in", "out", "dout", "din", "grad")
 
 
 def together(rows: Sequence[Row], estimate: Estimate) -> list[Row]:
@@ -35,6 +38,7 @@ def together(rows: Sequence[Row], estimate: Estimate) -> list[Row]:
         for places in _groups(changed, estimate, which):
             group = [changed[place] for place in places]
             level = max(min(1.0, max(levels.get((row.key.kind, row.key.step), 1.0), _level(row))) for row in group)
+            level = max(level, QUIETEST)
             found = [("", *_mean(group, estimate, level))]
             if which != "kind" and group[0].key.kind != "update" and len(group) > 1:
                 found += _of_parts(group)
@@ -70,7 +74,7 @@ def _levels(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
     """The same of half of the tensors of a kind and step, where they are enough."""
     every: dict[tuple[str, int], list[float]] = {}
     for row in rows:
-        if row.estimate and row.apart and row.verdict in ("rounding", "suspect"):
+        if row.estimate and row.apart and row.key.kind in COMPUTED and row.verdict in ("rounding", "suspect"):
             every.setdefault((row.key.kind, row.key.step), []).append(_level(row))
     return {key: float(np.median(found)) for key, found in every.items() if len(found) >= ENOUGH}
 

@@ -37,7 +37,7 @@ export PYTHONUNBUFFERED := 1
     gpu wheels lint bench silent-bugs fuzz clean distclean
 
 help:
-	@echo "make demo    train Qwen3 at TP=1/2/4/8, stock and patched; then at six layouts; compare every bit; draw the picture"
+	@echo "make demo    train Qwen3 at TP=1/2/4/8, stock and patched; then at seven layouts; compare every bit; draw the picture"
 	@echo "make test    run the tests; test-megatron only those against older versions of megatron-core,"
 	@echo "             test-te only those of Transformer Engine's layers (TE $(TE_VERSIONS), on CPU)"
 	@echo "make test-megatron-lm MEGATRON_LM=path  Megatron-LM's own pretrain_gpt.py, unmodified, on a checkout"
@@ -46,7 +46,8 @@ help:
 	@echo "make gpu     on a GPU machine, within ten minutes: a layer against stock, kernels, bits, into $(GPU_RESULTS)/<device>"
 	@echo "make wheels  what make gpu may miss there, fetched here into $(WHEELS), to be carried along"
 	@echo "make test-slurm  the tests that start a real Slurm on this machine: two architectures, faults, accounting"
-	@echo "make test-frameworks  traces of Hugging Face models and DeepSpeed, installed for it"
+	@echo "make test-frameworks  traces of Hugging Face models and DeepSpeed, the studies of them and of Keras and JAX"
+	@echo "             installed for it"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   what the patches cost, as ratios to stock"
 	@echo "make silent-bugs  a hundred silent bugs put into real runs, and whether tpcheck compare finds them"
@@ -86,7 +87,8 @@ test-megatron: $(MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%) $(NEWER_MEGATRON_V
 	@for version in $(MEGATRON_VERSIONS); do \
 	    echo "==> the patches on megatron-core $$version"; \
 	    PYTHONPATH=$(VENV)/megatron-core-$$version $(PYTEST) -q -W ignore tests/patches/megatron/test_training.py \
-	        tests/patches/megatron/test_order_free.py tests/patches/megatron/test_blockwise.py \
+	        tests/patches/megatron/test_order_free.py tests/patches/megatron/test_context_parallel.py \
+	        tests/patches/megatron/test_blockwise.py \
 	        tests/patches/test_patches.py tests/patches/megatron/test_initial_weights.py tests/patches/megatron/test_fully_reshardable.py \
 	        -k "under_tree and (qwen3 or distributed or initialised) or every_layout and tied or very_object or weights or saved or by_blocks and (qwen3 or unfused)" || exit 1; \
 	done
@@ -172,13 +174,16 @@ test-slurm: $(READY)
 test-frameworks: $(VENV)/frameworks
 	@echo "==> traces of Hugging Face models and DeepSpeed"
 	@DS_ACCELERATOR=cpu PYTHONPATH=$< $(PYTEST) -q -W ignore tests/trace/test_hugging_face.py tests/trace/test_deepspeed.py
+	@echo "==> studies: frameworks; Keras and JAX"
+	@DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=$< $(PYTEST) --dist loadfile -q -W ignore \
+	    tests/study/test_frameworks.py tests/study/test_keras_jax.py
 
-$(VENV)/frameworks: $(READY) tests/trace/frameworks.txt
-	@echo "==> installing transformers and DeepSpeed beside the rest"
+$(VENV)/frameworks: $(READY) constraints.txt tests/trace/frameworks.txt
+	@echo "==> installing transformers, DeepSpeed, Keras and JAX beside the rest"
 	@rm -rf $@
-	@$(PIP) install --no-deps --target $@ -r tests/trace/frameworks.txt
+	@$(PIP) install --no-deps --target $@ -c constraints.txt -r tests/trace/frameworks.txt
 	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu PYTHONPATH=$@ \
-	    $(PIP) install --no-deps --no-build-isolation --target $@ deepspeed==0.19.8
+	    $(PIP) install --no-deps --no-build-isolation --target $@ -c constraints.txt deepspeed
 
 lint: $(READY)
 	@echo "==> ruff check"
@@ -192,9 +197,10 @@ bench: $(READY)
 	@echo "==> benchmarks"
 	@$(BIN)/python -m tests.bench
 
+# Of each kind.
 CASES ?= 1000
 fuzz: $(READY)
-	@$(BIN)/python -m tests.fuzz $(CASES)
+	@$(BIN)/python -W ignore -m tests.fuzz --output results/reliability --cases $(CASES)
 
 silent-bugs: $(READY)
 	@echo "==> silent bugs: minutes; writes results/silent_bugs"

@@ -30,6 +30,12 @@ setup(
         "torch>=2.6",
     ],
     extras_require={
+        "studies": [
+            "deepspeed>=0.19",
+            'jax>=0.10; python_version >= "3.11"',
+            'keras>=3.15; python_version >= "3.11"',
+            "transformers>=5",
+        ],
         "te": ["transformer-engine[pytorch]>=2.9"],
         "dev": [
             "coverage>=7.10",

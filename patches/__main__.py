@@ -1,6 +1,6 @@
 """python -m patches [--strategy tree|gather|stock] [--leaves N] [--attention blockwise|unfused|flash|fused]
-[--symmetric-memory] [--batch ordered|order-free] [--trace OUT [--steps 0,1] [--perturb N]] script.py ARGS…: an
-unmodified script, patched, and traced for `tpcheck compare` if asked for."""
+[--symmetric-memory] [--batch ordered|order-free [--chunks N]] [--trace OUT [--steps 0,1] [--perturb N]] script.py
+ARGS…: an unmodified script, patched, and traced for `tpcheck compare` if asked for."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("--symmetric-memory", action="store_true", help="ranks read each other's sums: the same bits")
     parser.add_argument("--batch", choices=get_args(Batch), default="ordered", help="order-free: the same bits at every"
                         " PP, DP and micro-batch size, too")  # fmt: skip
+    parser.add_argument("--chunks", type=int, default=1, help="with --batch order-free: into how many a sequence is cut"
+                        ", 2·c for the same bits at every context-parallel size up to c (default 1)")  # fmt: skip
     parser.add_argument("--trace", type=Path, metavar="OUT", help="record training steps there, for tpcheck compare")
     parser.add_argument("--steps", metavar="N,N", help="with --trace: which, from 0 at the first (default 0,1)")
     parser.add_argument(
@@ -48,7 +50,8 @@ def main() -> None:
         if options.strategy == "stock":
             patches.cpu.enable()
         else:
-            patches.enable(options.strategy, options.leaves, options.attention, options.symmetric_memory, options.batch)
+            patches.enable(options.strategy, options.leaves, options.attention, options.symmetric_memory,
+                           options.batch, options.chunks)  # fmt: skip
     except (ValueError, patches.UnsupportedError) as error:
         _refuse(str(error))
     try:

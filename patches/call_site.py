@@ -12,6 +12,7 @@ from patches.ops.sharded import Shards
 from patches.registry import REGISTRY
 
 __all__ = [
+    "context_group",
     "contract",
     "is_grad_reduced",
     "mark_grad_reduced",
@@ -39,14 +40,22 @@ def tp_group(module: Any = None) -> Any:
     return group if group is not None else parallel_state.get_tensor_model_parallel_group()
 
 
+def context_group() -> Any:
+    """Megatron's context-parallel group; None where every rank has whole sequences."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_context_parallel_group(check_initialized=False)
+    return group if group is not None and group.size() > 1 else None
+
+
 def tp_sharded(group: Any = None) -> Shards:
     """A dimension spread over the tensor-parallel ranks: of `group`, or of Megatron's."""
-    return Shards(contract(), group if group is not None else tp_group())
+    return Shards(contract(), group if group is not None else tp_group(), context_group())
 
 
 def replicated() -> Shards:
     """A dimension that every rank holds whole; its sum walks the same tree without communication."""
-    return Shards(contract())
+    return Shards(contract(), context=context_group())
 
 
 def norm_shards(leaf_dim: int, sequence_parallel: bool) -> Shards:

@@ -37,6 +37,8 @@ class Contract:
         symmetric_memory: ranks read each other's roots in symmetric memory instead of sending them; the same bits.
         batch: "ordered" (default) adds micro-batches as they come and data-parallel ranks by the tree; "order-free"
             adds the sequences of the global batch exactly, so that no layout of data or pipeline changes a bit.
+        chunks: of order-free sums, into how many equal chunks a sequence is cut, a power of two; each is summed by
+            itself. Ranks of context parallelism own whole chunks, two runs of them: its size divides chunks/2.
     """
 
     strategy: Strategy = "tree"
@@ -44,6 +46,7 @@ class Contract:
     attention: Attention = "unfused"
     symmetric_memory: bool = False
     batch: Batch = "ordered"
+    chunks: int = 1
 
     def __post_init__(self) -> None:
         if self.strategy not in get_args(Strategy):
@@ -54,6 +57,15 @@ class Contract:
             raise ValueError(f"batch={self.batch!r}: use one of {', '.join(get_args(Batch))}")
         if not isinstance(self.leaves, int) or self.leaves < 1 or self.leaves & (self.leaves - 1):
             raise ValueError(f"leaves={self.leaves!r} is not a power of two: use 8, 16, …")
+        if not isinstance(self.chunks, int) or self.chunks < 1 or self.chunks & (self.chunks - 1):
+            raise ValueError(f"chunks={self.chunks!r} is not a power of two: use 1, 4, 8, …")
+        if self.chunks > 1 and not self.order_free:
+            raise ValueError(f"chunks={self.chunks} cuts sequences of sums without an order: use batch='order-free'")
+        if self.chunks > 1 and self.attention != "blockwise":
+            raise ValueError(
+                f"chunks={self.chunks} takes attention='blockwise', which computes a part of the queries: "
+                f"not {self.attention!r}"
+            )
 
     @property
     def order_free(self) -> bool:
@@ -67,6 +79,25 @@ class Contract:
                 f"tp={size} does not divide leaves={self.leaves}: use a power of two up to {self.leaves}, "
                 'or strategy="gather"'
             )
+
+    def chunks_of_rank(self, cp: int) -> int:
+        """How many chunks of a sequence one of `cp` context-parallel ranks owns.
+
+        Raises:
+            UnsupportedError: they are not two equal runs of whole chunks.
+        """
+        if cp > 1 and not self.order_free:
+            raise UnsupportedError(
+                f"context_parallel_size={cp} is not covered by batch='ordered': use patches.enable(batch='order-free', "
+                f"chunks={2 * cp}) (--batch order-free --chunks {2 * cp}), or set it to 1 (--context-parallel-size 1)"
+            )
+        if cp > 1 and self.chunks % (2 * cp):
+            raise UnsupportedError(
+                f"context_parallel_size={cp} needs chunks to be a multiple of {2 * cp}, it is {self.chunks}: set it so "
+                "in patches.enable(batch='order-free', chunks=…) (--chunks), at every context_parallel_size that is to "
+                "have the same bits, and let that be a power of two"
+            )
+        return self.chunks // cp
 
     def leaves_of_rank(self, size: int) -> int:
         """How many leaves of a dimension one of `size` ranks owns."""

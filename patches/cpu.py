@@ -38,8 +38,11 @@ def enable() -> None:
         _streams_are_no_ops()
         _one_generator()
         _parameters_look_like_cuda()
+        _dispatchers_read_sizes()
+        _gloo_takes_uneven_parts()
         _megatron_lm_starts()
     _norms_take_sequence_parallel()
+    _experts_do_without_te()
     _distributed_optimizer_reloads()
 
 
@@ -70,6 +73,7 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
             kwargs["device"] = CPU
         if len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], CPU, *args[2:])
+        kwargs.pop("pin_memory", None)  # for a copy to a GPU
         return function(*args, **kwargs)
 
     return call
@@ -97,6 +101,9 @@ def _streams_are_no_ops() -> None:
     # torch.cuda.synchronize() before a checkpoint is written; streams, events and nvtx ranges elsewhere.
     class Stream:
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+        def record_event(self, *args: Any, **kwargs: Any) -> Stream:
+            return Stream()
 
         def __getattr__(self, name: str) -> Callable[..., None]:
             return _nothing
@@ -138,6 +145,48 @@ def _parameters_look_like_cuda() -> None:
         return answer
 
     torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+
+
+def _dispatchers_read_sizes() -> None:
+    # How many rows each rank sends is made numbers of only where it comes from a GPU.
+    from megatron.core.transformer.moe import token_dispatcher
+
+    original = getattr(token_dispatcher, "maybe_move_tensor_to_cpu", None)
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move
+
+
+def _gloo_takes_uneven_parts() -> None:
+    # Rows of experts are gathered and reduced over expert-tensor-parallel ranks in parts of different sizes.
+    from megatron.core.tensor_parallel import mappings
+
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    @functools.wraps(gather)
+    def gather_along(input_: Any, group: Any, output_split_sizes: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, *args, **kwargs)
+        parts = [input_.new_empty((size, *input_.shape[1:])) for size in output_split_sizes]
+        parts[group.rank()] = input_.contiguous()
+        for rank, part in enumerate(parts):
+            torch.distributed.broadcast(part, torch.distributed.get_global_rank(group, rank), group=group)
+        return torch.cat(parts)
+
+    @functools.wraps(scatter)
+    def scatter_along(input_: Any, group: Any, input_split_sizes: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(input_, group, input_split_sizes, *args, **kwargs)
+        total = input_.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[group.rank()].clone()
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_along, scatter_along
 
 
 def _megatron_lm_starts() -> None:
@@ -183,6 +232,14 @@ def _norms_take_sequence_parallel() -> None:
         return norm
 
     WrappedTorchNorm.__new__ = staticmethod(new)
+
+
+def _experts_do_without_te() -> None:
+    # A router asks whether Transformer Engine's product is None, and it is not defined where TE is missing.
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def _distributed_optimizer_reloads() -> None:

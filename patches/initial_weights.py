@@ -139,12 +139,18 @@ def _seed(device: torch.device) -> int:
 
 
 def _global_names(model: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Like `named_parameters`, with the numbers that layers have in the whole model."""
+    """Like `named_parameters`, with the numbers that layers and experts have in the whole model."""
     for name, parameter in model.named_parameters(recurse=False):
         yield prefix + name, parameter
     for name, child in model.named_children():
         if isinstance(model, torch.nn.ModuleList) and hasattr(child, "layer_number"):
             name = str(int(child.layer_number) - 1)  # type: ignore[arg-type]
+        if name == "local_experts" and hasattr(model, "ep_group"):
+            experts: Any = child
+            first = vars(model)["ep_group"].rank() * len(experts)
+            for number, expert in enumerate(experts, first):
+                yield from _global_names(expert, f"{prefix}{name}.{number}.")
+            continue
         yield from _global_names(child, f"{prefix}{name}.")
 
 

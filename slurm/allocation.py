@@ -45,9 +45,8 @@ def allocation_of(cell: Cell, profile: Profile) -> Allocation:
 
 def _too_many(cell: Cell, nodes: int, name: str, arch: Arch) -> str:
     what = "GPUs" if arch.gpus_per_node else "ranks"
-    layout = f"tp * pp * dp = {cell.config.tp} * {cell.config.pp} * {cell.config.dp}"
     return (
-        f"cell {cell.name} needs {cell.config.world_size} {what} ({layout}) on "
+        f"cell {cell.name} needs {cell.config.world_size} {what} ({cell.config.layout}) on "
         f"{nodes} nodes, the profile has {arch.nodes} {name} nodes of {arch.per_node}: "
-        "exclude it, or use a smaller tp, pp or dp"
+        "exclude it, or use a smaller tp, cp, pp or dp"
     )

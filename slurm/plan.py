@@ -1,4 +1,4 @@
-"""`python -m slurm.plan SWEEP.yaml [key=value …]`: prepare a sweep's directory for `sweep.sbatch`, submit nothing.
+"""`tpcheck sweep SWEEP.yaml --plan`: prepare a sweep's directory for `sweep.sbatch`, submit nothing.
 
     DIR/sweep.json, DIR/CELL/run.yaml, DIR/cells.txt     a line for every cell, in the order of the array
     DIR/code/DIGEST                                      where it is not called in a clone, whose code would do
@@ -10,18 +10,21 @@ own options are the user's.
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from slurm.commands import max_array_size
-from tpcheck.errors import TpcheckError
 from tpcheck.files.names import CANCELLED, CELLS, DIGESTS, EXIT_REASONS
 from tpcheck.sweep.completeness import is_complete, only_one
 from tpcheck.sweep.spec import Cell, load_sweep
 from tpcheck.sweep.stored_spec import write_run, write_sweep
 
-__all__ = ["plan", "prepare"]
+__all__ = ["command", "plan", "prepare"]
+
+
+def command(path: Path, overrides: Sequence[str]) -> int:
+    print("\n".join(plan(path, overrides)) or "every cell is complete")
+    return 0
 
 
 def plan(path: Path, overrides: Sequence[str] = ()) -> list[str]:
@@ -61,12 +64,3 @@ def prepare(cell: Cell) -> None:
     (cell.path / CANCELLED).unlink(missing_ok=True)
     (cell.path / EXIT_REASONS).unlink(missing_ok=True)  # why an earlier job ended is no reason of this one
     (cell.path / DIGESTS).unlink(missing_ok=True)  # of fewer steps, or the cell would be complete
-
-
-if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python -m slurm.plan SWEEP.yaml [KEY=VALUE]...")
-    try:
-        print("\n".join(plan(Path(sys.argv[1]), sys.argv[2:])) or "every cell is complete")
-    except TpcheckError as error:
-        sys.exit(f"slurm.plan: error: {error}")

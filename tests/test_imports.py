@@ -22,7 +22,8 @@ patches.contract | patches.cpu < patches.imports < patches.registry
 < patches.order < patches.ops | patches.aten < patches.call_site < patches.initial_weights
 < patches.megatron | patches.te < patches.__init__
 < tpcheck.errors < tpcheck.files < tpcheck.config < tpcheck.pages < tpcheck.checkpoint < tpcheck.trace
-< tpcheck.__init__ < tpcheck.run < tpcheck.order | tpcheck.cost | tpcheck.doctor < tpcheck.sweep < slurm < tpcheck.cli
+< tpcheck.__init__ < tpcheck.run < tpcheck.order | tpcheck.cost | tpcheck.doctor < tpcheck.sweep
+< tpcheck.study | slurm < tpcheck.cli
 """
 UPWARD = re.compile(r"tpcheck\.cli|.*\.__main__")  # command lines: they import from everywhere, nobody from them
 

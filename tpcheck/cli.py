@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -21,8 +22,9 @@ import click
 from tpcheck import __version__
 from tpcheck.config.strategies import STRATEGIES
 from tpcheck.cost.datasheets import GPUS
-from tpcheck.errors import TpcheckError, missing_package
+from tpcheck.errors import LETTERS, TpcheckError, missing_package, shortened
 from tpcheck.order.setting import TARGETS
+from tpcheck.study.names import STUDIES
 
 __all__ = ["main"]
 
@@ -62,7 +64,8 @@ def _open_streams() -> None:
 
 
 def _refuse(message: str) -> int:
-    print("tpcheck: error:", " ".join(message.split()), file=sys.stderr)
+    words = re.sub(rf"[^\s/]{{{2 * LETTERS},}}", lambda word: shortened(word[0]), message).split()
+    print("tpcheck: error:", *words, file=sys.stderr)
     return BAD_INPUT
 
 
@@ -186,6 +189,8 @@ def doctor(target: str | None, overrides: tuple[str, ...], as_json: bool) -> int
 @click.option("--recompute/--no-recompute", default=None, help="Layers run forward twice.")
 @click.option("--dtype", type=click.Choice(["bf16", "fp32"]))
 @click.option("--batch", type=click.Choice(["order-free"]), help="Sums over the batch without an order.")
+@click.option("--cp", type=click.IntRange(min=1), help="Context-parallel size, of sums without an order.")
+@click.option("--chunks", type=click.IntRange(min=1), help="Chunks of a sequence.  [default: 2 * cp]")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def cost(model: str, gpu: str, as_json: bool, **options: Any) -> int:
     """What a step of a model costs on paper: FLOPs, bytes and memory of a rank for stock, gather and tree."""
@@ -195,13 +200,35 @@ def cost(model: str, gpu: str, as_json: bool, **options: Any) -> int:
 
 
 @tpcheck.command()
+@click.argument("name", type=click.Choice(STUDIES))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--quick", is_flag=True, help="At a size that takes less than two minutes.")
+@click.option("--output", metavar="DIR", type=click.Path(path_type=Path), help="[default: results/studies/NAME]")
+def study(name: str, overrides: tuple[str, ...], quick: bool, output: Path | None) -> int:
+    """Measure anew what others claimed about tensor parallelism, and write a page of it.
+
+    What is on record for the same settings is not measured again.
+    """
+    from tpcheck.study.command import command
+
+    return command(name, overrides, output, quick)
+
+
+@tpcheck.command()
 @click.argument("sweep", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--cluster", metavar="NAME", help="Submit to Slurm as slurm/clusters/NAME.yaml, or that file, says.")
 @click.option("--dry-run", is_flag=True, help="With --cluster: print the scripts that would be submitted.")
 @click.option("--wait", is_flag=True, help="With --cluster: stay until every cell has ended, then give the verdict.")
-def sweep(sweep: Path, overrides: tuple[str, ...], cluster: str | None, dry_run: bool, wait: bool) -> int:
+@click.option("--plan", is_flag=True, help="Prepare the directory for slurm/sweep.sbatch; print the lines to submit.")
+def sweep(sweep: Path, overrides: tuple[str, ...], cluster: str | None, dry_run: bool, wait: bool, plan: bool) -> int:
     """Run every cell of SWEEP.yaml that is not complete yet, then say which digests agree."""
+    if plan:
+        if cluster or dry_run or wait:
+            raise TpcheckError("--plan submits nothing: leave --cluster, --dry-run and --wait out")
+        from slurm.plan import command as prepare
+
+        return prepare(sweep, overrides)
     if cluster is not None:
         from slurm.submit import command as submit
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 import sys
 
-__all__ = ["LETTERS", "TpcheckError", "missing_package", "shown"]
+__all__ = ["LETTERS", "TpcheckError", "missing_package", "shortened", "shown"]
 
 LETTERS = 80  # of a value in a message
 
@@ -23,7 +23,10 @@ def missing_package(error: Exception) -> str:
 
 def shown(value: object) -> str:
     """`value` as Python writes it, shortened: whatever it is, what a user gave never floods a message."""
-    text = _SHORT.repr(value)
+    return shortened(_SHORT.repr(value))
+
+
+def shortened(text: str) -> str:
     return text if len(text) <= LETTERS else f"{text[: LETTERS - 3]}..."
 
 

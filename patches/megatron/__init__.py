@@ -17,6 +17,7 @@ from patches.megatron import (
     language_module,
     layers,
     mlp,
+    moe,
     param_and_grad_buffer,
     refusals,
     schedules,
@@ -31,6 +32,7 @@ REFUSALS: list[Patch] = refusals.PATCHES  # applied before all else of megatron-
 PATCHES: list[Patch] = [
     *tokenizer.PATCHES,
     *mlp.PATCHES,
+    *moe.PATCHES,
     *language_module.PATCHES,
     *language_model_embedding.PATCHES,
     *layers.PATCHES,

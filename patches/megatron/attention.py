@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from patches.call_site import contract, tp_sharded
+from patches.call_site import context_group, contract, tp_sharded
 from patches.contract import UnsupportedError
 from patches.ops.attention import blockwise_attention, repeat_for_heads
 from patches.ops.norm import HEADS
+from patches.order.chunks import own_tokens
 from patches.order.visible import Packed, Visible
 from patches.registry import attribute
 
@@ -33,6 +35,23 @@ def _init(original: Any) -> Any:
                 norm.leaf_dim = HEADS
         # Megatron tells its core attention of at least one group per rank, where ranks share groups.
         self.core_attention.kv_groups = self.config.num_query_groups
+
+    return __init__
+
+
+def _core_init(original: Any) -> Any:
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        """Stock's, which is for whole sequences alone; the patches' attention takes chunks of them."""
+        group = context_group()
+        if config.context_parallel_size != (group.size() if group else 1):
+            raise UnsupportedError(
+                f"context_parallel_size={config.context_parallel_size} in a model of {group.size() if group else 1} "
+                "context-parallel ranks: give initialize_model_parallel the same context_parallel_size"
+            )
+        of_whole_sequences = copy.copy(config)
+        of_whole_sequences.context_parallel_size = 1
+        original(self, of_whole_sequences, *args, **kwargs)
+        self.config = config
 
     return __init__
 
@@ -135,10 +154,12 @@ def _visible(module: Any, queries: int, keys: int, mask: Tensor | None, packed: 
 
 
 def _is_causal(mask: Tensor) -> bool:
-    """Whether `mask` [.., s, s] hides what lies ahead and nothing else; it is looked at once."""
+    """Whether `mask` [.., queries, keys] of this rank hides what lies ahead and nothing else; it is looked at once."""
     if not hasattr(mask, SEEN):
-        ahead = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
-        setattr(mask, SEEN, bool((mask.bool() == ahead).all()))
+        keys, context = torch.arange(mask.shape[-1], device=mask.device), context_group()
+        queries = keys if context is None else own_tokens(keys, context)
+        ahead = keys > queries.unsqueeze(1)
+        setattr(mask, SEEN, mask.shape[-2:] == ahead.shape and bool((mask.bool() == ahead).all()))
     return bool(getattr(mask, SEEN))
 
 
@@ -157,6 +178,15 @@ PATCHES = [
         _init,
         parameters="config submodules layer_number attn_mask_type cp_comm_type model_comm_pgs pg_collection "
         "pp_layer_offset name",
+    ),
+    attribute(
+        "context-parallel",
+        "megatron.core.transformer.dot_product_attention:DotProductAttention.__init__",
+        "local layers refuse sequences that are spread over ranks; the patches' attention takes chunks of them",
+        _core_init,
+        parameters="config layer_number attn_mask_type attention_type attention_dropout softmax_scale cp_comm_type "
+        "model_comm_pgs pg_collection",
+        order_free=True,
     ),
     attribute(
         "blockwise-attention",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from patches.contract import UnsupportedError
+from patches.megatron.moe.refusals import VERSIONS
 from patches.order.grad_norm import gradient_norm
 from patches.registry import attribute
 
@@ -27,6 +29,18 @@ def _get_grad_norm(original: Any) -> Any:
         return gradient_norm(grads, [grad_stats_parallel_group], device)
 
     return get_grad_norm_fp32
+
+
+def _chained_norm(original: Any) -> Any:
+    @torch.no_grad()
+    def get_grad_norm(self: Any) -> float:
+        """Of dense parameters and of experts apart, even where one group of ranks has both."""
+        if len(self.chained_optimizers) == 1:
+            return self.chained_optimizers[0].get_grad_norm()
+        norms = [optimizer.get_grad_norm() or 0.0 for optimizer in self.chained_optimizers]
+        return math.sqrt(sum(norm * norm for norm in norms))
+
+    return get_grad_norm
 
 
 def _count_zeros(original: Any) -> Any:
@@ -78,6 +92,15 @@ def _norm_patch(name: str, module: str) -> Any:
 
 PATCHES = [
     _norm_patch("gradient-norm", "optimizer"),
+    attribute(
+        "gradient-norm-of-experts",
+        "megatron.core.optimizer.optimizer:ChainedOptimizer.get_grad_norm",
+        "two norms are one, or rounded apart, as the distributed optimizer is on or off",
+        _chained_norm,
+        parameters="",
+        versions=VERSIONS,
+        order_free=True,
+    ),
     attribute(
         "zeros-in-gradient",
         "megatron.core.optimizer.optimizer:count_zeros_fp32",

@@ -86,7 +86,7 @@ def _allreduce_positions(original: Any) -> Any:
         original(model, config, *args, **kwargs)
         _refuse_inexact(model)
         for chunk in model:
-            for buffer in chunk.buffers:
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
                 round_sums(buffer)
 
     return _allreduce_position_embedding_grads
@@ -100,10 +100,17 @@ def _refuse_inexact(model: Any) -> None:
     sums = [batch_sum(parameter) for _, parameter in named]
     # Of every sum: what bounds it, and whether something was left out of it.
     found = torch.stack([torch.stack((s.bound, s.foreign.double())) for s in sums], 1)
-    dist.all_reduce(found, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    data_parallel = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    of_experts = torch.tensor([not getattr(parameter, "allreduce", True) for _, parameter in named])
+    for some, group in ((~of_experts, data_parallel), (of_experts, parallel_state.get_expert_data_parallel_group())):
+        if some.any():
+            part = found[:, some]
+            dist.all_reduce(part, group=group)
+            found[:, some] = part
     bad = exceeds(found[0]) | found[1].ne(0)
     worst = bad.any().double()
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=parallel_state.get_model_parallel_group())
+    for group in (data_parallel, parallel_state.get_model_parallel_group()):
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=group)
     if worst.item():
         own = list(_complaints([name for name, _ in named], found, bad))
         raise UnsupportedError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patches.call_site import tp_group
 from patches.contract import Contract, UnsupportedError
 from patches.initial_weights import WHY, Noted, drawn_by_name, is_building, note
 from patches.registry import REGISTRY, attribute
@@ -43,6 +44,23 @@ def _model_init(original: Any) -> Any:
             original(self, *args, **kwargs)
 
     return __init__
+
+
+def _setup_embeddings(original: Any) -> Any:
+    @functools.wraps(original)
+    def setup_embeddings_and_output_layer(self: Any) -> None:
+        if not is_building():
+            original(self)
+            return
+        # Copies on two pipeline stages are both drawn by name. To wait for the other's here is to wait for ever: with
+        # virtual stages, its rank first wants to agree on a seed with this one.
+        self._is_in_embd_group = lambda: False
+        try:
+            original(self)
+        finally:
+            del self._is_in_embd_group
+
+    return setup_embeddings_and_output_layer
 
 
 @contextlib.contextmanager
@@ -94,8 +112,11 @@ def _initialize_on_device(original: Any) -> Any:
     def initialize(
         weight: Tensor, init_method: Any, partition_dim: int, stride: int = 1, is_expert: bool = False
     ) -> None:
+        from megatron.core import parallel_state
+
         _mark(weight, partition_dim, stride)
-        note(weight, init_method, partition_dim, stride)
+        group = parallel_state.get_expert_tensor_parallel_group() if is_expert else tp_group()
+        note(weight, init_method, partition_dim, stride, group.rank(), group.size())
 
     return initialize
 
@@ -125,6 +146,13 @@ PATCHES = [
         WHY,
         _initialize_on_device,
         parameters="weight init_method partition_dim stride is_expert",
+    ),
+    attribute(
+        "initial-weights-copies",
+        "megatron.core.models.common.language_module.language_module:LanguageModule.setup_embeddings_and_output_layer",
+        WHY,
+        _setup_embeddings,
+        parameters="",
     ),
     _model("initial-weights-gpt", "gpt.gpt_model:GPTModel"),
     _model("initial-weights-bert", "bert.bert_model:BertModel"),

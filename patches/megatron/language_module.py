@@ -13,7 +13,6 @@ from typing import Any
 
 from patches.call_site import contract
 from patches.contract import UnsupportedError
-from patches.initial_weights import is_building
 from patches.registry import attribute
 
 __all__ = ["PATCHES"]
@@ -33,16 +32,7 @@ def _setup_embeddings(original: Any) -> Any:
                 "the embedding's gradient is then a sum over stages: use patches.enable(batch='order-free') "
                 "(--batch order-free), set it to False (--untie-embeddings-and-output-weights), or use one stage"
             )
-        if not (contract().order_free and is_building()):
-            original(self)
-            return
-        # Both copies are drawn by name. To wait for the other's here is to wait for ever: with virtual stages, its
-        # rank first wants to agree on a seed with this one.
-        self._is_in_embd_group = lambda: False
-        try:
-            original(self)
-        finally:
-            del self._is_in_embd_group
+        original(self)
 
     return setup_embeddings_and_output_layer
 

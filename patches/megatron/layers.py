@@ -8,6 +8,7 @@ from torch import Tensor
 
 from patches.call_site import contract, mark_grad_reduced, replicated, tp_group, tp_sharded
 from patches.contract import UnsupportedError
+from patches.megatron.moe.experts import expert_column, expert_row
 from patches.ops.bias import bias_per_token
 from patches.ops.embedding import embedding
 from patches.ops.linear import GradSink, column_parallel, row_parallel
@@ -21,7 +22,8 @@ MODULE = "megatron.core.tensor_parallel.layers"
 
 def _row_forward(original: Any) -> Any:
     def forward(self: Any, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        _refuse_experts(self)
+        if self.is_expert:
+            return expert_row(self, input_)
         group = tp_group(self)
         if not self.input_is_parallel:
             from megatron.core.tensor_parallel.mappings import scatter_to_tensor_model_parallel_region
@@ -40,7 +42,8 @@ def _row_forward(original: Any) -> Any:
 
 def _column_forward_impl(original: Any) -> Any:
     def _forward_impl(self: Any, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        _refuse_experts(self)
+        if self.is_expert:
+            return expert_column(self, input, weight)
         group = tp_group(self)
         sp = kwargs["sequence_parallel"]
         if group.size() > 1 and not (sp or kwargs["allreduce_dgrad"]):
@@ -89,11 +92,6 @@ def _embedding_forward(original: Any) -> Any:
 
 def _sink(gradient_accumulation_fusion: bool, weight: Tensor) -> GradSink:
     return GradSink(main_grad=gradient_accumulation_fusion and hasattr(weight, "main_grad"))
-
-
-def _refuse_experts(layer: Any) -> None:
-    if layer.is_expert:
-        raise UnsupportedError("mixture-of-experts layers are not covered: train a dense model")
 
 
 PATCHES = [

@@ -7,6 +7,7 @@ from typing import Any
 
 from patches.call_site import contract
 from patches.contract import UnsupportedError
+from patches.megatron.moe.refusals import check_mixture
 from patches.registry import attribute
 
 __all__ = ["PATCHES", "check_config"]
@@ -18,12 +19,12 @@ COVERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "fp8": ((False,), "train in bf16 or fp32 (without --fp8-format)"),
     "fp4": ((False,), "train in bf16 or fp32 (without --fp4-format)"),
     "fp16": ((False,), "train in bf16 or fp32 (--bf16 for --fp16)"),
-    "num_moe_experts": ((), "train a dense model (without --num-experts)"),
     "multi_latent_attention": (
         (False,),
         "use multi-head or grouped-query attention (without --multi-latent-attention)",
     ),
-    "context_parallel_size": ((1,), "set it to 1 (--context-parallel-size 1)"),
+    "hierarchical_context_parallel_sizes": ((), "set it to None (without --hierarchical-context-parallel-sizes)"),
+    "hybrid_context_parallel": ((False,), "set it to False (without --hybrid-context-parallel)"),
     "tp_comm_overlap": ((False,), "set it to False (without --tp-comm-overlap)"),
     "cpu_offloading": ((False,), "set it to False (without --cpu-offloading-num-layers)"),
     "gtp_weight_remat_size": ((1,), "set it to 1"),
@@ -69,7 +70,10 @@ TE_MODULES = ("transformer_engine.pytorch.module.", "transformer_engine.pytorch.
 def check_config(config: Any) -> None:
     """Raise `UnsupportedError` for the first setting of a Megatron config that is not covered."""
     contract().check_tp(getattr(config, "tensor_model_parallel_size", 1))
+    contract().chunks_of_rank(getattr(config, "context_parallel_size", 1) or 1)
     _check_settings(config, COVERED, "by the patches")
+    if getattr(config, "num_moe_experts", None) is not None:
+        check_mixture(config)
     if contract().order_free:
         _check_settings(config, COVERED_ORDER_FREE, "by batch='order-free'")
         fused = getattr(config, "bias_activation_fusion", False) and getattr(config, "gated_linear_unit", False)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patches.ops.sequences import add_sequences, require_sequences
+from patches.ops.leaf_sums import TOKENS, begin_leaf_sums
+from patches.ops.sequences import add_leaves
 from patches.ops.sharded import Shards
 
 __all__ = ["bias_per_token"]
@@ -32,6 +33,5 @@ class _BiasPerToken(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         if ctx.shards.contract.order_free:
-            require_sequences(dy)
-            return add_sequences(ctx.bias, ctx.shards.sum_over(dy, 0, torch.float32)), None, None
+            return add_leaves(ctx.bias, begin_leaf_sums(dy, TOKENS, ctx.shards).wait()), None, None
         return ctx.shards.sum_over(dy, 0, ctx.bias.dtype, tuple(range(1, dy.dim() - 1))), None, None

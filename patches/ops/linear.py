@@ -3,7 +3,7 @@
     row     y_TN  = Σ_r x_TtK · w_NtKᵀ      K spread over ranks: sharded sum; dgrad, wgrad local
     column  y_TtN = x_TK · w_tNKᵀ           dgrad dy_TtN · w_tNK: sharded sum over N; forward, wgrad local
 
-Local products are single leaves; wgrad is one a sequence where sums over the batch have no order. Under sequence
+Local products are single leaves; wgrad is one a batch leaf where sums over the batch have no order. Under sequence
 parallelism (SP) x or y is spread over tokens, dimension 0; where one rank holds all, nothing is gathered or scattered.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from patches.ops.bias import bias_per_token
-from patches.ops.sequences import add_sequences, require_sequences
+from patches.ops.sequences import add_leaves, batch_leaves
 from patches.ops.sharded import Shards
 from patches.order.collectives import all_gather, begin_all_gather
 from patches.order.products import add_product, product
@@ -32,10 +32,12 @@ class GradSink:
     Args:
         main_grad: into `weight.main_grad` in float32 (gradient accumulation fusion), instead of to autograd.
         overwrite: replace what is in `main_grad` instead of adding to it.
+        runs: of an expert's rows, [R, ..] instead of [s, b, ..], how many make up each contribution to the `BatchSum`.
     """
 
     main_grad: bool = False
     overwrite: bool = False
+    runs: tuple[int, ...] | None = None
 
 
 def row_parallel(x: Tensor, weight: Tensor, shards: Shards, sp: bool, sink: GradSink) -> Tensor:
@@ -84,7 +86,7 @@ class _RowParallel(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = product(dy_TN, weight, dtype=x.dtype).view(x.shape)
         if ctx.needs_input_grad[1]:
-            dw = _weight_gradient(ctx.weight, dy, x, ctx.sink, ctx.shards.contract.order_free)
+            dw = _weight_gradient(ctx.weight, dy, x, ctx.sink, ctx.shards)
         return dx, dw, None, None, None
 
 
@@ -112,9 +114,7 @@ class _ColumnParallel(torch.autograd.Function):
         dx = dw = None
         if ctx.needs_input_grad[1]:
             travels = ctx.needs_input_grad[0] and ctx.shards.size > 1
-            dw = _weight_gradient(
-                ctx.weight, dy, gathered.wait(), ctx.sink, ctx.shards.contract.order_free, beside_collective=travels
-            )
+            dw = _weight_gradient(ctx.weight, dy, gathered.wait(), ctx.sink, ctx.shards, beside_collective=travels)
         if ctx.needs_input_grad[0]:
             dx = dgrad.wait().view(x.shape)
         return dx, dw, None, None, None, None
@@ -126,13 +126,15 @@ def _unflattened(y_TN: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _weight_gradient(
-    weight: Any, dy: Tensor, x: Tensor, sink: GradSink, order_free: bool, beside_collective: bool = False
+    weight: Any, dy: Tensor, x: Tensor, sink: GradSink, shards: Shards, beside_collective: bool = False
 ) -> Tensor | None:
     """dyᵀ·x in the weight's dtype, or put into `weight.main_grad`, with the placeholder Megatron's hooks expect."""
-    if order_free:
-        require_sequences(dy)
-        sequences = zip(dy.unbind(1), x.unbind(1), strict=True)
-        return add_sequences(weight, (product(dy_sN.t(), x_sK) for dy_sN, x_sK in sequences))
+    if shards.contract.order_free and sink.runs is not None:
+        runs = zip(dy.split(sink.runs), x.split(sink.runs), strict=True)
+        return add_leaves(weight, (product(dy_RN.t(), x_RK) for dy_RN, x_RK in runs))
+    if shards.contract.order_free:
+        leaves = zip(batch_leaves(dy, shards.chunks), batch_leaves(x, shards.chunks), strict=True)
+        return add_leaves(weight, (product(dy_sN.t(), x_sK) for dy_sN, x_sK in leaves))
     dy_TN, x_TK = dy.flatten(0, -2), x.flatten(0, -2)
     if not sink.main_grad:
         return product(dy_TN.t(), x_TK, dtype=weight.dtype, beside_collective=beside_collective)

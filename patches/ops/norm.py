@@ -2,7 +2,7 @@
 
     y = x̂ · gamma (+ beta)      dgamma = Σ dy·x̂      dbeta = Σ dy
 
-The sum's leaves lie along tokens or heads. Where sums over the batch have no order, every sequence has its own.
+The sum's leaves lie along tokens or heads. Where sums over the batch have no order, every batch leaf has its own.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patches.ops.sequences import add_sequences, require_sequences
+from patches.ops.leaf_sums import HEADS, TOKENS, begin_gamma_gradients, begin_leaf_sums
+from patches.ops.sequences import add_leaves
 from patches.ops.sharded import Shards
 from patches.order.backend import backend
 from patches.order.handle import AsyncResult
 from patches.order.x_hat import x_hat
 
 __all__ = ["HEADS", "TOKENS", "norm"]
-
-TOKENS, SEQUENCES, HEADS = 0, 1, 2  # dimensions of [s, b, h] and of [s, b, heads, d]
 
 
 def norm(
@@ -57,19 +56,20 @@ class _Norm(torch.autograd.Function):
         x, gamma, mean, rstd = ctx.saved_tensors
         dx = dgamma = dbeta = None
         free = ctx.shards.contract.order_free
-        if free:
-            require_sequences(dy)
-        dtype = torch.float32 if free else gamma.dtype
-        whole = tuple(d for d in range(x.dim() - 1) if d != ctx.leaf_dim and not (free and d == SEQUENCES))
+        whole = tuple(d for d in range(x.dim() - 1) if d != ctx.leaf_dim)
         # Roots travel while dx is computed.
         if ctx.needs_input_grad[1]:
-            dgamma = _begin_gamma_gradient(dy, x, mean, rstd, dtype, ctx.leaf_dim, whole, ctx.shards)
+            dgamma = _begin_gamma_gradient(dy, x, mean, rstd, gamma.dtype, ctx.leaf_dim, whole, ctx.shards)
         if ctx.beta is not None and ctx.needs_input_grad[2]:
-            dbeta = ctx.shards.begin_sum_over(dy, ctx.leaf_dim, dtype, whole)
+            dbeta = (
+                begin_leaf_sums(dy, ctx.leaf_dim, ctx.shards)
+                if free
+                else ctx.shards.begin_sum_over(dy, ctx.leaf_dim, gamma.dtype, whole)
+            )
         if ctx.needs_input_grad[0]:
             dx = backend(x.device).input_gradient(dy, x, gamma, mean, rstd)
         of_gamma, of_beta = (
-            found and (add_sequences(parameter, found.wait()) if free else found.wait())
+            found and (add_leaves(parameter, found.wait()) if free else found.wait())
             for found, parameter in ((dgamma, ctx.weight), (dbeta, ctx.beta))
         )
         return dx, of_gamma, of_beta, None, None, None, None, None
@@ -79,15 +79,14 @@ def _begin_gamma_gradient(
     dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, dtype: torch.dtype, leaf_dim: int,
     whole: tuple[int, ...], shards: Shards,
 ) -> AsyncResult:  # fmt: skip
-    """Σ dy·x̂, of every sequence [b, ..] where sums over the batch have no order."""
+    """Σ dy·x̂, of every batch leaf where sums over the batch have no order."""
+    free = shards.contract.order_free
     if shards.contract.strategy == "gather":
-        return shards.begin_sum_over(dy.float() * x_hat(x, mean, rstd), leaf_dim, dtype, whole)
+        summands = dy.float() * x_hat(x, mean, rstd)
+        if free:
+            return begin_leaf_sums(summands, leaf_dim, shards)
+        return shards.begin_sum_over(summands, leaf_dim, dtype, whole)
+    if free:
+        return begin_gamma_gradients(dy, x, mean, rstd, leaf_dim, shards)
     tree = backend(x.device).tree_of_gamma_gradients
-    if not shards.contract.order_free:
-        return shards.begin_reduce_root(tree(dy, x, mean, rstd, leaf_dim, shards.leaves, whole), dtype)
-    roots = []
-    for j in range(x.shape[SEQUENCES]):
-        dy_j, x_j, rstd_j = (t.narrow(SEQUENCES, j, 1).contiguous() for t in (dy, x, rstd))
-        mean_j = None if mean is None else mean.narrow(SEQUENCES, j, 1).contiguous()
-        roots.append(tree(dy_j, x_j, mean_j, rstd_j, leaf_dim, shards.leaves, (SEQUENCES, *whole)))
-    return shards.begin_reduce_root(torch.stack(roots), dtype)
+    return shards.begin_reduce_root(tree(dy, x, mean, rstd, leaf_dim, shards.leaves, whole), dtype)

@@ -25,10 +25,15 @@ __all__ = ["Shards"]
 
 @dataclass(frozen=True)
 class Shards:
-    """A dimension in equal shares over the ranks of `group`, or whole on every rank where `group` is None."""
+    """A dimension in equal shares over the ranks of `group`, or whole on every rank where `group` is None.
+
+    Args:
+        context: the context-parallel ranks, which hold other chunks of the same sequences; None where there are none.
+    """
 
     contract: Contract
     group: dist.ProcessGroup | None = None
+    context: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:
         self.contract.check_tp(self.size)
@@ -46,9 +51,14 @@ class Shards:
         """Leaves of the dimension that this rank owns."""
         return self.contract.leaves_of_rank(self.size)
 
+    @property
+    def chunks(self) -> int:
+        """Chunks of every sequence, batch leaves, that the ranks of `group` hold: one after the other."""
+        return self.contract.chunks_of_rank(1 if self.context is None else self.context.size())
+
     def one_leaf(self) -> Shards:
         """A dimension that every rank holds whole, and that no tensor-parallel size ever cuts."""
-        return Shards(replace(self.contract, leaves=1))
+        return Shards(replace(self.contract, leaves=1), context=self.context)
 
     def local(self, ids: Tensor, share: int) -> tuple[Tensor, Tensor]:
         """`ids` in the whole dimension as places in this rank's `share`, and which of them lie on other ranks."""

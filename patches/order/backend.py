@@ -19,7 +19,7 @@ from patches.order import exact
 from patches.order.handle import AsyncResult
 from patches.order.visible import Visible
 
-__all__ = ["Backend", "CrossEntropy", "backend", "check", "pin_device", "product_backend"]
+__all__ = ["Backend", "CrossEntropy", "attention_backend", "backend", "check", "pin_device", "product_backend"]
 
 
 class CrossEntropy(Protocol):
@@ -81,6 +81,11 @@ class Backend(Protocol):
         inverse: Tensor, visible: Visible, scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """dq in its dtype; what every query head gives dk and dv, float32 [Sk, B, H, D] each, not yet summed over G."""
+
+    def check_attention(
+        self, device: torch.device, width: int, dtype: torch.dtype, packed: bool, windowed: bool
+    ) -> None:
+        """Try on this very `device` that attention of such heads keeps the contract; `UnsupportedError` if not."""
 
     @property
     def attention_unless_named(self) -> Attention:
@@ -198,6 +203,21 @@ def product_backend(*operands: Tensor) -> Backend:
         )
     check(operands[0].device)
     return backend(operands[0].device)
+
+
+def attention_backend(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Backend:
+    """What computes attention of these operands, once products and attention have been tried on their device.
+
+    Raises as `product_backend` does.
+    """
+    found = product_backend(q, k, v)
+    _check_attention(q.device, q.shape[-1], q.dtype, visible.packed is not None, visible.left is not None)
+    return found
+
+
+@cache
+def _check_attention(device: torch.device, width: int, dtype: torch.dtype, packed: bool, windowed: bool) -> None:
+    backend(device).check_attention(device, width, dtype, packed, windowed)
 
 
 @cache

@@ -16,6 +16,8 @@ from patches.order.handle import AsyncResult
 
 __all__ = [
     "all_gather",
+    "all_gather_uneven",
+    "all_to_all",
     "begin_all_gather",
     "begin_all_reduce",
     "begin_reduce_scatter",
@@ -41,6 +43,23 @@ def tree_reduce_scatter(root: Tensor, group: dist.ProcessGroup, dtype: torch.dty
 def all_gather(x: Tensor, group: dist.ProcessGroup | None, dim: int = 0) -> Tensor:
     """Every rank's `x`, in rank order, side by side along `dim`; `x` itself without a group."""
     return begin_all_gather(x, group, dim).wait()
+
+
+def all_to_all(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    """`rows`, of which `sent[r]` go to rank r, in that order, exchanged for the `received[r]` that come from it."""
+    if group.size() == 1:
+        return rows
+    out = rows.new_empty((sum(received), *rows.shape[1:]))
+    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
+    return out
+
+
+def all_gather_uneven(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """The rows of every rank, `sizes[r]` of rank r, in rank order, on all."""
+    if group.size() == 1:
+        return rows
+    own = sizes[group.rank()]
+    return all_to_all(torch.cat([rows] * group.size()), [own] * group.size(), sizes, group)
 
 
 def begin_all_reduce(

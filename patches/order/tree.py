@@ -13,12 +13,16 @@ A rank's leaves are a subtree, so every TP size that divides `leaves` walks the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable
 from itertools import pairwise
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 __all__ = ["cuts", "sum_of_pairs", "tree_sum"]
+
+T = TypeVar("T")
 
 
 def cuts(size: int, leaves: int) -> list[tuple[int, int]]:
@@ -30,18 +34,18 @@ def cuts(size: int, leaves: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def tree_sum(parts: Iterable[Tensor]) -> Tensor:
+def tree_sum(parts: Iterable[T], add: Callable[[Any, Any], T] = operator.add) -> T:
     """Sum of `parts` by adjacent pairs, then pairs of pairs, …: at most log2(n) sums are pending at a time."""
-    pending: list[tuple[int, Tensor]] = []
+    pending: list[tuple[int, T]] = []
     for part in parts:
         height = 0
         while pending and pending[-1][0] == height:
-            part = pending.pop()[1] + part
+            part = add(pending.pop()[1], part)
             height += 1
         pending.append((height, part))
     total = pending.pop()[1]
     while pending:
-        total = pending.pop()[1] + total
+        total = add(pending.pop()[1], total)
     return total
 
 

@@ -6,11 +6,13 @@ Every argument of the call is either acted upon here or must have its default: w
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from patches.call_site import context_group
 from patches.contract import UnsupportedError
 from patches.ops.attention import blockwise_attention
 from patches.order.visible import Packed, Visible
@@ -47,10 +49,23 @@ def blockwise(original: Any, module: Any, *args: Any, **kwargs: Any) -> Tensor:
     visible = _visible(module, given, len(q), len(k), packed)
     # Megatron sets kv_groups, since it tells TE of one group per rank where ranks share groups.
     groups = getattr(module, "kv_groups", module.num_gqa_groups)
-    y = blockwise_attention(q, k, v, visible, module.unfused_attention.softmax_scale, groups, tp_sharded(module))
+    shards = replace(tp_sharded(module), context=_context(module))
+    y = blockwise_attention(q, k, v, visible, module.unfused_attention.softmax_scale, groups, shards)
     if form == "thd":
         return y.flatten(1)
     return y.flatten(2) if form == "sbhd" else y.transpose(0, 1).flatten(2)
+
+
+def _context(module: Any) -> Any:
+    """The ranks that hold other chunks of the module's sequences, as many as Megatron says; None without any."""
+    group, of_megatron = module.cp_group, context_group()
+    sizes = [1 if one is None else one.size() for one in (group, of_megatron)]
+    if sizes[0] != sizes[1]:
+        raise UnsupportedError(
+            f"transformer_engine DotProductAttention: context parallelism of {sizes[0]} ranks in a model of {sizes[1]} "
+            "is not covered: use Megatron's context-parallel group everywhere"
+        )
+    return of_megatron and group
 
 
 def _visible(module: Any, given: dict[str, Any], queries: int, keys: int, packed: Packed | None) -> Visible:
@@ -87,11 +102,10 @@ def _visible(module: Any, given: dict[str, Any], queries: int, keys: int, packed
 def _refuse(original: Any, module: Any, given: dict[str, Any]) -> None:
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-    groups = module.cp_group if isinstance(module.cp_group, list) else [module.cp_group]
     settings = [
         (getattr(module, "softmax_type", "vanilla") != "vanilla", "softmax_type", "use 'vanilla'"),
         (module.training and module.attention_dropout > 0, "attention dropout", "set it to 0"),
-        (any(group is not None and group.size() > 1 for group in groups), "context parallelism", "set its size to 1"),
+        (isinstance(module.cp_group, list), "cp_comm_type='a2a+p2p'", "use another, which changes nothing"),
         (getattr(module, "softcap", None), "softcap", "leave it 0"),
         (FP8GlobalStateManager.is_fp8_enabled(), "FP8", "train in bf16 or fp32"),
         (given.get("num_splits", 1) not in (None, 1), "num_splits > 1", "leave it 1"),

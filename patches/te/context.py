@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patches.call_site import contract, replicated
+from patches.call_site import context_group, contract, replicated
 from patches.contract import DTYPES, UnsupportedError
 from patches.ops.sharded import Shards
 from patches.registry import attribute
@@ -24,7 +24,7 @@ def tp_sharded(module: Any) -> Shards:
         raise UnsupportedError(
             f"{_name(module)} has tp_size={module.tp_size} but no tp_group: set_tensor_parallel_group"
         )
-    return Shards(contract(), module.tp_group if module.tp_size > 1 else None)
+    return Shards(contract(), module.tp_group if module.tp_size > 1 else None, context_group())
 
 
 def tokens(module: Any) -> Shards:

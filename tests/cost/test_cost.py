@@ -24,11 +24,13 @@ from patches.order.exact import products
 from tests.support.ranks import on_ranks
 from tpcheck.cli import main
 from tpcheck.config.load import parse_run
+from tpcheck.config.presets import PRESETS
 from tpcheck.config.schema import RunConfig
 from tpcheck.cost import terms
 from tpcheck.cost.measured import measured
 from tpcheck.cost.memory import parameters
 from tpcheck.cost.terms import LEGEND, STRATEGIES, step, symbols, total
+from tpcheck.run import model
 from tpcheck.run.model import build_model, build_optimizer, train_step, transformer_config
 from tpcheck.run.train import enable_patches
 
@@ -69,6 +71,8 @@ class Counting(TorchDispatchMode):
     def _collective(self, name: str, args: Any) -> None:
         tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg]) if isinstance(t, torch.Tensor)]
         group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
+        if group.group_name == parallel_state.get_data_parallel_group(with_context_parallel=True).group_name:
+            return
         whole = max(tensor.nbytes for tensor in tensors)
         if group.size() == 1 or max(tensor.numel() for tensor in tensors) <= SCALARS:
             return
@@ -90,7 +94,8 @@ def count_product(counts: Counts, a: torch.Tensor, b: torch.Tensor) -> None:
 def counted(config: RunConfig) -> Counts:
     """One training step of megatron-core's own model on this rank."""
     enable_patches(config)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tp)
+    parallel_state.initialize_model_parallel(config.tp, context_parallel_size=config.cp)
+    model._whole_sequences = lambda losses: losses  # which are gathered for the record alone
     _, pieces = build_model(config, transformer_config(config))
     optimizer = build_optimizer(config, pieces)
     counts = Counts()
@@ -155,6 +160,23 @@ def test_a_step_does_what_the_formulas_say_where_the_batch_has_no_order(strategy
     check_step(run(strategy, tp=4, sp=True, model=model, batch="order-free"))
 
 
+@pytest.mark.parametrize(
+    ("strategy", "layout"),
+    (
+        ("tree", {"tp": 1, "cp": 4, "recompute": True}),
+        ("tree", {"tp": 2, "cp": 2, "sp": True}),
+        ("gather", {"tp": 2, "cp": 2, "sp": True, "model": GPT2}),
+    ),
+)
+def test_a_step_does_what_the_formulas_say_on_context_parallel_ranks(strategy, layout):
+    """Of attention by blocks, products are not those of the formulas."""
+    config = run(strategy, **layout, batch="order-free", chunks=8)
+    account = step(config)
+    for counts in on_ranks(config.world_size, counted, config):
+        assert counts.bytes == pytest.approx(total(account, "bytes", strategy), abs=0.5)
+        assert counts.buffers == total(account, "memory", strategy)
+
+
 @pytest.mark.parametrize("sp", (False, True))
 def test_a_step_whose_roots_are_large_does_what_the_formulas_say(sp, monkeypatch):
     monkeypatch.setattr(collectives, "SMALL", 0)
@@ -188,7 +210,8 @@ def test_flops_of_a_step_are_those_of_six_per_parameter_and_token() -> None:
 
 
 def test_every_symbol_of_a_formula_is_explained() -> None:
-    formulas = " ".join(term.formula for tp in (1, 8) for term in step(parse_run(B8 | {"tp": tp})))
+    parallel = {"batch": "order-free", "strategy": "tree", "chunks": 4, "cp": 2}
+    formulas = " ".join(term.formula for more in ({}, {"tp": 8}, parallel) for term in step(parse_run(B8 | more)))
     assert set(re.findall(r"[^\W\d]", formulas)) <= set(LEGEND) == set(symbols(parse_run(B8)))
 
 
@@ -240,6 +263,14 @@ def test_gradients_without_an_order_take_four_bytes_more(tmp_path: Path, capsys:
     assert "gradients of 8 bytes instead of stock's 4" in text
 
 
+def test_context_parallel_ranks_are_counted(capsys: Any) -> None:
+    assert main(["cost", "qwen3-8b", "--tp", "2", "--cp", "4"]) == 0
+    text = capsys.readouterr().out
+    assert "TP=2, CP=4, sequence" in text and "in the TP and CP groups" in text and "CP, attention: all-to-all" in text
+    assert main(["cost", "qwen3-8b", "--cp", "3"]) == 2
+    assert "power of two" in capsys.readouterr().err
+
+
 def test_stages_of_a_model_are_not_counted(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model: qwen3-8b\npp: 2\n")
@@ -258,7 +289,7 @@ def test_command_takes_a_run_file(tmp_path: Path, capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["qwen4"], "qwen4: neither a preset (qwen3-tiny, qwen3-0.6b, qwen3-8b, gpt2-124m) nor a run file"),
+        (["qwen4"], f"qwen4: neither a preset ({', '.join(PRESETS)}) nor a run file"),
         (["qwen3-8b", "--tp", "3"], "num_attention_heads=32"),
         (["qwen3-8b", "--gpu", "v100"], "'v100' is not one of"),
     ],

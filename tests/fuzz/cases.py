@@ -8,19 +8,31 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 
 import yaml
 
+import slurm
+import tpcheck
 from tests.fuzz import mutations
 from tests.fuzz.child import complaint, in_child
 from tests.support import BEFORE, ROOT
 from tpcheck.cli import main
 from tpcheck.files import result_dir
 from tpcheck.run import launch
+from tpcheck.run.nudged import make_nudged_runs
 
-__all__ = ["KINDS", "Source", "try_case"]
+__all__ = ["KINDS", "Source", "Tried", "try_case"]
 
+# What commands import when they are called, imported once and not in every child.
+for package in (tpcheck, slurm):
+    for module in walk_packages(package.__path__, f"{package.__name__}."):
+        if not module.name.endswith("__main__") and ".study." not in module.name:  # which may need other packages
+            import_module(module.name)
+
+SWEEP = (BEFORE / "sweep.yaml").read_text().replace("matrix:\n", "matrix:\n  arch: [h100]\n")
 PROFILE = (ROOT / "slurm/clusters/example.yaml").read_text()
 LAST = "checkpoints/step-00000004"
 
@@ -35,11 +47,25 @@ class Source:
     def unpacked(cls, folder: Path) -> Source:
         shutil.unpack_archive(BEFORE / "states.tar.xz", folder)
         shutil.copytree(BEFORE, folder, dirs_exist_ok=True)
+        make_nudged_runs(folder / "stopped", seeds=1)
         return cls(folder)
 
     def copy(self, name: str, to: Path) -> Path:
         shutil.copytree(self.folder / name, to / name, copy_function=os.link)
         return to / name
+
+
+@dataclass(frozen=True)
+class Tried:
+    """How a command ended; `wrong` is empty where it may end so."""
+
+    case: str
+    command: str
+    code: int
+    wrong: str
+
+    def __str__(self) -> str:
+        return f"{self.case}: tpcheck {self.command}: {self.wrong or f'exit code {self.code}'}"
 
 
 Commands = Sequence[Sequence[str]]
@@ -54,16 +80,13 @@ def _run_file(source: Source, folder: Path, rng: random.Random, marker: Path) ->
 
 
 def _sweep_file(source: Source, folder: Path, rng: random.Random, marker: Path) -> Commands:
-    text = (BEFORE / "sweep.yaml").read_text()
-    (folder / "run.yaml").write_text((BEFORE / "run.yaml").read_text())
-    (folder / "sweep.yaml").write_text(mutations.damage_yaml(text, rng))
+    (folder / "sweep.yaml").write_text(mutations.damage_yaml(SWEEP, rng))
     (folder / "cluster.yaml").write_text(PROFILE)
     return [["sweep", "sweep.yaml", "--cluster", "./cluster.yaml", "--dry-run"]]
 
 
 def _profile(source: Source, folder: Path, rng: random.Random, marker: Path) -> Commands:
-    shutil.copy(BEFORE / "sweep.yaml", folder)
-    shutil.copy(BEFORE / "run.yaml", folder)
+    (folder / "sweep.yaml").write_text(SWEEP)
     (folder / "cluster.yaml").write_text(mutations.damage_yaml(PROFILE, rng))
     return [["sweep", "sweep.yaml", "--cluster", "./cluster.yaml", "--dry-run"]]
 
@@ -91,8 +114,9 @@ def _checkpoint(source: Source, folder: Path, rng: random.Random, marker: Path) 
 
 def _trace(source: Source, folder: Path, rng: random.Random, marker: Path) -> Commands:
     run = source.copy("traced", folder)
-    source.copy("stopped", folder)
-    file = rng.choice(sorted(file for file in (run / "trace").rglob("*") if file.is_file()))
+    nudged = source.copy("stopped", folder) / "noise-1"
+    of = rng.choice([run, run, nudged])
+    file = rng.choice(sorted(file for file in (of / "trace").rglob("*") if file.is_file()))
     content = file.read_bytes()
     file.unlink()
     if file.suffix in (".json", ".jsonl") and rng.random() < 0.8:
@@ -132,13 +156,13 @@ def _damage(file: Path, rng: random.Random) -> None:
         file.write_text(damage(content.decode(), rng))
 
 
-def try_case(kind: str, seed: int, source: Source, scratch: Path) -> list[str]:
-    """Make the case, try every command on it, and say what is wrong with what each did."""
+def try_case(kind: str, seed: int, source: Source, scratch: Path) -> list[Tried]:
+    """Make the case, and try every command on it."""
     rng = random.Random(f"{kind} {seed}")
     folder = scratch / f"{kind}-{seed}"
     (folder / "here").mkdir(parents=True)
     marker = folder / "executed"
-    found = []
+    tried = []
     try:
         for words in KINDS[kind](source, folder / "here", rng, marker):
             with _no_ranks():
@@ -148,11 +172,10 @@ def try_case(kind: str, seed: int, source: Source, scratch: Path) -> list[str]:
                 wrong = "something in a file was executed"
             if strangers := {entry.name for entry in folder.iterdir()} - {"here"}:
                 wrong = wrong or f"written outside: {strangers}"
-            if wrong:
-                found.append(f"{kind} {seed}: tpcheck {' '.join(words)}: {wrong}")
+            tried.append(Tried(f"{kind} {seed}", " ".join(words), code, wrong))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return found
+    return tried
 
 
 @contextmanager

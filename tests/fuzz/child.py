@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-__all__ = ["complaint", "in_child"]
+__all__ = ["DOCUMENTED", "complaint", "in_child"]
 
 CPU_SECONDS = 10  # of processor time: the machine may be busy
 WALL_SECONDS = 200

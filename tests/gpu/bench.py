@@ -1,6 +1,7 @@
 """Speed of the patches' products and sums on a GPU, as ratios of two things timed in turn in one run: `make gpu`.
 
     layers     a whole layer of Qwen3-8B, forward and backward, against stock Megatron
+    attention  its attention, against flash attention's kernels
     products   the GEMMs of Qwen3-8B, one rank's share at every TP size, against torch.mm (cuBLAS), and against one leaf
     tiles      the same product with other tiles, where the kernel lets them be chosen
     sums       GB/s of what has to be read and written, against a copy on the device, and against torch's own
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,15 @@ from torch import Tensor
 
 from patches.order import products
 from patches.order.backend import backend
+from tests.gpu import bench_attention
 from tests.gpu import report as gpu_report
+from tests.gpu.bench_attention import attentions
 from tests.gpu.bench_layer import Measured, layers
 from tests.gpu.bench_sums import Sum, overridden, sums
 from tests.gpu.clock import Clock
 from tpcheck.config.presets import PRESETS
 
+SECTIONS = tuple(gpu_report.TABLES)
 LEAVES = 8
 ERROR_ROWS = 64
 TILES_SHARE = 0.3
@@ -216,11 +220,11 @@ def measure_sum(one: Sum, clock: Clock) -> dict[str, Any]:
             "over_copy": ours, "over_stock": ours / stock}  # fmt: skip
 
 
-def run(device: str, seconds: float, folder: Path) -> int:
-    """Measure everything, writing after every row; the number of rows that failed."""
+def run(device: str, seconds: float, folder: Path, sections: Collection[str] = SECTIONS) -> int:
+    """Measure these sections, writing after every row; the number of rows that failed."""
     scale = SCALES[device]
     clock = Clock(device, scale.repeat, seconds)
-    report = gpu_report.Report(folder, device)
+    report = gpu_report.Report(folder, device, sections)
     report.contract = dict(backend(torch.device(device)).provenance(torch.device(device)))
     every = list(shapes(scale))
     first = [shape for shape in every if shape.tokens == scale.tokens[0]]
@@ -228,24 +232,26 @@ def run(device: str, seconds: float, folder: Path) -> int:
     def each(
         section: str, items: Iterable[Any], name: Callable[[Any], str], call: Callable[..., dict[str, Any]]
     ) -> None:
-        for item in items:
+        for item in items if section in sections else ():
             if clock.is_over:
-                report.skipped.append(name(item))
+                report.skipped.setdefault(section, []).append(name(item))
                 continue
             try:
                 report.add(section, call(item, clock))
             except Exception as error:
-                report.failed.append(f"{name(item)}: {type(error).__name__}: {' '.join(f'{error}'.split())[:200]}")
+                what = f"{name(item)}: {type(error).__name__}: {' '.join(f'{error}'.split())[:200]}"
+                report.failed.setdefault(section, []).append(what)
 
     each("layers", layers(device), lambda one: one.name, Measured())
+    each("attention", attentions(device), lambda one: one.name, bench_attention.Measured())
     each("products", first, str, measure)
     each("sums", sums(device), lambda one: one.name, measure_sum)
-    for row in tiles(scale, clock):
+    for row in tiles(scale, clock) if "tiles" in sections else ():
         report.add("tiles", row)
     each("products", every[len(first) :], str, measure)
     report.write()
     print(report.text())
-    return len(report.failed)
+    return sum(map(len, report.failed.values()))
 
 
 def main() -> int:
@@ -253,8 +259,9 @@ def main() -> int:
     parser.add_argument("--device", choices=list(SCALES), default="cuda")
     parser.add_argument("--seconds", type=float, default=240.0, help="no new row is begun after that")
     parser.add_argument("--out", type=Path, required=True, help="folder for bench.json and bench.md")
+    parser.add_argument("--only", choices=SECTIONS, action="append", help="these sections; others are kept as they are")
     options = parser.parse_args()
-    return min(1, run(options.device, options.seconds, options.out))
+    return min(1, run(options.device, options.seconds, options.out, options.only or SECTIONS))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,20 @@ LAYERS: dict[str, Cell] = {
     "forward and backward, ms": lambda r: f"{r['ms']:.2f}",
     "time / stock": lambda r: f"{r['over_stock']:.2f}" if "over_stock" in r else "",
     "memory, GiB": lambda r: f"{r['gib']:.2f}",
+}
+ATTENTION: dict[str, Cell] = {
+    "TP": lambda r: str(r["tp"]),
+    "tokens": lambda r: str(r["tokens"]),
+    "heads": lambda r: f"{r['heads']}, {r['groups']} of keys",
+    "attention": lambda r: r["who"],
+    "forward, ms": lambda r: f"{r['forward_ms']:.3f}" if "forward_ms" in r else r["failed"],
+    "backward, ms": lambda r: f"{r['backward_ms']:.3f}" if "backward_ms" in r else "",
+    "TFLOP/s": lambda r: f"{r['forward_tflops']:.0f}, {r['backward_tflops']:.0f}" if "forward_tflops" in r else "",
+    "speed / first row": lambda r: (
+        f"{r['forward_over_first']:.2f}, {r['backward_over_first']:.2f}" if "forward_over_first" in r else ""
+    ),
+    "memory, GiB": lambda r: f"{r['gib']:.3f}" if "gib" in r else "",
+    "error": lambda r: f"{r['error']:.1e}" if "error" in r else "",
 }
 PRODUCTS: dict[str, Cell] = {
     "layer": lambda r: r["layer"],
@@ -54,7 +68,7 @@ SUMS: dict[str, Cell] = {
     "speed / copy": lambda r: f"{r['over_copy']:.2f}",
     "speed / torch's": lambda r: f"{r['over_stock']:.2f}",
 }
-TABLES = {"layers": LAYERS, "products": PRODUCTS, "tiles": TILES, "sums": SUMS}
+TABLES = {"layers": LAYERS, "attention": ATTENTION, "products": PRODUCTS, "tiles": TILES, "sums": SUMS}
 
 
 def versions(device: str) -> dict[str, str]:
@@ -71,14 +85,27 @@ def versions(device: str) -> dict[str, str]:
 
 @dataclass
 class Report:
-    """Rows by section, what failed, and what time ran out for."""
+    """Rows by section, what failed, and what time ran out for; with what other sections left in the folder before."""
 
     folder: Path
     device: str
+    sections: Collection[str]
     contract: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {name: [] for name in TABLES})
-    failed: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
+    failed: dict[str, list[str]] = field(default_factory=dict)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            before = json.loads((self.folder / "bench.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return
+        if before.get("format") != FORMAT or before.get("versions") != versions(self.device):
+            return
+        for section in TABLES.keys() - set(self.sections):
+            self.rows[section] = before[section]
+            for mine, theirs in ((self.failed, before["failed"]), (self.skipped, before["skipped"])):
+                mine |= {section: theirs[section]} if section in theirs else {}
 
     def add(self, section: str, row: dict[str, Any]) -> None:
         self.rows[section].append(row)
@@ -88,14 +115,20 @@ class Report:
         self.folder.mkdir(parents=True, exist_ok=True)
         answer = {"format": FORMAT, "versions": versions(self.device), "contract": self.contract, **self.rows}
         answer |= {"summary": self.summary(), "failed": self.failed, "skipped": self.skipped}
-        (self.folder / "bench.json").write_text(json.dumps(answer, indent=1, default=str) + "\n")
-        (self.folder / "bench.md").write_text(self.text() + "\n")
+        for name, text in (("bench.json", json.dumps(answer, indent=1, default=str)), ("bench.md", self.text())):
+            written = self.folder / f".{name}"
+            written.write_text(text + "\n")
+            written.replace(self.folder / name)  # whole, whenever this process is killed
 
     def summary(self) -> dict[str, float]:
         """Ratios over all products: the median, the worst, and the worst of large ones."""
         found: dict[str, float] = {}
         if ours := [row["over_stock"] for row in self.rows["layers"] if row["who"].startswith("ours")]:
             found["time of a layer / stock, least"], found["time of a layer / stock, most"] = min(ours), max(ours)
+        for way in ("forward", "backward"):
+            rows = [row for row in self.rows["attention"] if row["who"].startswith("ours")]
+            if rows:
+                found[f"speed / flash attention, {way}, least"] = min(row[f"{way}_over_first"] for row in rows)
         for name, key in (("cuBLAS", "over_mm"), ("one leaf", "over_one_leaf")):
             rows = [row for row in self.rows["products"] if key in row]
             large = [row for row in rows if min(row["m"], row["k"], row["n"]) >= 2048]
@@ -116,9 +149,9 @@ class Report:
         for section, columns in TABLES.items():
             if self.rows[section]:
                 parts += ["", f"## {section}", "", *_table(columns, self.rows[section])]
-        for title, names in (("failed", self.failed), ("not reached in time", self.skipped)):
-            if names:
-                parts += ["", f"## {title}", "", *(f"- {name}" for name in names)]
+        for title, by_section in (("failed", self.failed), ("not reached in time", self.skipped)):
+            if names := [f"- {section}: {name}" for section, names in by_section.items() for name in names]:
+                parts += ["", f"## {title}", "", *names]
         return "\n".join(parts)
 
 

@@ -1,12 +1,15 @@
 """Everything that needs a GPU, in one command without network and within ten minutes: `make gpu`.
 
-Missing modules come from wheels that `make wheels` fetched elsewhere. Then, each with a time-out of its own, so that
-one that fails or hangs does not cost the others' results:
+Missing modules come from wheels that `make wheels` fetched elsewhere. Then, each a process of its own with a time-out
+of its own, so that one that fails, hangs or leaves the GPU in an error does not cost the others' results:
 
-    doctor    tpcheck doctor: what is here, of which class of bits, and which attention keeps heads apart
-    bench     tests.gpu.bench: a layer against stock, kernels against cuBLAS, sums against copies
-    kernels   tests/patches/kernels, compiled instead of interpreted
-    tests     what is marked `gpu`: the bits
+    doctor      tpcheck doctor: what is here, of which class of bits, and which attention keeps heads apart
+    layers      a layer against stock                                       ┐
+    attention   attention against flash attention's kernels                 │ tests.gpu.bench
+    products    products against cuBLAS, and in other tiles                 │
+    sums        sums against copies                                         ┘
+    kernels     tests/patches/kernels, compiled instead of interpreted
+    tests       what is marked `gpu`: the bits
 
 The table of layers is printed last, where one looks. Logs, bench.json, bench.md and summary.json go to a folder named
 after the device. Imports nothing but Python's own.
@@ -35,8 +38,14 @@ NEEDED = """
     submitit xdist yaml
 """.split()
 MARGIN = 20  # seconds that a part has to end by itself, and to be ended
-WORKERS = 6  # share the GPU; most of the time goes to compiling
-SHARES = {"doctor": 0.1, "bench": 0.35, "kernels": 0.25, "tests": 0.3}
+WORKERS = {"cuda": 6, "cpu": 2}  # share the GPU; most of the time goes to compiling
+# Seconds of a part, where all have SECONDS: it may take them and what earlier ones left, in proportion. The README of
+# the tests says how long they are expected to take.
+SECONDS = 570
+BUDGETS = {"doctor": 80, "layers": 75, "attention": 45, "products": 85, "sums": 35, "kernels": 130, "tests": 120}
+SECTIONS = {"layers": ("layers",), "attention": ("attention",), "products": ("products", "tiles"), "sums": ("sums",)}
+# The interpreter is slower than any GPU.
+SECONDS_OF_A_REHEARSAL = 1800
 
 
 def main() -> int:
@@ -44,9 +53,11 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "gpu")
     parser.add_argument("--wheels", type=Path, default=ROOT / "wheels")
     parser.add_argument("--site", type=Path, default=ROOT / "build" / "gpu-site", help="where wheels are installed")
-    parser.add_argument("--seconds", type=float, default=570, help="of everything together")
+    parser.add_argument(
+        "--seconds", type=float, help=f"of everything together: {SECONDS}, of a rehearsal {SECONDS_OF_A_REHEARSAL}"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal at tiny shapes")
-    parser.add_argument("--only", choices=list(SHARES), action="append", help="these parts alone")
+    parser.add_argument("--only", choices=list(BUDGETS), action="append", help="these parts alone")
     options = parser.parse_args()
     began = time.monotonic()
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
@@ -54,20 +65,39 @@ def main() -> int:
     if find_missing():
         environment["PYTHONPATH"] = _path(install(options.wheels, options.site), environment["PYTHONPATH"])
     folder = options.results / device_name(options.device, environment)
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = [name for name in SHARES if not options.only or name in options.only]
-    outcomes: dict[str, dict[str, object]] = {}
-    for i, name in enumerate(parts):
-        left = began + options.seconds - time.monotonic()
-        seconds = max(30.0, left * SHARES[name] / sum(SHARES[later] for later in parts[i:]))
-        outcomes[name] = run_part(name, options.device, folder, seconds, environment)
-        (folder / "summary.json").write_text(json.dumps(outcomes, indent=1) + "\n")
+    outcomes = run_parts(
+        [name for name in BUDGETS if not options.only or name in options.only],
+        options.device,
+        folder,
+        began + (options.seconds or (SECONDS if options.device == "cuda" else SECONDS_OF_A_REHEARSAL)),
+        environment,
+    )
     for name, outcome in outcomes.items():
         print(f"==> {name}: {outcome['outcome']} after {outcome['seconds']:.0f} s")
-    if "bench" in outcomes and (folder / "bench.md").exists():
+    if "layers" in outcomes and (folder / "bench.md").exists():
         print((folder / "bench.md").read_text().partition("## products")[0].rstrip())
     print(f"==> results in {folder}, {time.monotonic() - began:.0f} s in all")
     return 0 if all(outcome["outcome"] == "passed" for outcome in outcomes.values()) else 1
+
+
+def run_parts(
+    parts: list[str], device: str, folder: Path, end: float, environment: dict[str, str]
+) -> dict[str, dict[str, object]]:
+    """Run parts one after the other, so that all are over at `end`; summary.json has those that are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if set(parts) >= SECTIONS.keys():  # all is measured anew: nothing of an earlier run may look like this one's
+        for name in ("bench.json", "bench.md", "summary.json"):
+            (folder / name).unlink(missing_ok=True)
+    outcomes: dict[str, dict[str, object]] = {}
+    for i, name in enumerate(parts):
+        seconds = (end - time.monotonic()) * BUDGETS[name] / sum(BUDGETS[later] for later in parts[i:])
+        try:
+            outcomes[name] = run_part(name, device, folder, max(1.0, seconds), environment)
+        except OSError as error:  # a full disk, no memory for a process
+            outcomes[name] = {"outcome": f"not run: {error}", "seconds": 0.0}
+        with contextlib.suppress(OSError):
+            (folder / "summary.json").write_text(json.dumps(outcomes, indent=1) + "\n")
+    return outcomes
 
 
 def find_missing() -> list[str]:
@@ -115,19 +145,19 @@ def command(name: str, device: str, folder: Path, seconds: float) -> list[str]:
         "-q",
         "-p",
         "no:cacheprovider",
-        f"--timeout={seconds:.0f}",
+        f"--timeout={max(30.0, seconds / 2):.0f}",  # of one test: it ends a worker, and another takes its place
         "--durations=10",
     ]
     junit = [f"--junitxml={folder / name}.xml"]
-    if device == "cuda":
-        pytest += ["-n", str(WORKERS), "--dist", "worksteal"]
+    pytest += ["-n", str(WORKERS[device]), "--dist", "worksteal"]
     if name == "kernels":
         return [*pytest, *junit, str(KERNELS)]
     if name == "tests":
         marked = "gpu" if device == "cuda" else "not gpu and not slow"
         return [*pytest, *junit, "-m", marked, *map(str, sorted(TESTS.rglob("test_gpu.py")))]
-    bench = [sys.executable, "-m", "tests.gpu.bench", "--device", device, "--out", str(folder)]
-    return [*bench, "--seconds", f"{seconds - MARGIN:.0f}"]
+    bench = [sys.executable, "-W", "ignore", "-m", "tests.gpu.bench", "--device", device, "--out", str(folder)]
+    sections = [argument for section in SECTIONS[name] for argument in ("--only", section)]
+    return [*bench, *sections, "--seconds", f"{max(0.0, seconds - MARGIN):.0f}"]
 
 
 def run_part(name: str, device: str, folder: Path, seconds: float, environment: dict[str, str]) -> dict[str, object]:
@@ -154,7 +184,8 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     """The part and the ranks that it started: they are one session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a process that waits for a GPU may not even die
+        process.wait(MARGIN)
 
 
 def _path(first: Path, rest: str | None) -> str:

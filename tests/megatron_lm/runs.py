@@ -70,7 +70,7 @@ class Ended:
 def run_script(script: Path, tp: int, flags: str, dp: int = 1, options: str = "", connections: int = 1) -> Ended:
     """Run `script` on as many ranks as its sizes want; no rank outlives the call."""
     pp = _value(flags, "--pipeline-model-parallel-size")
-    ranks = tp * dp * pp
+    ranks = tp * _value(flags, "--context-parallel-size") * dp * pp
     precision = "" if {"--fp32", "--fp16"} & set(flags.split()) else "--bf16"
     arguments = f"{options} {script} --tensor-model-parallel-size {tp} {BASE} {precision} {flags}".replace(
         " --fp32", ""

@@ -88,6 +88,23 @@ def test_bits_are_the_same_at_every_layout_where_the_batch_has_no_order(tmp_path
     assert [other["optimizer"] for other in others] == [None, *[one["optimizer"]] * 3]
 
 
+def test_bits_are_the_same_at_every_context_parallel_size(tmp_path: Path) -> None:
+    """Megatron's own script cuts the batch; it may name how its layers are to communicate, which has no say."""
+    layouts = [(1, 1, ""), (1, 1, "--context-parallel-size 2"),
+               (2, 1, "--context-parallel-size 2 --sequence-parallel --micro-batch-size 4 --cp-comm-type all_gather"),
+               (1, 2, "--context-parallel-size 2 --use-distributed-optimizer"),
+               (1, 1, "--context-parallel-size 4 --pipeline-model-parallel-size 2 --micro-batch-size 1")]  # fmt: skip
+    one, *others = (
+        trained(tmp_path / str(number), tp, f"--calculate-per-token-loss {flags}", "--batch order-free --chunks 8", dp)
+        for number, (tp, dp, flags) in enumerate(layouts)
+    )
+    for other in others:
+        assert [norm for _, norm in other["steps"]] == [norm for _, norm in one["steps"]]
+        assert other["model"] == one["model"]
+    # As the script saves it by default, the distributed optimizer has no digest.
+    assert [other["optimizer"] for other in others] == [*[one["optimizer"]] * 2, None, one["optimizer"]]
+
+
 def test_bits_of_stock_differ(tmp_path: Path) -> None:
     one, two = (trained(tmp_path / str(tp), tp, STOCK, "--strategy stock") for tp in (1, 2))
     assert one["steps"] != two["steps"] and one["model"] != two["model"]

@@ -16,7 +16,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dropout": ({"model": {"hidden_dropout": 0.1}}, "hidden_dropout=0.1"),
     "attention dropout": ({"model": {"attention_dropout": 0.1}}, "attention_dropout=0.1"),
     "fp8": ({"model": {"fp8": "hybrid"}}, "fp8='hybrid'"),
-    "experts": ({"model": {"num_moe_experts": 2, "add_bias_linear": False}}, "num_moe_experts=2"),
+    "experts": (
+        {"model": {"num_moe_experts": 2, "add_bias_linear": False}},
+        "num_moe_experts=2 is not covered by batch='ordered', .*: set batch='order-free'",
+    ),
     "latent attention": ({"model": {"multi_latent_attention": True}}, "multi_latent_attention=True"),
     "normalization": ({"model": {"normalization": "L2Norm"}}, "normalization='L2Norm'"),
     "activation": ({"model": {"activation_func": torch.nn.functional.celu}}, "celu.* is not covered: use one of silu"),

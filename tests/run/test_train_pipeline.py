@@ -88,6 +88,14 @@ def test_stock_run_with_tied_embeddings_keeps_both_copies_equal(tmp_path: Path) 
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_stock_run_with_tied_embeddings_is_built_in_virtual_stages(tmp_path: Path) -> None:
+    """Megatron has each copy wait for the other's first values, for ever where the other's rank waits for a seed."""
+    tied = {"strategy": "stock", "dtype": "fp32", "model": {**GPT2, "num_layers": 4, "tied": True}}
+    whole, stages = train(tmp_path / "whole", **tied), train(tmp_path / "stages", pp=2, vpp=2, **tied)
+    losses = [[row["loss"] for row in result_dir.read_steps(path)] for path in (whole, stages)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_sweep_over_stages_is_held(tmp_path: Path) -> None:
     matrix = {"strategy": ["tree"], "pp": [1, 2], "vpp": [1, 2]}
     loaded = sweep(tmp_path, base=SETTINGS, matrix=matrix, exclude=[{"pp": 1, "vpp": 2}])

@@ -30,6 +30,7 @@ from tpcheck.files.names import LOG
 from tpcheck.run import heartbeat
 from tpcheck.run.launch import launch
 from tpcheck.run.place import place_from_environment
+from tpcheck.run.resume import resume_point
 
 TINY = {"preset": "qwen3-tiny", "num_layers": 1, "hidden_size": 32, "head_dim": 4, "ffn_hidden_size": 40}
 GPT2 = {"preset": "gpt2-124m", "num_layers": 1, "hidden_size": 32, "head_dim": 4, "ffn_hidden_size": 40}
@@ -287,6 +288,14 @@ def test_what_would_spoil_an_earlier_run_is_refused(tmp_path: Path) -> None:
         with pytest.raises(TpcheckError, match=words):
             launch(config, resume)
     assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+
+
+def test_a_message_on_what_differs_stays_short(tmp_path: Path) -> None:
+    config = run(tmp_path)
+    result_dir.write_manifest(tmp_path, {"config": {**config.model_dump(mode="json"), "seed": 10**300}})
+    with pytest.raises(TpcheckError, match="was trained with seed=1000") as caught:
+        resume_point(config, resume=True)
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
 
 
 def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:

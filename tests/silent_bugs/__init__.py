@@ -11,7 +11,7 @@ from patches import cpu
 
 cpu.enable()  # what it replaces in megatron-core has to be there before bugs replace it
 
-from tests.silent_bugs import backward, forward, gradients, losses, resumes, settings, small, updates  # noqa: E402, F401
+from tests.silent_bugs import backward, experts, forward, gradients, losses, resumes, settings, small, updates  # noqa: E402, F401  # noqa: E402, F401
 from tests.silent_bugs.case import BUGS, Bug, Clean  # noqa: E402
 from tests.silent_bugs.clean import CLEAN  # noqa: E402
 

@@ -14,9 +14,11 @@ from megatron.core import parallel_state
 from tests.support.traces import GPT2, replaced
 from tests.support.traces import TINY as QWEN3
 
-__all__ = ["BUGS", "GPT2", "QWEN3", "Bug", "Clean", "Context", "around", "bug", "during", "tp_rank", "tp_size"]
+__all__ = [
+    "BUGS", "GPT2", "MIXTURE", "QWEN3", "Bug", "Clean", "Context", "around", "bug", "during", "tp_rank", "tp_size",
+]  # fmt: skip
 
-
+MIXTURE = {**QWEN3, "preset": "qwen3-moe-tiny"}
 Context = Callable[[], contextlib.AbstractContextManager[None]]
 
 

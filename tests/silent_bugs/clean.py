@@ -10,7 +10,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from tests.silent_bugs.case import GPT2, QWEN3, Clean, around
+from tests.silent_bugs.case import GPT2, MIXTURE, QWEN3, Clean, around
 from tests.silent_bugs.losses import masked, smoothed, with_z_loss
 from tests.support.traces import replaced
 from tpcheck.run import model, train
@@ -111,6 +111,7 @@ class _Padded:
 FP32 = {"dtype": "fp32"}
 SP = {"sequence_parallel": True}
 ZERO = {"distributed_optimizer": True}
+SIGMOID = {"number": 8, "per_token": 2, "ffn_hidden_size": 72, "score": "sigmoid", "shared_ffn_hidden_size": 48}
 
 DROPOUT = {**QWEN3, "dropout": 0.1}
 TIGHT = {"clip_grad": 0.05}
@@ -138,6 +139,14 @@ CASES = [
         {"model": {**GPT2, "vocab_size": 20000}, "optimizer": {"clip_grad": 0.05}, **FP32},
     ),
     Clean("eight layers, tp 2", {"tp": 2}, {"model": {**QWEN3, "num_layers": 8}}),
+    Clean("experts, dp 2 x ep 2", {"dp": 2, "ep": 2}, {"model": MIXTURE}),
+    Clean("experts, dp 4 x ep 2", {"dp": 4, "ep": 2, "micro_batch_size": 1}, {"model": MIXTURE}),
+    Clean("experts, tp 2 x ep 2, sequence parallel", {"tp": 2, "ep": 2, "etp": 1, **SP}, {"model": MIXTURE, **FP32}),
+    Clean(
+        "sigmoid router, shared expert, tp 2, sequence parallel",
+        {"tp": 2, **SP},
+        {"model": {**MIXTURE, "experts": SIGMOID}},
+    ),
     Clean("pp 2", {"pp": 2}),
     Clean("pp 2, tied embeddings, fp32", {"pp": 2}, {**FP32, "model": {**QWEN3, "tied": True}}),
     Clean("pp 2 with two pieces each, four layers", {"pp": 2, "vpp": 2}, {"model": {**QWEN3, "num_layers": 4}}),

@@ -10,6 +10,7 @@ import megatron.core
 import pytest
 import torch
 
+from patches import initial_weights
 from tests.silent_bugs import BUGS, CASES, CLEAN, Bug
 from tests.silent_bugs.benchmark import Answer, Benchmark, table, to_json
 from tpcheck.run import model, train
@@ -42,7 +43,7 @@ def attributes() -> dict[str, int]:
     """All that a bug may replace, by identity: functions, classes and methods of megatron-core, torch, the trainer."""
     found = {}
     modules = [m for name, m in sys.modules.items() if name.startswith(f"{megatron.core.__name__}.")]
-    for module in (*modules, torch, torch.distributed, torch.nn.Embedding, train, model):
+    for module in (*modules, torch, torch.distributed, torch.nn.Embedding, train, model, initial_weights):
         for name, value in list(vars(module).items()):
             found[f"{module.__name__}.{name}"] = id(value)
             if isinstance(value, type) and value.__module__.startswith("megatron.core"):

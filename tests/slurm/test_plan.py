@@ -1,4 +1,4 @@
-"""`python -m slurm.plan`: a sweep for plain sbatch."""
+"""`tpcheck sweep --plan`: a sweep for plain sbatch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from slurm.snapshot import Snapshot
 from tests.support import ROOT
 from tests.support.finished import finish
 from tests.support.slurm_site import Site
+from tpcheck.cli import main
 from tpcheck.config.load import load_run
 from tpcheck.errors import TpcheckError
 
@@ -48,3 +49,9 @@ def test_a_plan_made_in_the_clone_needs_no_copy_of_the_code(site: Site, monkeypa
     monkeypatch.chdir(ROOT)
     assert {shlex.split(line)[1] for line in plan(site.sweep)} == {"sbatch"}
     assert not (site.out / "code").exists()
+
+
+def test_the_command_prints_the_lines_and_submits_nothing(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", str(site.sweep), "--plan"]) == 0
+    assert capsys.readouterr().out.splitlines() == plan(site.sweep)
+    assert main(["sweep", str(site.sweep), "--plan", "--cluster", "x"]) == 2

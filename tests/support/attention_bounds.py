@@ -11,6 +11,8 @@ others round (2u an addition), P the probabilities and S, D the lengths of sums:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -136,3 +138,31 @@ def _assert_packed_is_each(package: Any, qkvd: list[Tensor], device: Any) -> Non
             _assert_same([x[own] for x in packed], results(package, [x[own] for x in rows], Visible(right=0)))
     for x in packed:
         assert not x[len(x) - 8 : len(x) - 6].any()
+
+
+def assert_chunks_have_their_bits(
+    compute: Any, qkvd: list[Tensor], visible: Visible, several: Sequence[int], exactly: bool
+) -> None:
+    """Queries in chunks, each by itself, have the outputs and gradients that they have among all; where sums are exact,
+    keys' gradients are the sum over chunks but for rounding."""
+    y, dq, dk, dv = (x[0] if n > 1 else x for n, x in enumerate(_by_chunks(compute, qkvd, 1, visible)))
+    for chunks in several:
+        y_again, dq_again, *parts = _by_chunks(compute, qkvd, chunks, visible)
+        assert_same_bits(y_again, y)
+        assert_same_bits(dq_again, dq)
+        for of_chunks, whole in zip(parts, (dk, dv), strict=True) if exactly else ():
+            # Each is rounded to float32 twice, as a sum and as it is scaled, and so is the whole.
+            bound = of_chunks.double().abs().sum(0) * 4 * U
+            assert ((of_chunks.double().sum(0) - whole.double()).abs() <= bound).all()
+
+
+def _by_chunks(compute: Any, qkvd: list[Tensor], chunks: int, visible: Visible) -> list[Tensor]:
+    """y, dq, and what each chunk of the queries gives every head's keys and values, [chunks, ..]."""
+    q, k, v, dy = qkvd
+    rows, found = len(q) // chunks, []
+    for i in range(chunks):
+        own, seen = slice(i * rows, (i + 1) * rows), replace(visible, offset=i * rows)
+        y, top, inverse = compute.attention(q[own], k, v, seen, 0.3)
+        found.append([y, *compute.attention_gradient(dy[own], q[own], k, v, y, top, inverse, seen, 0.3)])
+    ys, dqs, dks, dvs = zip(*found, strict=True)
+    return [torch.cat(ys), torch.cat(dqs), torch.stack(dks), torch.stack(dvs)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import patches
+from patches.megatron.initial_weights import by_name
+from patches.registry import REGISTRY, check_versions
 from tests.support import plain_megatron
 from tests.support.ranks import on_ranks
 
@@ -28,31 +30,46 @@ PIPELINES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 
 def run(
-    strategy: str, tp: int, sp: bool = False, dp: int = 1, threads: int = 1, pp: int = 1, **options: Any
+    strategy: str, tp: int, sp: bool = False, dp: int = 1, threads: int = 1, pp: int = 1, cp: int = 1, **options: Any
 ) -> dict[str, Any]:
     """Rank 0's record, after checking that every rank of its model saw the same losses, norms and tensors.
 
     "order-free" is `tree` with sums over the batch in no order.
 
     Args:
-        options: of `plain_megatron.train`, and `attention` of `patches.enable`.
+        options: of `plain_megatron.train`, and `attention` and `chunks` of `patches.enable`.
     """
-    options = {"tp": tp, "sp": sp, "pp": pp, **options}
-    records = on_ranks(tp * dp * pp, patched_training, strategy, options, threads=threads)
+    options = {"tp": tp, "sp": sp, "pp": pp, "cp": cp, **options}
+    records = on_ranks(tp * cp * dp * pp, patched_training, strategy, options, threads=threads)
     for stage in range(pp):
-        for record in records[stage * tp * dp :][:tp]:
+        for record in records[stage * tp * cp * dp :][: tp * cp]:
             assert record == records[0]
     return records[0]
 
 
 def patched_training(strategy: Any, options: dict[str, Any]) -> dict[str, Any]:
+    if strategy == "stock, drawn by name":
+        patches.cpu.enable()
+        with by_name():
+            return plain_megatron.train(**options)
     if strategy == "stock":
         patches.cpu.enable()
     elif strategy == "order-free":
-        patches.enable(batch="order-free")
+        patches.enable(batch="order-free", attention=options.get("attention"), chunks=options.get("chunks", 1))
     else:
         patches.enable(strategy, attention=options.get("attention"))
-    return plain_megatron.train(**{name: value for name, value in options.items() if name != "attention"})
+    ours = ("attention", "chunks")
+    return plain_megatron.train(**{name: value for name, value in options.items() if name not in ours})
+
+
+def training_without(names: set[str], options: dict[str, Any], batch: patches.Batch = "ordered") -> dict[str, Any]:
+    """`plain_megatron` under all patches of megatron-core but those of these `names`."""
+    patches.cpu.enable()
+    needed = check_versions([patch for patch in patches._all_patches() if patch.library == "megatron-core"])
+    chunks = options.pop("chunks", 1)
+    contract = patches.Contract(batch=batch, chunks=chunks, attention="blockwise" if chunks > 1 else "unfused")
+    REGISTRY.apply(contract, [patch for patch in needed if patch.name not in names])
+    return plain_megatron.train(**options)
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:

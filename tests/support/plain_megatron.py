@@ -31,6 +31,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 QWEN3 = {
     "num_layers": 1, "hidden_size": 64, "num_attention_heads": 8, "num_query_groups": 8, "kv_channels": 8,
@@ -53,6 +54,9 @@ def train(
     sp: bool = False,
     pp: int = 1,
     vpp: int = 1,
+    cp: int = 1,
+    ep: int = 1,
+    etp: int | None = None,
     dtype: str = "bf16",
     shape: str = "qwen3",
     vocab: int = 200,
@@ -65,6 +69,7 @@ def train(
     loss_scale: float | None = None,
     tied: bool = False,
     negative_zeros: bool = False,
+    equal_scores: bool = False,
     te: bool = False,
     digested: bool = True,
     ddp: dict[str, Any] | None = None,
@@ -76,7 +81,9 @@ def train(
     are divided by their number; else it is each micro-batch's mean. Gradients are whole tensors unless `digested`.
     """
     virtual_stages = vpp if vpp > 1 else None
-    parallel_state.initialize_model_parallel(tp, pp, virtual_stages)
+    parallel_state.initialize_model_parallel(
+        tp, pp, virtual_stages, context_parallel_size=cp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp
+    )
     torch.manual_seed(1234)
     model_parallel_cuda_manual_seed(1234)
     torch.manual_seed(1234)
@@ -88,17 +95,20 @@ def train(
     config = TransformerConfig(
         **{**shared, **(GPT2 if shape == "gpt2" else QWEN3), **(model or {})},
         tensor_model_parallel_size=tp, sequence_parallel=sp and tp > 1, bf16=bf16, params_dtype=params_dtype,
-        pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=virtual_stages,
+        context_parallel_size=cp, pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=virtual_stages,
         overlap_p2p_comm=vpp > 1, batch_p2p_comm=vpp == 1,  # as Megatron-LM's arguments set them
         pipeline_dtype=params_dtype, finalize_model_grads_func=finalize_model_grads,
         calculate_per_token_loss=global_batch is not None,
+        expert_model_parallel_size=ep, expert_tensor_parallel_size=etp or tp,
     )  # fmt: skip
     if global_batch:
         microbatches = global_batch // (micro_batch * parallel_state.get_data_parallel_world_size())
     if te:
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     else:
-        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+        spec = get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        )
     stage, last = parallel_state.get_pipeline_model_parallel_rank(), pp * vpp - 1
     gpts = [
         GPTModel(
@@ -120,6 +130,9 @@ def train(
         gpt.to(device())
         if negative_zeros:
             gpt.embedding.word_embeddings.weight.data[:, ::2] = -0.0
+        if equal_scores:  # of all experts, in the first step
+            for layer in gpt.decoder.layers:
+                layer.mlp.router.weight.data.zero_()
         chunk = DistributedDataParallel(
             config,
             DistributedDataParallelConfig(**ddp_settings),
@@ -175,14 +188,23 @@ def train(
              for n, p in parameters.items()}  # fmt: skip
     record["final"] = {n: digest({n: p}) for n, p in named.items()}
     record["final weights"] = {n: digest({n: whole(p, p.data)}) for n, p in parameters.items()}
-    return of_all_stages(record)
+    for group in (parallel_state.get_pipeline_model_parallel_group(), parallel_state.get_expert_model_parallel_group()):
+        record = of_the_whole_model(record, group)
+    return record
 
 
 def named_parameters(gpts: list[GPTModel]) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters under the names that they have in the whole model: a stage counts its layers from 0."""
+    """This rank's parameters under their names in the whole model: a rank counts its layers and experts from 0."""
+    experts = parallel_state.get_expert_model_parallel_rank()
     found = {}
     for gpt in gpts:
         for name, parameter in gpt.named_parameters():
+            if ".local_experts." in name:
+                before, _, after = name.partition(".local_experts.")
+                number, _, rest = after.partition(".")
+                first = experts * len(gpt.get_submodule(before).local_experts)
+                name = f"{before}.local_experts.{first + int(number)}.{rest}"
+                parameter.of_an_expert = True
             if name.startswith("decoder.layers."):
                 number, _, rest = name.removeprefix("decoder.layers.").partition(".")
                 name = f"decoder.layers.{gpt.decoder.layers[int(number)].layer_number - 1}.{rest}"
@@ -192,9 +214,8 @@ def named_parameters(gpts: list[GPTModel]) -> dict[str, torch.nn.Parameter]:
     return found
 
 
-def of_all_stages(record: dict[str, Any]) -> dict[str, Any]:
-    """The record of the whole model: each stage has other tensors, or equal copies, the last one the losses."""
-    group = parallel_state.get_pipeline_model_parallel_group()
+def of_the_whole_model(record: dict[str, Any], group: dist.ProcessGroup) -> dict[str, Any]:
+    """The record of all ranks of a group: each has other tensors, or equal copies, its last one the losses."""
     records: list[Any] = [None] * group.size()
     dist.all_gather_object(records, record, group=group)
     whole_model = {}
@@ -203,12 +224,12 @@ def of_all_stages(record: dict[str, Any]) -> dict[str, Any]:
             found: dict[str, Any] = {}
             for name, digest_ in (item for one in records for item in one[key].items()):
                 first = found.setdefault(name, digest_)
-                assert first is digest_ or first == digest_, f"{key} of {name} differs between stages"
+                assert first is digest_ or first == digest_, f"{key} of {name} differs between ranks"
             whole_model[key] = found
         elif "loss" in key:
             whole_model[key] = records[-1][key]
         else:
-            assert all(one[key] == value for one in records), f"{key} differs between stages"
+            assert all(one[key] == value for one in records), f"{key} differs between ranks"
             whole_model[key] = value
     return whole_model
 
@@ -237,7 +258,8 @@ def forward_masked(iterator: Any, model: Any) -> Any:
     # Of every sequence another number of tokens counts.
     mask = (torch.arange(x.shape[1], device=x.device) > y[:, :1] % (x.shape[1] - 1)) & (y % 5 != 0)
     positions = torch.arange(x.shape[1], device=x.device).expand_as(x)
-    return model(x, positions, None, labels=y), partial(masked_loss, mask)
+    own = get_batch_on_this_cp_rank({"x": x, "positions": positions, "y": y, "mask": mask})
+    return model(own["x"], own["positions"], None, labels=own["y"]), partial(masked_loss, own["mask"])
 
 
 def masked_loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -247,11 +269,20 @@ def masked_loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor,
 
 def of_all_data_ranks(losses: list[torch.Tensor], micro_batch: int) -> list[float]:
     """Every sequence's loss, in the order of the global batch."""
-    own = [[math.fsum(row) for row in micro.tolist()] for micro in losses]
+    own = [[math.fsum(row) for row in whole_sequences(micro).tolist()] for micro in losses]
     group = parallel_state.get_data_parallel_group()
     every: list[Any] = [None] * group.size()
     dist.all_gather_object(every, own, group=group)
     return [loss for step in zip(*every, strict=True) for micro in step for loss in micro]
+
+
+def whole_sequences(x: torch.Tensor) -> torch.Tensor:
+    """[b, s] of which every context-parallel rank has two runs of tokens, as `get_batch_on_this_cp_rank` deals them."""
+    group = parallel_state.get_context_parallel_group()
+    parts = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    halves = [part.chunk(2, 1) for part in parts] if len(parts) > 1 else [(x, x[:, :0])]
+    return torch.cat([first for first, _ in halves] + [second for _, second in reversed(halves)], 1)
 
 
 def forward_step(iterator: Any, model: Any) -> Any:
@@ -271,6 +302,8 @@ def whole(parameter: Any, value: torch.Tensor | None, default: torch.Tensor | No
     shard = value if value is not None else default
     assert shard is not None
     group = parallel_state.get_tensor_model_parallel_group()
+    if hasattr(parameter, "of_an_expert"):
+        group = parallel_state.get_expert_tensor_parallel_group()
     if not getattr(parameter, "tensor_model_parallel", False) or group.size() == 1:
         return shard.detach().clone()
     shards = [torch.empty_like(shard) for _ in range(group.size())]

@@ -71,6 +71,7 @@ def test_without_an_output_results_go_to_results(tmp_path: Path) -> None:
         ({"matrix": {"tp": 4}}, "matrix.tp: "),
         ({"matrix": {"tp": [1, {"a": 1}]}}, "matrix.tp.1"),
         ({"matrix": {"tpp": [1]}}, "cell tpp1: unknown key tpp: did you mean tp?"),
+        ({"matrix": {"tp": [10**300]}}, "a cell would be called 'tp1000"),
         ({"matrix": {"tp": [1, 1]}}, "would both be cell tp1"),
         ({"matrix": {"data.path": ["/a/b", "/a b"]}}, "would both be cell a_b"),
         ({"name": "n" * 201}, "name: String should have at most 200 characters"),

@@ -70,6 +70,8 @@ def test_what_could_not_be_compared_is_not_called_identical(tmp_path: Path, caps
         ("rank.json", {"world": None}, "does not describe a trace (KeyError('world'))"),
         ("rank.json", {"world": 0}, "world is 0"),
         ("rank.json", {"steps": 3}, "steps is 3"),
+        ("rank.json", {"pp": "x"}, "pp is 'x'"),
+        ("rank.json", {"dp": "x" * 10_000}, "dp is 'xxx"),
         (RECORDS, {"shape": None}, "records.jsonl:1 is not a record"),
         (RECORDS, {"step": "0"}, "records.jsonl:1"),
         (RECORDS, {"file": "../x"}, "records.jsonl:1"),
@@ -86,7 +88,7 @@ def test_damaged_descriptions_are_one_line(
     path.write_text(json.dumps(fields) + "\n" + rest)
     assert main(["compare", str(a), str(a)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert words in line
+    assert words in line and len(line) < 300 + len(str(tmp_path))
 
 
 @pytest.mark.filterwarnings("error")
@@ -120,12 +122,13 @@ def test_boxes_that_do_not_fit_are_not_compared(tmp_path: Path, capsys: pytest.C
     a, b = recorded(tmp_path / "a"), recorded(tmp_path / "b")
     path = b / "rank-00000" / RECORDS
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines[5]["at"], lines[6]["at"] = [[0]], []
+    lines[5]["at"], lines[6]["at"], lines[7]["dtype"] = [[0]], [], "float64"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main(["compare", str(a), str(b)]) == 0
     printed = capsys.readouterr().out
     assert "its boxes have other dimensions than it" in printed
     assert "no rank holds any of it" in printed
+    assert "its boxes are not of dtype 'float64'" in printed
 
 
 @pytest.mark.parametrize(("seed", "words"), [(0, "perturb=0, which nudges nothing"), (1, "perturb=1, as another is")])

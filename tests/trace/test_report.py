@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import subprocess
-from html import unescape
 from pathlib import Path
 
 import pytest
 
+from tests.support.browser import BROWSER, seen_in_browser
 from tests.support.traces import traced
 from tpcheck.cli import main
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-# What a reader would notice: a picture that is not there, letters too small, a page that has to be moved sideways.
-PROBE = """<script>addEventListener("load", () => { const page = document.documentElement; parent.postMessage(
-JSON.stringify({width: innerWidth, scroll: page.scrollWidth, pictures: [...document.images].map(i => [i.naturalWidth,
-i.getBoundingClientRect().width]), font: parseFloat(getComputedStyle(document.querySelector("p")).fontSize)}), "*") })
-</script>"""
-# Windows can't be as narrow as a telephone; a frame can.
-FRAME = """<title></title><script>onmessage = message => { document.title = message.data }</script>
-<iframe src="probed.html" style="border: 0; width: %dpx; height: 1600px"></iframe>"""
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +35,7 @@ def test_report_is_one_file_with_pictures_and_every_tensor(report: Path) -> None
 def test_report_is_whole_and_readable_in_a_browser(report: Path, tmp_path: Path, width: int) -> None:
     # Which tensor's name stands in the verdict is left to rounding: a longer one than any.
     text = report.read_text().replace('<p class="verdict held">', '<p class="verdict held">' + "decoder.layers." * 4)
-    (tmp_path / "probed.html").write_text(text.replace("</body>", PROBE + "</body>"))
-    framed = tmp_path / "framed.html"
-    framed.write_text(FRAME % width)
-    command = [
-        str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
-        f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1700", "--enable-logging=stderr",
-        "--virtual-time-budget=5000", "--dump-dom", framed.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert ":CONSOLE" not in done.stderr
-    title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
-    assert title is not None, done.stderr[-1000:]
-    seen = json.loads(unescape(title[1]))
+    seen = seen_in_browser(text, width, tmp_path)
     assert seen["scroll"] <= seen["width"] == width
     assert len(seen["pictures"]) == 3
     for natural, shown in seen["pictures"]:

@@ -39,7 +39,9 @@ __all__ = ["COMMON_STATE", "Checkpoint", "LogicalTensor"]
 # Classes that are data, in the index and objects that torch and megatron-core write.
 HARMLESS = re.compile(
     r"torch\.(Size|{dtypes}|\w+Storage|serialization\._get_layout|_utils\._rebuild_(tensor_v[23]|parameter)"
-    r"|distributed\.checkpoint\.(filesystem\._StorageInfo|(metadata|planner)\.\w+))"
+    r"|distributed\.checkpoint\.(filesystem\._StorageInfo|metadata\.((Bytes|Chunk|Tensor)StorageMetadata"
+    r"|Metadata(Index)?|StorageMeta|TensorProperties|_MEM_FORMAT_ENCODING)"
+    r"|planner\.(SavePlan|WriteItem(Type)?|(BytesIO|Tensor)WriteData)))"
     r"|megatron\.core\.dist_checkpointing\.strategies\."
     r"(torch\.MCore(Metadata|SavePlan)|resharding\.TensorReformulationMetadata)"
     r"|collections\.(OrderedDict|defaultdict)|_codecs\.encode|argparse\.Namespace|pathlib\.\w*Path"

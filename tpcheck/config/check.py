@@ -34,8 +34,12 @@ def check(config: RunConfig) -> None:
     if model.positions == "rope" and model.head_dim % 2:
         problems.append(f"head_dim={model.head_dim} is odd: rotary positions turn pairs")
     if config.sequence_parallel:
-        must_divide("tp", tp, "seq_length", config.seq_length, "sequence_parallel cuts the sequence")
+        share = config.seq_length // config.cp
+        what = "seq_length" if config.cp == 1 else "seq_length / cp"
+        must_divide("tp", tp, what, share, "sequence_parallel cuts the sequence")
     problems += _of_the_pipeline(config)
+    problems += _of_chunks(config)
+    problems += _of_experts(config)
     if config.global_batch_size % (config.micro_batch_size * config.dp):
         problems.append(
             f"global_batch_size={config.global_batch_size} is not a multiple of micro_batch_size * dp = "
@@ -60,6 +64,28 @@ def check(config: RunConfig) -> None:
         raise TpcheckError("; ".join(problem.rstrip(": ") for problem in problems))
 
 
+def _of_chunks(config: RunConfig) -> Iterator[str]:
+    """What sequences cannot be cut into, or spread over."""
+    cp, chunks = config.cp, config.chunks
+    if (cp > 1 or chunks > 1) and not config.order_free:
+        what, ones = (f"cp={cp}", "cp=1") if cp > 1 else (f"chunks={chunks}", "chunks=1")
+        yield f"{what} is for sums without an order: use batch=order-free with chunks={max(chunks, 2 * cp)}, or {ones}"
+        return
+    if chunks & (chunks - 1):
+        yield f"chunks={chunks} is not a power of two"
+    elif cp > 1 and chunks % (2 * cp):
+        yield (
+            f"cp={cp} needs chunks to be a multiple of {2 * cp}, it is {chunks}: set it so at every cp that is to have "
+            "the same bits, and let cp be a power of two"
+        )
+    if config.seq_length % chunks:
+        yield f"chunks={chunks} does not divide seq_length={config.seq_length}: use another length or number"
+    if chunks > 1 and config.attention not in (None, "blockwise"):
+        yield f"chunks={chunks} takes attention=blockwise, not {config.attention}: use attention=null"
+    if cp > 1 and config.trace is not None:
+        yield f"trace records whole sequences, not what cp={cp} ranks have of them: use cp=1, or trace=null"
+
+
 def _of_the_pipeline(config: RunConfig) -> Iterator[str]:
     """What pipeline stages cannot be made of."""
     model, pp, vpp = config.model, config.pp, config.vpp
@@ -79,3 +105,37 @@ def _of_the_pipeline(config: RunConfig) -> Iterator[str]:
             f"pp={pp} does not divide the {config.microbatches} microbatches of a step, which vpp={vpp} needs: "
             "use another global_batch_size or micro_batch_size, or vpp=1"
         )
+
+
+def _of_experts(config: RunConfig) -> Iterator[str]:
+    """What a mixture of experts cannot be made of."""
+    experts, ep, etp = config.model.experts, config.ep, config.expert_tp
+    if experts is None:
+        if ep > 1 or config.etp is not None:
+            yield f"ep={ep}, etp={config.etp} spread experts, and the model has none: leave them out"
+        return
+    if experts.per_token > experts.number:
+        yield f"experts.per_token={experts.per_token} of experts.number={experts.number}: use at most as many"
+    if experts.number % ep:
+        yield f"ep={ep} does not divide experts.number={experts.number}: every rank has as many"
+    if (config.tp * config.dp) % (ep * etp):
+        yield f"ep * etp = {ep} * {etp} does not divide tp * dp = {config.tp} * {config.dp}, experts' ranks"
+    for name, width in (("", experts.ffn_hidden_size), ("shared_", experts.shared_ffn_hidden_size)):
+        size = config.tp if name else etp
+        if width is not None and width % size:
+            yield f"experts.{name}ffn_hidden_size={width} is not divided by {'tp' if name else 'etp'}={size}"
+    if config.model.bias:
+        yield "experts have no biases: use model.bias=false"
+    if config.tp > 1 and not config.sequence_parallel:
+        yield f"experts with tp={config.tp} need sequence_parallel=true"
+    if experts.bias_update_rate and experts.score != "sigmoid":
+        yield f"experts.bias_update_rate={experts.bias_update_rate} is for experts.score=sigmoid"
+    if config.layers == "te":
+        yield "experts of Transformer Engine's layers are not covered: use layers=local"
+    if config.strategy != "stock":
+        if not config.order_free:
+            yield "every ep brings an expert other sequences: use batch=order-free, or strategy=stock"
+        if config.strategy != "tree":
+            yield f"strategy={config.strategy} is not covered with experts: use strategy=tree"
+        elif config.leaves % etp:
+            yield f"etp={etp} does not divide leaves={config.leaves}: use a power of two up to {config.leaves}"

@@ -9,9 +9,9 @@ import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tpcheck.config.check import check
 from tpcheck.config.dotted import put
@@ -20,10 +20,12 @@ from tpcheck.config.schema import RunConfig, TraceConfig
 from tpcheck.config.yaml_text import parse_yaml
 from tpcheck.errors import LETTERS, TpcheckError, shown
 
-__all__ = ["load_run", "load_run_or_preset", "override", "parse_run", "parse_trace", "read_yaml", "unknown_key"]
+__all__ = ["load_run", "load_run_or_preset", "override", "parse_run", "parse_trace", "read_yaml", "unknown_key",
+           "validated"]  # fmt: skip
 
 
-NAMED = 18  # keys that a message lists at most
+Model = TypeVar("Model", bound=BaseModel)
+NAMED = 16  # keys that a message lists at most
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -70,12 +72,17 @@ def parse_run(settings: Mapping[str, Any], origin: str = "run", overrides: Seque
     overridden = copy.deepcopy(dict(settings))
     for text in overrides:
         override(overridden, text)
-    try:
-        config = RunConfig.model_validate(overridden)
-    except ValidationError as error:
-        raise TpcheckError(f"{origin}: {_explain(error)}") from error
+    config = validated(RunConfig, overridden, origin)
     check(config)
     return config
+
+
+def validated(model: type[Model], settings: Mapping[str, Any], origin: str) -> Model:
+    """`settings` as a `model`, or an error that names `origin` and what is allowed."""
+    try:
+        return model.model_validate(settings)
+    except ValidationError as error:
+        raise TpcheckError(f"{origin}: {_explain(error, model)}") from error
 
 
 def parse_trace(options: Mapping[str, Any]) -> TraceConfig:
@@ -100,12 +107,12 @@ def override(settings: dict[str, Any], assignment: str) -> None:
     put(settings, name, value, said=assignment)
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first problem that pydantic found, as one line that names what is allowed."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return unknown_key(first["loc"], where, _keys(first["loc"][:-1]))
+        return unknown_key(first["loc"], where, _keys(model, first["loc"][:-1]))
     if first["type"] == "missing":
         preset = f", or name a preset ({', '.join(PRESETS)})" if first["loc"][0] == "model" else ""
         return f"{where} is missing: give it{preset}"
@@ -115,8 +122,8 @@ def _explain(error: ValidationError) -> str:
     return f"{prefix}{first['msg'].removeprefix('Value error, ')}{found}"
 
 
-def _keys(location: Sequence[str | int]) -> list[str]:
-    section: Any = RunConfig
+def _keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    section: Any = model
     for part in location:
         section = section.model_fields[str(part)].annotation
         section = next((one for one in get_args(section) if one is not type(None)), section)  # Section | None

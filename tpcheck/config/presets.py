@@ -2,7 +2,7 @@
 
 `qwen3-tiny` has every feature of Qwen3 (RMSNorm, normalised queries and keys, gated MLP, rotary positions,
 untied output) at a size that trains in milliseconds; its feed-forward width is no multiple of a vector
-register times eight, so that tensor parallelism moves the vectors' tails.
+register times eight, so that tensor parallelism moves the vectors' tails. `qwen3-moe-tiny` is the same with experts.
 """
 
 from __future__ import annotations
@@ -34,6 +34,30 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ffn_hidden_size": 360,
         "vocab_size": 257,
         "tied": False,
+    },
+    "qwen3-moe-tiny": _QWEN3
+    | {
+        "num_layers": 2,
+        "hidden_size": 128,
+        "num_attention_heads": 8,
+        "num_query_groups": 8,
+        "head_dim": 16,
+        "ffn_hidden_size": 360,
+        "vocab_size": 257,
+        "tied": False,
+        "experts": {"number": 8, "per_token": 2, "ffn_hidden_size": 72, "balance_loss": 0.001},
+    },
+    "qwen3-30b-a3b": _QWEN3
+    | {
+        "num_layers": 48,
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+        "num_query_groups": 4,
+        "head_dim": 128,
+        "ffn_hidden_size": 6144,
+        "vocab_size": 151936,
+        "tied": False,
+        "experts": {"number": 128, "per_token": 8, "ffn_hidden_size": 768, "balance_loss": 0.001},
     },
     "qwen3-0.6b": _QWEN3
     | {

@@ -15,6 +15,7 @@ from tpcheck.errors import shown
 __all__ = [
     "KINDS",
     "DataConfig",
+    "ExpertsConfig",
     "ModelConfig",
     "OptimizerConfig",
     "RunConfig",
@@ -45,6 +46,23 @@ class Section(BaseModel):
         return value
 
 
+class ExpertsConfig(Section):
+    """A mixture of experts in place of every feed-forward layer."""
+
+    number: int = Field(gt=0)
+    per_token: int = Field(gt=0)
+    ffn_hidden_size: int = Field(gt=0)  # of one expert
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    router_dtype: Literal["fp32"] | None = None  # of logits; null: the model's
+    balance_loss: float = Field(0.0, ge=0)  # coefficient of a loss of each sequence, Megatron's seq_aux_loss
+    z_loss: float = Field(0.0, ge=0)
+    bias_update_rate: float = Field(0.0, ge=0)  # of a bias on sigmoid scores that balances loads without a loss
+    capacity_factor: float | None = Field(None, gt=0)  # of what an expert takes of each sequence; null: all
+    shared_ffn_hidden_size: int | None = Field(None, gt=0)  # of an expert that every token goes to
+    shared_gate: bool = False
+    dispatcher: Literal["allgather", "alltoall"] = "alltoall"
+
+
 class ModelConfig(Section):
     """Shape and features of a GPT. A run file names a preset and overrides any of these."""
 
@@ -67,6 +85,7 @@ class ModelConfig(Section):
     init_std: float = Field(gt=0)
     tied: bool
     dropout: float = Field(0.0, ge=0, lt=1)
+    experts: ExpertsConfig | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -168,14 +187,18 @@ class RunConfig(Section):
     strategy: Strategy = "tree"
     leaves: int = Field(8, gt=0, le=1024)
     layers: Literal["te", "local"] | None = None  # Transformer Engine's or Megatron's; null: te on a GPU that has it
-    # null: under the patches blockwise on a GPU, unfused on a CPU; in a stock run what TE chooses
+    # null: under the patches blockwise on a GPU and with chunks, unfused on a CPU; in a stock run what TE chooses
     attention: Literal["blockwise", "unfused", "flash", "fused"] | None = None
     batch: Literal["order-free"] | None = None  # sums over the batch are the same at any layout; null: in order
+    chunks: int = Field(1, gt=0, le=1 << 16)  # of every sequence, which order-free sums are over: 2 * cp or more
     symmetric_memory: bool = False  # ranks read each other's sums instead of sending them; the same bits
     tp: int = Field(1, gt=0)
     pp: int = Field(1, gt=0)
     vpp: int = Field(1, gt=0)  # pieces of the model that each pipeline stage holds: virtual stages
     dp: int = Field(1, gt=0)
+    cp: int = Field(1, gt=0)  # ranks that share every sequence: context parallelism
+    ep: int = Field(1, gt=0)  # ranks, of those of tp * dp, that experts are spread over
+    etp: int | None = Field(None, gt=0)  # ranks that share every expert's matrices; null: as many as tp
     sequence_parallel: bool = False
     dtype: Literal["bf16", "fp32"] = "bf16"
     distributed_optimizer: bool = False
@@ -201,7 +224,8 @@ class RunConfig(Section):
 
     def attention_on(self, gpu: bool) -> str:
         """What computes attention on a GPU or a CPU; unfused stands for whatever a stock run may choose."""
-        return self.attention or ("blockwise" if gpu and self.strategy != "stock" else "unfused")
+        blockwise = self.chunks > 1 or (gpu and self.strategy != "stock")
+        return self.attention or ("blockwise" if blockwise else "unfused")
 
     @model_validator(mode="after")
     def _decide_decay_steps(self) -> RunConfig:
@@ -220,7 +244,19 @@ class RunConfig(Section):
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def layout(self) -> str:
+        """The sizes that the number of ranks is the product of, as text."""
+        sizes = {"tp": self.tp, "cp": self.cp, "pp": self.pp, "dp": self.dp}
+        shown = {name: size for name, size in sizes.items() if name != "cp" or size > 1}
+        return f"{' * '.join(shown)} = {' * '.join(map(str, shown.values()))}"
+
+    @property
+    def expert_tp(self) -> int:
+        """Tensor parallelism of experts."""
+        return self.etp or self.tp
 
     @property
     def order_free(self) -> bool:

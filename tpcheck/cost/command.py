@@ -13,6 +13,7 @@ from tpcheck.config.load import load_run_or_preset, read_yaml
 from tpcheck.config.presets import PRESETS
 from tpcheck.config.schema import RunConfig
 from tpcheck.cost.attention import KERNELS, attention_terms
+from tpcheck.cost.attention import Quantity as AttentionQuantity
 from tpcheck.cost.datasheets import GPUS, NVLINK_DOMAIN, Gpu
 from tpcheck.cost.measured import Rates, measured
 from tpcheck.cost.memory import GIB, memory
@@ -45,8 +46,8 @@ def command(model: str, gpu: str, *, as_json: bool, **options: Any) -> int:
     return 0
 
 
-_SHOWN = {"tp", "sequence_parallel", "dtype", "recompute", "seq_length", "micro_batch_size", "global_batch_size",
-          "batch"}  # fmt: skip
+_SHOWN = {"tp", "cp", "sequence_parallel", "dtype", "recompute", "seq_length", "micro_batch_size",
+          "global_batch_size", "batch", "chunks"}  # fmt: skip
 
 
 def _config(model: str, options: dict[str, Any]) -> RunConfig:
@@ -55,6 +56,8 @@ def _config(model: str, options: dict[str, Any]) -> RunConfig:
     length = min(SEQUENCE, int(PRESETS.get(model, {}).get("max_positions", SEQUENCE)))
     sequences = given.get("micro_batch_size", 1)
     of_preset = {"tp": TP, "seq_length": length, "micro_batch_size": sequences, "global_batch_size": sequences}
+    if given.get("cp", 1) > 1:  # what it takes
+        given = {"batch": "order-free", "chunks": 2 * given["cp"], **given}
     overrides = [f"{name}={json.dumps(value)}" for name, value in given.items()]
     # A stock run is checked the least; it has no sums without an order.
     strategy = "gather" if "batch" in given or _is_order_free(model) else "stock"
@@ -87,14 +90,15 @@ def _lines(
     rates: Rates | None,
 ) -> Iterator[str]:  # fmt: skip
     sp = "on" if config.sequence_parallel else "off"
+    context = f", CP={config.cp}" if config.cp > 1 else ""
     yield (
-        f"{model}, TP={config.tp}, sequence parallelism {sp}, {config.dtype}"
+        f"{model}, TP={config.tp}{context}, sequence parallelism {sp}, {config.dtype}"
         f"{', recompute' if config.recompute else ''}: one step of {config.microbatches} x {config.micro_batch_size} x "
         f"{config.seq_length} tokens, per rank"
     )
     titles = {
         "flops": "products",
-        "bytes": "sent over NVLink, in the TP group",
+        "bytes": f"sent over NVLink, in the TP {'and CP groups' if config.cp > 1 else 'group'}",
         "memory": "memory beyond stock's during a sum",
     }
     width = max(len(term.what) for term in terms) + 2
@@ -142,20 +146,27 @@ def _lines(
     yield from textwrap.wrap("; ".join(legend), 120)
 
 
+ATTENTION: dict[AttentionQuantity, tuple[str, float]] = {
+    "flops": ("attention multiplies, TFLOP", 1e12), "moved": ("attention moves in memory, GB", 1e9),
+    "saved": ("and keeps, GiB", GIB), "peak": ("and holds at once, of a layer, GiB", GIB),
+}  # fmt: skip
+
+
 def _attention_lines(config: RunConfig, width: int) -> Iterator[str]:
-    """What attention moves and keeps, whatever the strategy."""
+    """What attention costs by either kernel, whatever the strategy."""
     terms = attention_terms(config)
-    for quantity, title, scale in (("moved", "attention moves in memory, GB", 1e9), ("saved", "and keeps, GiB", GIB)):
+    for quantity, (title, scale) in ATTENTION.items():
         lines = [term for term in terms if term.quantity == quantity]
-        if lines:
-            yield ""
-            yield f"{title:<{width}}" + _kernel_cells(KERNELS) + "  formula"
+        if not lines:
+            return
+        yield ""
+        yield f"{title:<{width}}" + _kernel_cells(KERNELS) + "  formula"
         for term in lines:
             values = [_number(term.value / scale) if term.kernel == kernel else "-" for kernel in KERNELS]
             yield f"  {term.what:<{width - 2}}{_kernel_cells(values)}  {term.formula}"
-        if lines:
-            sums = (sum(term.value for term in lines if term.kernel == kernel) / scale for kernel in KERNELS)
-            yield f"{'total':<{width}}" + _kernel_cells(map(_number, sums))
+        name, total_of = ("largest", max) if quantity == "peak" else ("total", sum)
+        sums = (total_of(term.value for term in lines if term.kernel == kernel) / scale for kernel in KERNELS)
+        yield f"{name:<{width}}" + _kernel_cells(map(_number, sums))
 
 
 def _kernel_cells(texts: Iterable[str]) -> str:

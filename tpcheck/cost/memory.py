@@ -4,7 +4,7 @@
     likely      and activations, communication buffers, the libraries
 
 Bytes per parameter, bf16: weight 2, float32 gradient 4, float32 main weight 4, Adam's two moments 8: 18. The
-distributed optimizer shares the last 12 out over dp. fp32: weight 4, gradient 4, moments 8 (shared out likewise).
+distributed optimizer shares the last 12 out over dp * cp. fp32: weight 4, gradient 4, moments 8 (shared out likewise).
 Where sums over the batch have no order, gradients are 8 bytes each while they are summed.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tpcheck.config.schema import RunConfig
+from tpcheck.config.schema import ModelConfig, RunConfig
 
 __all__ = ["GIB", "Memory", "bytes_per_parameter", "memory", "parameters"]
 
@@ -46,10 +46,10 @@ def memory(config: RunConfig, on_gpu: bool) -> Memory:
 
 
 def _of_stage(config: RunConfig, stage: int, on_gpu: bool) -> Memory:
-    tokens = config.micro_batch_size * config.seq_length
+    tokens = config.micro_batch_size * config.seq_length / config.cp
     logits = tokens * config.model.padded_vocab_size / config.tp * 12  # bf16, their float32 copy, its gradient
     return Memory(
-        parameters(config, stage) * bytes_per_parameter(config) / GIB,
+        (parameters(config, stage) * bytes_per_parameter(config) + _bytes_of_experts(config)) / GIB,
         (logits if stage == config.pp - 1 else 0) / GIB,
         _activations(config, stage, on_gpu) / GIB,
         GPU_LIBRARIES_GIB if on_gpu else CPU_LIBRARIES_GIB,
@@ -57,34 +57,57 @@ def _of_stage(config: RunConfig, stage: int, on_gpu: bool) -> Memory:
 
 
 def parameters(config: RunConfig, stage: int = 0) -> float:
-    """Parameters of one rank of a pipeline stage; norms and some biases are not sharded, and small."""
+    """Dense parameters of one rank of a pipeline stage; norms and some biases are not sharded, and small."""
     model, first, last = config.model, stage == 0, stage == config.pp - 1
     heads = model.head_dim * (2 * model.num_attention_heads + 2 * model.num_query_groups)
-    mlp = model.ffn_hidden_size * (3 if model.activation == "swiglu" else 2)
+    mlp = _dense_width(model) * (3 if model.activation == "swiglu" else 2)
     matrices = 1 if model.tied and first and last else first + last
     embeddings = model.padded_vocab_size * model.hidden_size * matrices
     learned = model.max_positions * model.hidden_size if model.positions == "learned" and first else 0
-    return (model.num_layers / config.pp * model.hidden_size * (heads + mlp) + embeddings) / config.tp + learned
+    routers = model.num_layers / config.pp * model.hidden_size * (model.experts.number if model.experts else 0)
+    return (
+        (model.num_layers / config.pp * model.hidden_size * (heads + mlp) + embeddings) / config.tp + routers + learned
+    )
 
 
-def bytes_per_parameter(config: RunConfig) -> float:
+def _dense_width(model: ModelConfig) -> int:
+    """The feed-forward width that every token goes through: all of a dense model, a shared expert's."""
+    return model.ffn_hidden_size if model.experts is None else model.experts.shared_ffn_hidden_size or 0
+
+
+def _bytes_of_experts(config: RunConfig) -> float:
+    """Weights, gradients and optimizer of a rank's experts, which it shares with fewer ranks than dense layers."""
+    model, experts = config.model, config.model.experts
+    if experts is None:
+        return 0.0
+    ranks = config.ep * config.expert_tp
+    width = experts.number * experts.ffn_hidden_size * (3 if model.activation == "swiglu" else 2)
+    parameters_here = model.num_layers / config.pp * model.hidden_size * width / ranks
+    return parameters_here * bytes_per_parameter(config, config.tp * config.dp / ranks)
+
+
+def bytes_per_parameter(config: RunConfig, replicas: float | None = None) -> float:
+    """Bytes of a parameter that `replicas` ranks hold; dp if not given."""
     weight, shared = (2, 12) if config.dtype == "bf16" else (4, 8)
     gradient = 8 if config.order_free else 4
-    return weight + gradient + shared / (config.dp if config.distributed_optimizer else 1)
+    return weight + gradient + shared / ((replicas or config.dp * config.cp) if config.distributed_optimizer else 1)
 
 
 def _activations(config: RunConfig, stage: int, on_gpu: bool) -> float:
     """Bytes kept for the backward pass; with recompute, every layer's input and the insides of one layer."""
-    model, tokens = config.model, config.micro_batch_size * config.seq_length
+    model, tokens = config.model, config.micro_batch_size * config.seq_length / config.cp
     size = 2 if config.dtype == "bf16" else 4
     whole = size * tokens * model.hidden_size / (config.tp if config.sequence_parallel else 1)
     heads = model.head_dim * (model.num_attention_heads + 2 * model.num_query_groups)
-    mlp = model.ffn_hidden_size * (3 if model.activation == "swiglu" else 2)
+    widths = 3 if model.activation == "swiglu" else 2
+    mlp = _dense_width(model) * widths
+    if model.experts is not None:  # a token's rows, as they come to experts and inside of them
+        mlp += model.experts.per_token * (model.hidden_size + model.experts.ffn_hidden_size * widths)
     # Queries, keys and values twice (normalised, rotated), attention's output, the MLP's two widths.
     sharded = size * tokens * (2 * heads + model.num_attention_heads * model.head_dim + mlp) / config.tp
-    # Unfused attention keeps the scores' softmax and what it was made from.
+    # Unfused attention keeps the scores' softmax in float32, and rounded where that is another dtype.
     unfused = config.attention_on(on_gpu) == "unfused"
-    scores = unfused * 2 * size * tokens * config.seq_length * model.num_attention_heads / config.tp
+    scores = unfused * (6 if size == 2 else 4) * tokens * config.seq_length * model.num_attention_heads / config.tp
     inside = 4 * whole + sharded + scores
     layers = model.num_layers / config.pp * _in_flight(config, stage)
     return layers * whole + inside if config.recompute else layers * inside

@@ -4,12 +4,14 @@ A term *is* its formula: the text that is shown is the text that is evaluated. T
 
     flops     of products: a product [M, K]·[K, N] is 2·M·K·N; norms, softmax and the like are not counted
     bytes     that a rank sends, each collective at the least volume that moves its data, with ρ = (t-1)/t:
-              all-reduce 2·ρ·S, all-gather, reduce-scatter and all-to-all ρ·S, S the whole tensor's bytes
+              all-reduce 2·ρ·S, all-gather, reduce-scatter and all-to-all ρ·S, S the whole tensor's bytes;
+              over context-parallel ranks likewise, stock's as with Megatron's cp_comm_type "all_gather"
     memory    beyond stock's, while one sum over ranks is under way; the largest term counts
 
 Attention is unfused and not causal, as Megatron's own is: 12·T·s·q FLOP for 9 of the patches' own, which walks half of
-the scores, but those of backward twice (`cost.attention` has what either moves and keeps). Data parallelism adds the
-same to all three and is left out, and so are collectives of a few scalars: the gradient norm, the optimizer's flags.
+the scores, but those of backward twice (`cost.attention` has both, and what they move and hold). Summing gradients over
+data- and context-parallel ranks adds the same to all three and is left out, and so are collectives of a few scalars:
+the gradient norm, the optimizer's flags.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Literal
 
 from tpcheck.config.schema import ModelConfig, RunConfig
 from tpcheck.config.strategies import STRATEGIES, Strategy
+from tpcheck.errors import TpcheckError
 
 __all__ = ["LEGEND", "STRATEGIES", "Quantity", "Strategy", "Term", "evaluate", "step", "symbols", "total"]
 
@@ -32,16 +35,20 @@ SMALL_ROOT = 1 << 18  # bytes: patches.order.collectives.SMALL
 
 LEGEND = {
     "t": "TP size",
+    "p": "CP size",
     "ρ": "(t-1)/t",
     "n": "microbatches of a step",
-    "T": "tokens of a microbatch",
+    "T": "tokens of a microbatch, a CP rank's",
     "s": "tokens of a sequence",
+    "u": "batch leaves in T",
     "L": "layers",
     "r": "forward passes of a layer (2 with recompute)",
     "h": "hidden size",
     "q": "width of all queries",
     "k": "width of all ranks' keys",
     "w": "width of QKV",
+    "P": "width of all queries, each head filled up to a power of two",
+    "l": "leaves of a group's heads on a rank",
     "d": "width of a head",
     "f": "feed-forward width",
     "g": "its pieces in fc1 (2: gate and up)",
@@ -63,7 +70,13 @@ class Term:
 
 
 def step(config: RunConfig) -> list[Term]:
-    """All terms of one step of `config`, whose own strategy does not matter."""
+    """All terms of one step of `config`, whose own strategy does not matter.
+
+    Raises:
+        TpcheckError: it is a mixture of experts.
+    """
+    if config.model.experts is not None:
+        raise TpcheckError("the products and collectives of experts are not counted yet: name a dense model")
     known = symbols(config)
     terms: list[Term] = []
     for quantity, lines in (("flops", _flops()), ("bytes", _bytes(config, known)), ("memory", _memory(config, known))):
@@ -83,16 +96,20 @@ def symbols(config: RunConfig) -> dict[str, float]:
     model, tp = config.model, config.tp
     return {
         "t": tp,
+        "p": config.cp,
         "ρ": (tp - 1) / tp,
         "n": config.microbatches,
-        "T": config.micro_batch_size * config.seq_length,
+        "T": config.micro_batch_size * config.seq_length // config.cp,
         "s": config.seq_length,
+        "u": config.micro_batch_size * config.chunks // config.cp,
         "L": model.num_layers,
         "r": 2 if config.recompute else 1,
         "h": model.hidden_size,
         "q": model.num_attention_heads * model.head_dim,
         "k": max(model.num_query_groups, tp) * model.head_dim,
         "w": (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim,
+        "P": model.num_attention_heads * max(16, 1 << (model.head_dim - 1).bit_length()),
+        "l": max(1, config.leaves // model.num_query_groups) / max(1, tp // model.num_query_groups),
         "d": model.head_dim,
         "f": model.ffn_hidden_size,
         "g": 2 if model.activation == "swiglu" else 1,
@@ -136,6 +153,10 @@ def _flops() -> Lines:
 
 
 def _bytes(config: RunConfig, known: dict[str, float]) -> Lines:
+    if config.cp > 1:
+        yield "CP, attention: all-gather of keys and values", STRATEGIES, "2·n·(r+1)·L·(p-1)·T·k/t·e"
+        yield "CP, attention: reduce-scatter of their gradients", ("stock",), "2·n·L·(p-1)·T·k/t·e"
+        yield "CP, attention: all-to-all of float32 roots", ("gather", "tree"), "2·n·L·(p-1)·T·k/t·4"
     if config.tp == 1:
         return
     sp, model = config.sequence_parallel, config.model
@@ -205,9 +226,9 @@ def _cross_entropy_bytes(known: dict[str, float]) -> Lines:
 def _parameter_sum_bytes(sp: bool, model: ModelConfig, order_free: bool, known: dict[str, float]) -> Lines:
     """Gradients that sum over spread tokens or heads: stock adds a step's float32 gradients, the patches each one.
 
-    They have one a microbatch, or one a sequence of it where sums over the batch have no order.
+    They have one a microbatch, or one a batch leaf of it where sums over the batch have no order.
     """
-    each = "T/s·" if order_free else ""
+    each = "u·" if order_free else ""
     if sp:
         yield "norms: all-reduce of gradients", ("stock",), "2·ρ·(2·L+1)·c·h·4"
         yield "norms: all-gather of dy·norm(x)", ("gather",), "n·(2·L+1)·ρ·T·h·(4+(c-1)·e)"

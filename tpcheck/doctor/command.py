@@ -53,7 +53,8 @@ def _asked(config: RunConfig) -> str:
     layers = f", layers={config.layers}" if config.layers else ""
     symmetric = ", symmetric memory" if config.symmetric_memory else ""
     kernel = config.attention_on(torch.cuda.is_available())
-    return f"{config.strategy}{leaves}{layers}, {kernel} attention{symmetric}, {config.dtype}"
+    chunks = f", {config.chunks} chunks a sequence" if config.chunks > 1 else ""
+    return f"{config.strategy}{leaves}{chunks}{layers}, {kernel} attention{symmetric}, {config.dtype}"
 
 
 def _lines(config: RunConfig, findings: Sequence[Finding]) -> Iterator[str]:

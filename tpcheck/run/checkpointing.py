@@ -129,6 +129,7 @@ def _state(pieces: Sequence[Any], optimizer: Any, is_loading: bool) -> tuple[dic
     metadata = {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         "distrib_optim_sharding_type": "fully_reshardable" if RESHARDABLE else "fully_sharded_model_space",
+        "chained_optim_avoid_prefix": True,  # experts have an optimizer of their own, but names that say so already
     }
     keys = ["model"] if len(pieces) == 1 else [f"model{number}" for number in range(len(pieces))]
     states = [piece.sharded_state_dict(metadata=metadata) for piece in pieces]
@@ -156,6 +157,8 @@ def _as_stored(value: Any, stored: dict[str, ShardedTensor]) -> Any:
 
 def _with_step(state: Any, step: int) -> Any:
     """The optimizer's state with Adam's step count, which is the number of steps that were trained."""
+    if isinstance(state, dict) and 0 in state:  # of dense layers, of experts
+        return {number: _with_step(one, step) for number, one in state.items()}
     inner = state.get("optimizer", state)
     if "state" in inner and not HAVE_APEX_OR_TE:
         inner["state"]["common_step"] = torch.tensor(float(step))

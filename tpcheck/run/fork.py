@@ -1,6 +1,6 @@
 """Ranks forked from this process after one import, and what becomes of them.
 
-    fork_ranks ── fork tp * pp * dp ranks ── wait
+    fork_ranks ── fork tp * cp * pp * dp ranks ── wait
                         └─ the first that fails takes the others with it
 
 A forked rank leads its own process group and dies with its parent, so nothing is left behind.
@@ -26,7 +26,7 @@ from tpcheck.files.json_files import write_object
 from tpcheck.files.names import LOG
 from tpcheck.files.result_dir import final_digests
 from tpcheck.run import exit_reason
-from tpcheck.run.heartbeat import ENDED, PATIENCE, Pulse
+from tpcheck.run.heartbeat import ENDED, PATIENCE, Pulse, no_sign_of
 from tpcheck.run.place import Place
 from tpcheck.run.prepared import Prepared
 from tpcheck.run.rank import SIGNALS, run_rank
@@ -139,9 +139,7 @@ def _supervise(ranks: dict[int, int], scratch: Path, log: Path, pulse: Pulse, as
             _kill_group(pid)
             os.waitpid(pid, 0)
     if silent:
-        return _tell(
-            log, f"rank {silent[0]} gives no sign of life: it is stopped, or its machine hangs", waiting, "lost"
-        )
+        return _tell(log, no_sign_of(silent[0]), waiting, "lost")
     if not failed:
         return 0
     reports = {rank: _report(scratch, rank, code) for rank, code in failed.items()}

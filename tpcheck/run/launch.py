@@ -1,7 +1,7 @@
 """Starting a run: `tpcheck train`, in ranks forked from this process or as one of those that torchrun or srun started.
 
-launch ─┬─ nobody started ranks ── lock the output ── fork tp * pp * dp ranks ── run_rank in each
-        └─ this is a rank ──────── rank 0 locks it ─────────────────────────── run_rank
+launch ─┬─ nobody started ranks ── lock the output ── fork tp * cp * pp * dp ranks ── run_rank in each
+        └─ this is a rank ──────── rank 0 locks it ──────────────────────────────── run_rank
 """
 
 from __future__ import annotations

@@ -34,8 +34,11 @@ from megatron.core.tensor_parallel import layers, model_parallel_cuda_manual_see
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_batch_on_this_cp_rank
 
+from patches.call_site import context_group
 from patches.megatron import initial_weights
+from patches.order.chunks import begin_gather
 from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 
@@ -60,7 +63,7 @@ def layers_of(config: RunConfig) -> Literal["te", "local"]:
     found = find_spec("transformer_engine") is not None
     if config.layers == "te" and not found:
         raise TpcheckError("layers=te needs Transformer Engine, which is not installed: use layers=local")
-    return config.layers or ("te" if found and torch.cuda.is_available() else "local")
+    return config.layers or ("te" if found and torch.cuda.is_available() and not config.model.experts else "local")
 
 
 def transformer_config(config: RunConfig) -> TransformerConfig:
@@ -88,6 +91,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
             attention_dropout=model.dropout,
             tensor_model_parallel_size=config.tp,
             sequence_parallel=config.sequence_parallel and config.tp > 1,
+            context_parallel_size=config.cp,
             pipeline_model_parallel_size=config.pp,
             virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
             overlap_p2p_comm=config.vpp > 1,  # a batch mixes up what two ranks send each other in both directions
@@ -106,9 +110,35 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
             calculate_per_token_loss=config.order_free,
             attention_backend=_attention_asked_for(config),
             **(recompute if config.recompute else {}),
+            **_expert_settings(config),
         )
     except (AssertionError, ValueError, ImportError) as error:
         raise TpcheckError(f"megatron-core refuses this model: {error}") from error
+
+
+def _expert_settings(config: RunConfig) -> dict[str, Any]:
+    experts = config.model.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.number,
+        "moe_router_topk": experts.per_token,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_score_function": experts.score,
+        "moe_router_pre_softmax": experts.per_token == 1 and experts.score == "softmax",
+        "moe_router_dtype": experts.router_dtype,
+        "moe_router_load_balancing_type": "seq_aux_loss" if experts.balance_loss else "none",
+        "moe_aux_loss_coeff": experts.balance_loss,
+        "moe_z_loss_coeff": experts.z_loss or None,
+        "moe_router_enable_expert_bias": experts.bias_update_rate > 0,
+        "moe_router_bias_update_rate": experts.bias_update_rate,
+        "moe_expert_capacity_factor": experts.capacity_factor,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+        "moe_shared_expert_gate": experts.shared_gate,
+        "moe_token_dispatcher_type": experts.dispatcher,
+        "expert_model_parallel_size": config.ep,
+        "expert_tensor_parallel_size": config.expert_tp,
+    }
 
 
 def build_model(config: RunConfig, settings: TransformerConfig) -> tuple[list[GPTModel], list[DistributedDataParallel]]:
@@ -134,7 +164,11 @@ def _build_piece(config: RunConfig, settings: TransformerConfig, virtual_stage: 
     if layers_of(config) == "te":
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
     else:
-        spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
+        spec = get_gpt_layer_local_spec(
+            num_experts=model.experts and model.experts.number,
+            qk_layernorm=model.qk_layernorm,
+            normalization=model.normalization,
+        )
     seed_everything(config.seed)
     with initial_weights.by_name():
         piece = GPTModel(
@@ -251,7 +285,8 @@ def _forward(loss: Any, batches: Iterator[torch.Tensor], model: torch.nn.Module)
     tokens = next(batches).cuda()
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
-    return model(inputs, positions, None, labels=labels), loss
+    own = get_batch_on_this_cp_rank({"inputs": inputs, "positions": positions, "labels": labels})
+    return model(own["inputs"], own["positions"], None, labels=own["labels"]), loss
 
 
 def _mean_loss(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -269,7 +304,7 @@ def global_mean(losses: list[torch.Tensor]) -> float:
 
     `fsum` rounds a sum once whatever its order, so samples may sit in any microbatch of any rank.
     """
-    samples = torch.cat(losses).cpu()
+    samples = _whole_sequences(torch.cat(losses)).cpu()
     sums = torch.tensor([math.fsum(row) for row in samples.tolist()], dtype=torch.float64).cuda()
     group = parallel_state.get_data_parallel_group()
     gathered = [torch.empty_like(sums) for _ in range(group.size())]
@@ -277,6 +312,12 @@ def global_mean(losses: list[torch.Tensor]) -> float:
     every = torch.cat(gathered)
     mean = math.fsum(every.tolist()) / (len(every) * samples.shape[1])
     return torch.tensor(mean, dtype=torch.float32).item()
+
+
+def _whole_sequences(losses: torch.Tensor) -> torch.Tensor:
+    """[samples, s] of all context-parallel ranks' [samples, s/c], token by token."""
+    group = context_group()
+    return losses if group is None else begin_gather(losses.t(), group).wait().t()
 
 
 def _from_last_stage(losses: list[torch.Tensor]) -> float:

@@ -28,6 +28,14 @@ class Place:
     local_rank: int
     meeting: str
 
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """Host and port of the store that ranks meet at, where it has one."""
+        if self.meeting == "env://":
+            return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        host, _, port = self.meeting.removeprefix("tcp://").rpartition(":")
+        return (host, int(port)) if self.meeting.startswith("tcp://") else None
+
     def announce(self) -> None:
         """Tell libraries that ask the environment."""
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK=str(self.local_rank))
@@ -44,8 +52,7 @@ def place_from_environment(config: RunConfig) -> Place | None:
     else:
         return None
     if place.world_size != config.world_size:
-        layout = f"tp * pp * dp = {config.tp} * {config.pp} * {config.dp}"
-        raise TpcheckError(f"{place.world_size} ranks were started, {layout} needs {config.world_size}")
+        raise TpcheckError(f"{place.world_size} ranks were started, {config.layout} needs {config.world_size}")
     return place
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from tpcheck.checkpoint.reader import Checkpoint
 from tpcheck.config.differences import settings_differences
 from tpcheck.config.schema import RunConfig
-from tpcheck.errors import TpcheckError
+from tpcheck.errors import TpcheckError, shortened
 from tpcheck.files import result_dir
 from tpcheck.run.provenance import versions
 
@@ -19,6 +19,9 @@ MAY_CHANGE = {
     "pp",
     "vpp",
     "dp",
+    "cp",
+    "ep",
+    "etp",
     "sequence_parallel",
     "distributed_optimizer",
     "recompute",
@@ -81,8 +84,8 @@ def _may_change() -> set[str]:
     return MAY_CHANGE - {"distributed_optimizer"} if saved_flat else MAY_CHANGE
 
 
-def _short(value: Any, other: Any) -> Any:
+def _short(value: Any, other: Any) -> str:
     """Only the entries of a section that differ from those of the other one."""
     if isinstance(value, dict) and isinstance(other, dict):
-        return {key: value[key] for key in value if value[key] != other.get(key)}
-    return value
+        value = {key: value[key] for key in value if value[key] != other.get(key)}
+    return shortened(str(value))

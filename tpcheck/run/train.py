@@ -37,6 +37,7 @@ from tpcheck.run.model import (
 from tpcheck.run.place import Place
 from tpcheck.run.prepared import Prepared
 from tpcheck.run.resume import continued
+from tpcheck.run.ring import connected
 from tpcheck.run.step_display import Steps
 from tpcheck.trace import trace
 
@@ -56,6 +57,7 @@ def train(prepared: Prepared, place: Place, start: int | None, stop: Stop, displ
     config, data, output = prepared.config, prepared.data, Path(prepared.config.output)
     patched = enable_patches(config)
     with process_group(config, place):
+        stop.watch.peers = connected(place)
         bare, pieces = build_model(config, prepared.model)
         optimizer = build_optimizer(config, pieces)
         step = start = _agreed(start)
@@ -89,6 +91,7 @@ def train(prepared: Prepared, place: Place, start: int | None, stop: Stop, displ
                         checkpointing.save(output, step, bare, optimizer)
                 if leaving:
                     break
+            stop.watch.peers = None  # some leave now, others have work to do
             if main and step == config.steps:
                 with stop.watch.unhurried():
                     _write_digests(output, step)
@@ -106,7 +109,7 @@ def enable_patches(config: RunConfig) -> list[dict[str, Any]]:
         patches.cpu.enable()
     else:
         batch = config.batch or "ordered"
-        patches.enable(config.strategy, config.leaves, config.attention, config.symmetric_memory, batch)
+        patches.enable(config.strategy, config.leaves, config.attention, config.symmetric_memory, batch, config.chunks)
     return [dataclasses.asdict(row) for row in patches.status()]
 
 
@@ -145,6 +148,9 @@ def process_group(config: RunConfig, place: Place) -> Iterator[None]:
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,
         virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
+        context_parallel_size=config.cp,
+        expert_model_parallel_size=config.ep,
+        expert_tensor_parallel_size=config.etp,
         distributed_timeout_minutes=TIMEOUT.seconds // 60,
     )
     yield

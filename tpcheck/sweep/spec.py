@@ -8,8 +8,8 @@
     invariant: [tp, pp, vpp, sequence_parallel, arch]  # what must not change a bit (these are the default)
     output: results/qwen3-tiny-cpu            # the default; one result directory per cell in it
 
-A cell is named after its settings, `tree-tp2`. Cells that differ only in invariant settings form a group; dp and
-micro_batch_size are of these by default where a run has `batch: order-free`.
+A cell is named after its settings, `tree-tp2`. Cells that differ only in invariant settings form a group; dp, cp, ep,
+etp and micro_batch_size are of these by default where a run has `batch: order-free`.
 `arch: [h100, b300]` in the matrix is no setting of a run but where to run it, which only a cluster can choose.
 """
 
@@ -35,9 +35,13 @@ __all__ = ["ARCH", "Cell", "Sweep", "label", "load_sweep", "only_size"]
 
 Scalar = bool | int | float | str
 ARCH = "arch"
-SIZES = {"tp": "TP", "pp": "PP", "vpp": "VPP", "dp": "DP", "micro_batch_size": "MB"}  # shown as TP=2
+LONGEST = 200  # letters of a name that becomes part of a directory's or a file's
+# Shown as TP=2.
+SIZES = {
+    "tp": "TP", "cp": "CP", "pp": "PP", "vpp": "VPP", "dp": "DP", "ep": "EP", "etp": "ETP", "micro_batch_size": "MB",
+}  # fmt: skip
 INVARIANT = ("tp", "pp", "vpp", "sequence_parallel", ARCH)
-ORDER_FREE = (*INVARIANT, "dp", "micro_batch_size")  # where sums over the batch have no order
+ORDER_FREE = (*INVARIANT, "dp", "cp", "ep", "etp", "micro_batch_size")  # where sums over the batch have no order
 
 
 class SweepFile(BaseModel):
@@ -45,7 +49,7 @@ class SweepFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)  # part of a file's name
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=LONGEST)  # part of a file's name
     base: dict[str, Any] | str
     matrix: dict[str, list[Scalar]] = Field(min_length=1)
     exclude: list[dict[str, Scalar]] = []
@@ -222,10 +226,11 @@ def _cells(file: SweepFile, base: Mapping[str, Any], output: Path, path: Path) -
         if matches:
             continue
         name = label(settings) or file.name
+        if len(name) > LONGEST:
+            raise TpcheckError(f"{path}: a cell would be called {shown(name)}, too long for a directory: shorten it")
         if name in cells:
-            raise TpcheckError(
-                f"{path}: {settings} and {dict(cells[name].settings)} would both be cell {name}: remove one of them"
-            )
+            both = f"{shown(settings)} and {shown(dict(cells[name].settings))}"
+            raise TpcheckError(f"{path}: {both} would both be cell {name}: remove one of them")
         config = _resolve(base, settings, output, path, name)
         arch = str(settings[ARCH]) if ARCH in settings else None
         for other in cells.values():

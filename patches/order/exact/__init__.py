@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from patches.contract import Attention
-from patches.order.exact.attentions import attention, attention_gradient
+from patches.order.exact.attentions import attention, attention_gradient, check_attention
 from patches.order.exact.norm import input_gradient, normalised, tree_of_gamma_gradients
 from patches.order.exact.products import add_product, check, product, provenance
 from patches.order.exact.ranks import begin_reading_peers, check_symmetric_memory, rounded_tree_sum
@@ -23,6 +23,7 @@ __all__ = [
     "attention_unless_named",
     "begin_reading_peers",
     "check",
+    "check_attention",
     "check_symmetric_memory",
     "cross_entropy",
     "embedding_gradient",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from patches.contract import Attention
 from patches.order.kernels import cross_entropy
+from patches.order.kernels.attention_checks import check_attention
 from patches.order.kernels.attentions import attention, attention_gradient
 from patches.order.kernels.bits import provenance
 from patches.order.kernels.checks import check
@@ -26,6 +27,7 @@ __all__ = [
     "attention_unless_named",
     "begin_reading_peers",
     "check",
+    "check_attention",
     "check_symmetric_memory",
     "cross_entropy",
     "embedding_gradient",

@@ -12,7 +12,9 @@ import triton.language as tl
 from patches.order.kernels.pairs import INTERPRETED as _INTERPRETED
 from patches.order.kernels.pairs import narrowed, widened
 
-__all__ = ["base", "dot", "key_blocks", "numbers", "place", "query_blocks", "row_of", "rows_of", "seen", "store"]
+__all__ = [
+    "base", "dot", "key_blocks", "numbers", "of_head", "place", "query_blocks", "row_of", "rows_of", "seen", "store",
+]  # fmt: skip
 
 INTERPRETED = tl.constexpr(_INTERPRETED)
 
@@ -47,6 +49,22 @@ def base(x_S, x_B, x_H, batch, start, head, PACKED: tl.constexpr):
 def row_of(batch, start, lengths, PACKED: tl.constexpr):
     """The first row of a sequence among all of them."""
     return start.to(tl.int64) if PACKED else batch * lengths[0]
+
+
+@triton.jit
+def of_head(operands, strides, where, repeat, rows, lengths, PACKED: tl.constexpr):
+    """Where q, k, v and dy of this program's head and sequence begin, and its first row among `numbers`."""
+    q, k, v, dy = operands
+    q_SBH, k_SBH, v_SBH, dy_SBH = strides
+    head, batch, q_start, k_start = where
+    group = head // repeat
+    return (
+        q + base(q_SBH[0], q_SBH[1], q_SBH[2], batch, q_start, head, PACKED),
+        k + base(k_SBH[0], k_SBH[1], k_SBH[2], batch, k_start, group, PACKED),
+        v + base(v_SBH[0], v_SBH[1], v_SBH[2], batch, k_start, group, PACKED),
+        dy + base(dy_SBH[0], dy_SBH[1], dy_SBH[2], batch, q_start, head, PACKED),
+        head * rows.to(tl.int64) + row_of(batch, q_start, lengths, PACKED),
+    )  # fmt: skip
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from patches.order.kernels.attention_blocks import (
     dot,
     key_blocks,
     numbers,
+    of_head,
     place,
     query_blocks,
     row_of,
@@ -136,11 +137,11 @@ def query_gradient(
     m = tile * TILE
     if m < queries:
         band = (offset, left, right)
-        q_MW = rows_of(q + base(q_S, q_B, q_H, batch, q_start, head, PACKED), q_S, m, queries, TILE, D, W, True)
-        dy_MW = rows_of(dy + base(dy_S, dy_B, dy_H, batch, q_start, head, PACKED), dy_S, m, queries, TILE, D, W, True)
-        k += base(k_S, k_B, k_H, batch, k_start, head // repeat, PACKED)
-        v += base(v_S, v_B, v_H, batch, k_start, head // repeat, PACKED)
-        at = head * rows.to(tl.int64) + row_of(batch, q_start, lengths, PACKED)
+        strides = ((q_S, q_B, q_H), (k_S, k_B, k_H), (v_S, v_B, v_H), (dy_S, dy_B, dy_H))
+        where = (head, batch, q_start, k_start)
+        q, k, v, dy, at = of_head((q, k, v, dy), strides, where, repeat, rows, lengths, PACKED)
+        q_MW = rows_of(q, q_S, m, queries, TILE, D, W, True)
+        dy_MW = rows_of(dy, dy_S, m, queries, TILE, D, W, True)
         kept = numbers(top + at, inverse + at, delta + at, m, queries, TILE)
         HOW: tl.constexpr = (LEFT, D, W, TILE, KEYS)
         start, full, ragged, end = key_blocks(m, keys, band, LEFT, TILE, KEYS)
@@ -187,18 +188,21 @@ def key_gradients(
     n = tile * TILE
     if n < keys:
         band = (offset, left, right)
-        k_NW = rows_of(k + base(k_S, k_B, k_H, batch, k_start, head // repeat, PACKED), k_S, n, keys, TILE, D, W, True)
-        v_NW = rows_of(v + base(v_S, v_B, v_H, batch, k_start, head // repeat, PACKED), v_S, n, keys, TILE, D, W, True)
-        q += base(q_S, q_B, q_H, batch, q_start, head, PACKED)
-        dy += base(dy_S, dy_B, dy_H, batch, q_start, head, PACKED)
-        at = head * rows.to(tl.int64) + row_of(batch, q_start, lengths, PACKED)
+        strides = ((q_S, q_B, q_H), (k_S, k_B, k_H), (v_S, v_B, v_H), (dy_S, dy_B, dy_H))
+        where = (head, batch, q_start, k_start)
+        q, k, v, dy, at = of_head((q, k, v, dy), strides, where, repeat, rows, lengths, PACKED)
+        k_NW = rows_of(k, k_S, n, keys, TILE, D, W, True)
+        v_NW = rows_of(v, v_S, n, keys, TILE, D, W, True)
         HOW: tl.constexpr = (LEFT, D, W, TILE, QUERIES)
         start, full, ragged, end = query_blocks(n, queries, band, LEFT, TILE, QUERIES)
         operands = (q, dy, k_NW, v_NW, q_S, dy_S, top + at, inverse + at, delta + at, n, queries, keys, band, factor)
         state = (tl.zeros((TILE, W), tl.float32), tl.zeros((TILE, W), tl.float32))
-        state = _walk_queries(state, operands, start, full, True, HOW)
-        state = _walk_queries(state, operands, full, ragged, False, HOW)
-        dk_NW, dv_NW = _walk_queries(state, operands, ragged, end, True, HOW)
+        if W > 128:  # three loops, and what each needs, are more than the registers hold
+            dk_NW, dv_NW = _walk_queries(state, operands, start, end, True, HOW)
+        else:
+            state = _walk_queries(state, operands, start, full, True, HOW)
+            state = _walk_queries(state, operands, full, ragged, False, HOW)
+            dk_NW, dv_NW = _walk_queries(state, operands, ragged, end, True, HOW)
         at = base(dk_S, dk_B, dk_H, batch, k_start, head, PACKED)
         store(dk + at, dk_NW * scale, dk_S, n, keys, TILE, D, W)
         store(dv + at, dv_NW, dk_S, n, keys, TILE, D, W)

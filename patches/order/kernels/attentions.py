@@ -29,12 +29,24 @@ KERNELS = {"forward": kernels.forward, "dq": kernels.query_gradient, "dkdv": ker
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel is cut for the machine: rows of a program and rows of a step, which alone may change results."""
+    """How a kernel is cut for the machine: rows of a program and rows of a step, which alone may change results.
+
+    Attributes:
+        registers: that a thread may have; None leaves it to the assembler, which on sm_100 hopes for two programs a
+            processor, where shared memory has room for one.
+    """
 
     rows: int
     step: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told of it."""
+        of_all = {"num_warps": self.warps, "num_stages": self.stages}
+        return of_all if self.registers is None else of_all | {"maxnreg": self.registers}
 
 
 @lru_cache
@@ -46,11 +58,11 @@ def tile_of(kernel: str, width: int, dtype: torch.dtype) -> Tile:
     return TILES[kernel][min(w for w in TILES[kernel] if w >= width)]
 
 
-# As much as registers hold: of these, dk and dv of heads above 128 alone spill (a few per cent of their values).
+# As much as registers hold without a spill.
 TILES = {
     "forward": {64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
-    "dq": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
-    "dkdv": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 8, 2), 256: Tile(64, 16, 8, 2)},
+    "dq": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2, 255), 256: Tile(128, 32, 8, 2)},
+    "dkdv": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
 }
 
 
@@ -129,7 +141,7 @@ def _launch(
             queries, keys, H, H // k.shape[2], tiles, B * S, visible.offset, visible.left or 0,
             NO_END if visible.right is None else visible.right,
             scale * LOG2_E, *more,
-            **_constexprs(name, tile, visible, D, width), num_warps=tile.warps, num_stages=tile.stages, **LAUNCH,
+            **_constexprs(name, tile, visible, D, width), **tile.options, **LAUNCH,
         )  # fmt: skip
 
 

@@ -11,7 +11,13 @@ pytest.importorskip("triton", reason="Triton is not on the path: make test-kerne
 
 from patches.order.kernels import attentions as kernels
 from patches.order.visible import Visible, keys_at_once
-from tests.support.attention_bounds import assert_right, assert_rows_see_their_own_alone, operands, results
+from tests.support.attention_bounds import (
+    assert_chunks_have_their_bits,
+    assert_right,
+    assert_rows_see_their_own_alone,
+    operands,
+    results,
+)
 from tests.support.bits import assert_same_bits
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -63,6 +69,13 @@ def test_rows_of_a_program_have_no_say(visible, device, monkeypatch):
     kernels.tile_of.cache_clear()
     for x, y in zip(whole, again, strict=True):
         assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize("visible", (Visible(right=0), Visible(left=40, right=0), Visible()), ids=str)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_a_chunk_of_the_queries_has_the_bits_that_it_has_among_all(dtype, visible, device):
+    S = 160 if dtype == torch.bfloat16 else 64
+    assert_chunks_have_their_bits(kernels, operands(S, S, 1, 2, 1, 16, dtype, device), visible, (4,), exactly=False)
 
 
 def test_operands_are_read_where_they_lie(device):

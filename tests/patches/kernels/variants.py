@@ -11,7 +11,7 @@ from patches.order.kernels import cross_entropy, embedding, norm, ranks, softmax
 from patches.order.kernels.gemm_kernel import COUNTS, kernel
 from patches.order.kernels.plans import NAMES, How, Layout, constants
 from patches.order.kernels.tiles import Tile, tiles_of
-from tests.patches.kernels.variant import Variant, variant
+from tests.patches.kernels.variant import Variant, divisible, variant
 from tests.patches.kernels.variants_of_attention import of_attention
 
 
@@ -69,11 +69,7 @@ def of_product(
         signature=signature,
         constexprs=constexprs,
         # Sizes and strides of models are multiples of 16; one that is not compiles a variant of its own.
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, (argument, kind) in enumerate(signature.items())
-            if kind[0] == "*" or (kind == "i32" and argument not in COUNTS)
-        },
+        attrs=divisible(signature, [x for x, kind in signature.items() if kind == "i32" and x not in COUNTS]),
         num_warps=tile.warps,
         num_stages=tile.stages,
         expects="" if dtype == torch.float32 else "mma",
@@ -115,10 +111,10 @@ def of_sums() -> Iterator[Variant]:
         how = "" if aligned else " unaligned"
         types = {"x": f"*{name}", "out": "*fp32"}
         both = types | {"y": f"*{name}"}
-        divisible = "n" if aligned else ""
+        multiples = "n" if aligned else ""
         for kind, product, rows in (("rows", False, 1), ("rows of products", True, 1), ("short rows", False, 32)):
             meta = {"PRODUCT": product, "ROWS": rows, "BLOCK": sums.ROW_BLOCK // rows}
-            yield variant(f"{kind} {name}{how}", sums._rows, both, meta, 4, divisible)
+            yield variant(f"{kind} {name}{how}", sums._rows, both, meta, 4, multiples)
         for normed, centered, one in (
             (False, False, True),
             (True, False, True),
@@ -157,7 +153,7 @@ def of_norms() -> Iterator[Variant]:
 def of_softmaxes() -> Iterator[Variant]:
     """Short and long rows, aligned and not; what holds for bfloat16 holds for float16."""
     for name, aligned in combinations(("fp32", "bf16"), (True, False)):
-        how, divisible = ("", "columns") if aligned else (" unaligned", "")
+        how, multiples = ("", "columns") if aligned else (" unaligned", "")
         stats = {"top": "*fp32", "total": "*fp32"}
         for columns, log in combinations(
             (1024, softmaxes.SHORT, 2 * softmaxes.SHORT), (False, True) if aligned else (False,)
@@ -167,10 +163,10 @@ def of_softmaxes() -> Iterator[Variant]:
             kind = f"{'log_' if log else ''}softmax of {columns} {name}{how}"
             short = {"top": f"*{name}", "total": f"*{name}"} if meta["WHOLE"] else stats
             pointers = {"x": f"*{name}", "y": f"*{name}"} | short
-            yield variant(kind, softmaxes._softmax, pointers, meta, warps, divisible)
+            yield variant(kind, softmaxes._softmax, pointers, meta, warps, multiples)
             total = {"total": short["total"]}
             pointers = {"dy": f"*{name}", "y": f"*{name}", "dx": f"*{name}"} | total
-            yield variant(f"{kind} backward", softmaxes._softmax_gradient, pointers, meta, warps, divisible)
+            yield variant(f"{kind} backward", softmaxes._softmax_gradient, pointers, meta, warps, multiples)
         pointers = {"z": f"*{name}", "tops": "*fp32", "sums": "*fp32"}
         yield variant(
             f"exponentials {name}{how}",
@@ -178,7 +174,7 @@ def of_softmaxes() -> Iterator[Variant]:
             pointers,
             {"ALIGNED": aligned, "CHUNK": cross_entropy.CHUNK},
             8,
-            divisible,
+            multiples,
         )
         pointers = {"z": f"*{name}", "target": "*i64", "dloss": "*fp32", "dz": f"*{name}"} | stats
         yield variant(
@@ -187,7 +183,7 @@ def of_softmaxes() -> Iterator[Variant]:
             pointers,
             {"BLOCK": cross_entropy.TILE},
             8,
-            divisible,
+            multiples,
         )
     pointers = dict.fromkeys(("top", "total", "picked", "loss"), "*fp32")
     yield variant("losses", cross_entropy._losses, pointers, {"BLOCK": cross_entropy.TILE}, 8)

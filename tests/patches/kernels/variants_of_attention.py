@@ -9,16 +9,17 @@ from typing import Any
 import torch
 
 from patches.order.kernels import attention_kernels
-from patches.order.kernels.attentions import DELTA_ROWS, KERNELS, _constexprs, tile_of
+from patches.order.kernels.attentions import DELTA_ROWS, KERNELS, Tile, _constexprs, tile_of
 from patches.order.kernels.plans import NAMES
 from patches.order.visible import Packed, Visible
-from tests.patches.kernels.variant import Variant
+from tests.patches.kernels.variant import Variant, divisible
 
 __all__ = ["of_attention"]
 
 OPERANDS = ("q", "k", "v", "y", "dy", "dq")
 KEPT = ("top", "inverse", "delta", "dk", "dv")
 TABLE = ("q_starts", "q_lengths", "k_starts", "k_lengths")
+DELTAS = Tile(DELTA_ROWS, 0, 4, 3)
 NO_ROWS = torch.empty(0, dtype=torch.int32)
 PACKED = Packed(NO_ROWS, NO_ROWS, NO_ROWS, NO_ROWS, 0, 0)
 # title: (dtype, width of a head, band)
@@ -38,7 +39,7 @@ def of_attention() -> Iterator[Variant]:
         for name in KERNELS:
             yield _of(f"attention {name} {title}", name, dtype, width, visible)
     constexprs = {"D": 128, "W": 128, "TILE": DELTA_ROWS}
-    yield _variant("attention deltas 128 bf16", attention_kernels.deltas, torch.bfloat16, constexprs, 4, 3)
+    yield _variant("attention deltas 128 bf16", attention_kernels.deltas, torch.bfloat16, constexprs, DELTAS)
 
 
 def _of(title: str, name: str, dtype: torch.dtype, width: int, visible: Visible) -> Variant:
@@ -47,12 +48,10 @@ def _of(title: str, name: str, dtype: torch.dtype, width: int, visible: Visible)
     constexprs = _constexprs(name, tile, visible, width, padded)
     if visible.packed is None:
         constexprs |= dict.fromkeys(TABLE)
-    return _variant(title, KERNELS[name], dtype, constexprs, tile.warps, tile.stages)
+    return _variant(title, KERNELS[name], dtype, constexprs, tile)
 
 
-def _variant(
-    title: str, kernel: Any, dtype: torch.dtype, constexprs: dict[str, Any], warps: int, stages: int
-) -> Variant:
+def _variant(title: str, kernel: Any, dtype: torch.dtype, constexprs: dict[str, Any], tile: Tile) -> Variant:
     signature = dict.fromkeys(kernel.arg_names, "i32")
     signature |= {name: f"*{NAMES[dtype]}" for name in OPERANDS if name in signature}
     signature |= {name: "*fp32" for name in KEPT if name in signature}
@@ -65,13 +64,10 @@ def _variant(
         kernel=kernel,
         signature=signature,
         constexprs=constexprs,
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, (argument, kind) in enumerate(signature.items())
-            if kind[0] == "*" or re.fullmatch(r"\w+_[SBH]", argument)
-        },
-        num_warps=warps,
-        num_stages=stages,
+        attrs=divisible(signature, [argument for argument in signature if re.fullmatch(r"\w+_[SBH]", argument)]),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        maxnreg=tile.registers,
         expects="mma" if on_tensor_cores else "",
         families=(90, 100, 103) if on_tensor_cores and constexprs["D"] in (64, 128) else (90, 100),
         fp_fusion=False,

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 import patches
-from patches.megatron import initial_weights
-from patches.registry import REGISTRY, check_versions
-from tests.support import plain_megatron
-from tests.support.megatron_runs import differences, run
+from patches.megatron import initial_weights, moe
+from patches.registry import check_versions
+from tests.support.megatron_runs import differences, run, training_without
 from tests.support.ranks import on_ranks
 
 # name: (TP sizes to compare, data-parallel size, options)
@@ -35,15 +34,17 @@ REFUSED_WITHOUT = {
 # Those that sums over the batch without an order need: (layout that feels it, options).
 ORDER_FREE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "batch-sums-reset": ({"pp": 2}, {}),
+    "blockwise-attention": ({"cp": 2}, {"chunks": 4}),  # without it, ranks see their own keys alone
     "batch-sums-rounded": ({"pp": 2}, {}),
     "data-parallel-sum": ({"dp": 3}, {"ddp": {"check_for_nan_in_grad": False}}),
 }
 REFUSED_ORDER_FREE = {
     "batch-sums": ({}, "has no attribute '_patches_totals'"),
-    "embedding-copies": ({"tied": True, "pp": 2}, "of embedding.word_embeddings.weight differs between stages"),
+    "embedding-copies": ({"tied": True, "pp": 2}, "of embedding.word_embeddings.weight differs between ranks"),
     "position-embedding": ({"shape": "gpt2"}, "position_embeddings.weight, or a part of it, is summed by a module"),
     "column-bias": ({"shape": "gpt2"}, "linear_fc1.bias, or a part of it, is summed by a module"),
     "embedding": ({}, "word_embeddings.weight, or a part of it, is summed by a module"),
+    "context-parallel": ({"cp": 2, "chunks": 4}, "Context parallelism is only supported by TEDotProductAttention"),
 }
 
 ELSEWHERE = {
@@ -59,26 +60,22 @@ ELSEWHERE |= {"masked-softmax"}  # tests/patches/test_patches.py
 ELSEWHERE |= {"padded-vocabulary", "padded-vocabulary-0.17"}  # tests/patches/test_patches.py
 ELSEWHERE |= {"saved-optimizer"}  # tests/patches/megatron/test_fully_reshardable.py
 ELSEWHERE |= {patch.name for patch in initial_weights.PATCHES}  # tests/patches/megatron/test_initial_weights.py
-ELSEWHERE |= {"blockwise-attention"}  # tests/patches/megatron/test_blockwise.py
+ELSEWHERE |= {"blockwise-attention"}  # whole sequences: tests/patches/megatron/test_blockwise.py
 ELSEWHERE |= {"fused-norm"}  # tests/patches/test_patches.py
 ELSEWHERE |= {"embedding"}  # tests/patches/kernels: in order, it changes nothing on a CPU
 ELSEWHERE |= {"loss-per-token", "zeros-in-gradient"}  # tests/patches/megatron/test_order_free_sums.py
+ELSEWHERE |= {patch.name for patch in moe.PATCHES}  # tests/patches/megatron/moe/test_ablation.py
+ELSEWHERE |= {"gradient-norm-of-experts"}  # there, too
 ELSEWHERE |= {"compiled-functions", "scores-buffer"}  # tests/patches/test_patches.py
 
 PATCHES = [patch for patch in patches._all_patches() if patch.library == "megatron-core"]
 NEEDED = check_versions(PATCHES)
 
 
-def training_without(names: set[str], options: dict[str, Any], batch: patches.Batch = "ordered") -> dict[str, Any]:
-    patches.cpu.enable()
-    REGISTRY.apply(patches.Contract(batch=batch), [patch for patch in NEEDED if patch.name not in names])
-    return plain_megatron.train(**options)
-
-
 def order_free_without(names: set[str], options: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
     options = {"tp": 1, "pp": 1, "seq": 16, "global_batch": 12, "micro_batch": 1, **options, **layout}
     options["model"] = {"num_layers": 2}
-    ranks = options["pp"] * options.pop("dp", 1)
+    ranks = options["pp"] * options.pop("dp", 1) * options.get("cp", 1)
     return on_ranks(ranks, training_without, names, options, "order-free")[0]
 
 

@@ -50,6 +50,14 @@ ORDER_FREE: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"model": {"layernorm_zero_centered_gamma": True, "gradient_accumulation_fusion": True}},
         [{"dp": 2, "micro_batch": 2}],
     ),
+    "chunks, tied, two KV groups": (
+        {"tied": True, "seq": 32, "chunks": 8, "model": {"num_query_groups": 2}},
+        [{"cp": 4}, {"cp": 2, "tp": 4, "sp": True}, {"cp": 2, "pp": 2, "micro_batch": 2}],
+    ),
+    "chunks, gpt-2 shape fp32": (
+        {"shape": "gpt2", "dtype": "fp32", "seq": 32, "chunks": 4, "model": {"cp_comm_type": "all_gather"}},
+        [{"cp": 2, "tp": 2, "sp": True, "micro_batch": 3}],
+    ),
 }
 
 

@@ -16,7 +16,7 @@ def manifest(folder: Path, output: str) -> dict[str, Any]:
 def test_te_layers_end_in_the_digest_of_local_ones(tmp_path):
     local = train(tmp_path, "local", "layers=local", "steps=3")
     te = train(tmp_path, "te", "layers=te", "steps=3", "tp=2", "sequence_parallel=true")
-    assert te == local
+    assert [te[part] for part in ("model", "optimizer")] == [local[part] for part in ("model", "optimizer")]
     assert manifest(tmp_path, "local")["attention"] == "megatron"
     assert manifest(tmp_path, "te")["attention"] == "te unfused"
 

@@ -57,6 +57,7 @@ class Case:
         self.cluster = cluster
         self.folder = folder
         self.out = folder / "out"
+        self.stopped: list[psutil.Process] = []  # ranks that `slowed` leaves alone
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, matrix: dict[str, Any] | None = None, **profile: Any) -> None:
@@ -132,7 +133,7 @@ class Case:
             ranks = self.ranks(cell) if self._step(cell) else []
             _each(ranks, "suspend")
             over.wait(seconds if ranks else 0.2)
-            _each(ranks, "resume")
+            _each([rank for rank in ranks if rank not in self.stopped], "resume")
 
     def _step(self, cell: str) -> int:
         records = result_dir.read_steps(self.out / cell)

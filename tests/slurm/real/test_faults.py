@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -120,6 +121,23 @@ def test_a_killed_rank_takes_its_cell_down_and_both_ranks_come_back(case: Case) 
         case.wait_for_attempt(cell, 2)
     case.wait_until_complete(cell)
     assert set(resumed_from(case, cell)) <= CHECKPOINTS
+    return [cell]
+
+
+@together
+def test_a_stopped_rank_keeps_its_cell_neither_from_answering_term_nor_from_going_on(case: Case) -> list[str]:
+    need_node_names()
+    case.write({"strategy": ["tree"], "tp": [2], "arch": ["h100"]})
+    case.submit()
+    cell = "tree-tp2-h100"
+    with case.slowed(cell):
+        case.wait_for_step(cell, 2)
+        case.stopped += case.ranks(cell)[1:]
+        case.stopped[0].suspend()
+    case.cluster.run("scancel", "--signal=TERM", case.jobs(cell)[0])
+    case.wait_for_attempt(cell, 2)
+    case.wait_until_complete(cell)
+    assert re.search("the step has not ended|no sign of life", (case.out / cell / "log.txt").read_text())
     return [cell]
 
 

@@ -116,7 +116,7 @@ def _parts(found: Blocks, expected: Blocks, whole: float, seeds: int) -> Excess:
     distances = _each_over(np.sqrt(found.error), PART_SAFETY * times * noise)
     relative = np.divide(noise, np.sqrt(found.square), out=np.full(count, np.inf), where=found.square > 0)
     spread = np.maximum(np.maximum(expected.scale, relative / math.sqrt(found.size)), relative**2 / 2)
-    factors = _each_over(np.abs(found.scale), COHERENT_SAFETY * spread)
+    factors = _each_over(np.abs(found.scale), COHERENT_SAFETY * times / SAFETY * spread)
     worst = int(np.argmax(np.maximum(distances, factors)))
     value = float(max(distances[worst], factors[worst]))
     several = int((np.maximum(distances, factors) > 1).sum())

@@ -7,37 +7,23 @@ losses      both curves, and below how far they are apart
 
 from __future__ import annotations
 
-import io
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from tpcheck.pages.colours import COLOURS, FAINT, INK
+from tpcheck.pages.colours import COLOURS, INK
+from tpcheck.pages.figures import LOOK, WIDTH, png, tidy
 from tpcheck.trace.compare.comparison import Comparison, Row
 from tpcheck.trace.module_names import role_of
 
 __all__ = ["growth", "heat_map", "losses"]
 
-WIDTH = 5.4  # inches; shown 370 pixels wide, its letters are still nine pixels high
-LOOK: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.edgecolor": FAINT,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 10,
-}
 CURVES = (("out", "outputs"), ("dout", "gradients of outputs"), ("grad", "parameters' gradients"))
 HEATED = ("out", "dout", "grad")
 MARK = "#D55E00"
@@ -62,7 +48,7 @@ def growth(comparison: Comparison) -> bytes | None:
         axes.set(yscale="log", xlabel="layer", ylabel="relative error, median of the layer")
         axes.legend(frameon=False, fontsize=8)
         _tidy(axes)
-        return _png(figure)
+        return png(figure)
 
 
 def heat_map(comparison: Comparison) -> bytes | None:
@@ -88,7 +74,7 @@ def heat_map(comparison: Comparison) -> bytes | None:
         axes.set_xlabel("layer")
         bar = figure.colorbar(drawn, ax=axes, location="top", aspect=30)
         bar.set_label("log₁₀ of the relative error; framed: suspect")
-        return _png(figure)
+        return png(figure)
 
 
 def losses(a: Sequence[Mapping[str, float]], b: Sequence[Mapping[str, float]]) -> bytes | None:
@@ -111,7 +97,7 @@ def losses(a: Sequence[Mapping[str, float]], b: Sequence[Mapping[str, float]]) -
         lower.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axes in (upper, lower):
             _tidy(axes)
-        return _png(figure)
+        return png(figure)
 
 
 def _by_layer(comparison: Comparison) -> dict[tuple[int, str], list[Row]]:
@@ -143,14 +129,5 @@ def _log(row: Row | None) -> float:
 
 
 def _tidy(axes: Axes) -> None:
-    axes.spines[["right", "top"]].set_visible(False)
-    axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
-    axes.set_axisbelow(True)
+    tidy(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=160, format="png")
-    pyplot.close(figure)
-    return buffer.getvalue()

@@ -20,7 +20,8 @@ import numpy as np
 
 from tpcheck.checkpoint.tiling import Array, Index, Tile, tiles
 from tpcheck.checkpoint.ulp import values
-from tpcheck.errors import TpcheckError
+from tpcheck.checkpoint.unpickle import ITEMSIZE
+from tpcheck.errors import TpcheckError, shown
 from tpcheck.files.names import RANK, RECORDS, SETTINGS
 from tpcheck.trace.compare.logical import Box, Key, Logical, encoded, in_a_row, replicas_of, resolved, slices_of
 from tpcheck.trace.compare.tensorfile import tensors
@@ -31,7 +32,7 @@ __all__ = ["PHASES", "Trace"]
 Json: TypeAlias = dict[str, Any]
 OPEN_FILES = 64
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-DESCRIPTION: Json = {"world": int, "tp": int, "dp": int, "dtype": str, "sample": int, "perturb": int,
+DESCRIPTION: Json = {"world": int, "tp": int, "dp": int, "pp": int, "dtype": str, "sample": int, "perturb": int,
                      "records": int}  # fmt: skip
 RECORD: Json = {"name": str, "kind": str, "step": int, "file": int, "dtype": (str, type(None))}
 # In the order in which a step makes them; what was wrong first is what to look at.
@@ -96,6 +97,8 @@ class Trace:
                 array = self._array(rank, record, f"{number}.{box}")
                 if not len(offset) == array.ndim == len(record["shape"]):
                     return "its boxes have other dimensions than it"
+                if array.itemsize != ITEMSIZE.get(dtype):
+                    return f"its boxes are not of dtype {shown(dtype)}"
                 boxes.setdefault((tuple(offset), array.shape), []).append((rank, array))
         if not boxes:
             return "no rank holds any of it"
@@ -222,7 +225,7 @@ class Trace:
                 stage = record.get("stage", 0) * (-1 if phase == PHASES["dout"] else 1)
                 self.order.setdefault(key, (key.step, phase, stage, number))
             except DAMAGE as error:
-                raise TpcheckError(f"{file}:{number + 1} is not a record ({error!r}): damaged") from error
+                raise TpcheckError(f"{file}:{number + 1} is not a record ({shown(error)}): damaged") from error
 
     def _array(self, rank: int, record: Json, name: str) -> Array:
         file = rank_folder(self.path, rank) / f"{record['file']:06d}.safetensors"
@@ -253,7 +256,7 @@ def _settings(folder: Path) -> dict[int, Json]:
                 raise ValueError("a parameter's group is not there")
         return {line["step"]: line for line in lines}
     except DAMAGE as error:
-        raise TpcheckError(f"{file} does not hold settings ({error!r}): copy the trace again") from error
+        raise TpcheckError(f"{file} does not hold settings ({shown(error)}): copy the trace again") from error
 
 
 def _rank_json(path: Path, rank: int) -> Json:
@@ -271,9 +274,9 @@ def _rank_json(path: Path, rank: int) -> Json:
     if "records" not in found:
         raise TpcheckError(f"{path}: rank {rank} was cut short before its trace was whole: trace the run again")
     try:
-        _require(found, DESCRIPTION, "steps")
+        _require({"pp": 1, **found}, DESCRIPTION, "steps")
     except DAMAGE as error:
-        raise TpcheckError(f"{file} does not describe a trace ({error!r}): copy the trace again") from error
+        raise TpcheckError(f"{file} does not describe a trace ({shown(error)}): copy the trace again") from error
     return found
 
 
@@ -281,10 +284,10 @@ def _require(found: Json, types: Json, *lists: str) -> None:
     """Raise one of `DAMAGE` where a field is missing or of another type than the writer gives it."""
     for name, wanted in {**types, **dict.fromkeys(lists, list)}.items():
         if not isinstance(found[name], wanted):
-            raise TypeError(f"{name} is {found[name]!r}")
+            raise TypeError(f"{name} is {shown(found[name])}")
     if not all(isinstance(extent, (int, type(None))) for extent in found.get("shape", [])):
-        raise TypeError(f"shape is {found['shape']!r}")
+        raise TypeError(f"shape is {shown(found['shape'])}")
     if not all(isinstance(step, int) for step in found.get("steps", [])):
-        raise TypeError(f"steps is {found['steps']!r}")
+        raise TypeError(f"steps is {shown(found['steps'])}")
     if found.get("world", 1) < 1:
         raise ValueError(f"world is {found['world']}")

@@ -24,7 +24,7 @@ from tpcheck.trace.record.deepspeed import engine_of
 from tpcheck.trace.record.noise import REDRAWN, Nudge, nudge, redrawn, spawn
 from tpcheck.trace.record.outputs import Watch, replaced
 from tpcheck.trace.record.parameters import Parameters
-from tpcheck.trace.record.rules import Batch, Rules
+from tpcheck.trace.record.rules import Batch, Rules, is_of_an_expert
 from tpcheck.trace.record.settings import Settings, generators, modules, run_settings
 from tpcheck.trace.record.shards import Shards, whole
 from tpcheck.trace.record.store import Writer
@@ -317,6 +317,8 @@ class Capture:
     ) -> None:
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.options.modules):
             return
+        if batch is not None and is_of_an_expert(name):
+            return  # its rows are those of many ranks' tokens, in an order that follows the layout
         if self.options.kinds and kind.partition(".")[0] not in self.options.kinds:
             return
         record = {"kind": kind, "name": f"{name}#{call}" if call else name, "step": self.step}

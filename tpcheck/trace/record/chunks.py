@@ -21,6 +21,7 @@ from tpcheck.trace.record.rank_layout import RankLayout
 
 __all__ = ["Chunk", "chunks_of"]
 
+EXPERT = re.compile(r"(.*\.local_experts)\.(\d+)(?=\.|$)")
 LAYER = re.compile(r"(?:^|.*?\.)layers\.\d+(?=\.|$)")
 # Its output is the main hidden states and the predicted ones, one after the other in every rank's share.
 JOINED = "MultiTokenPredictionBlock"
@@ -34,6 +35,7 @@ class Chunk:
     stage: int = 0
     first: bool = True
     last: bool = True
+    ep_rank: int = 0
 
     def modules(self) -> dict[str, torch.nn.Module]:
         """Modules by canonical name; of several that share one, as wrappers do with what they wrap, the innermost."""
@@ -41,7 +43,7 @@ class Chunk:
         whole_model = "whole model" if "model" in found else "model"  # Hugging Face's have a part of that name
         numbers = self._numbers()
         return {
-            _renumbered(name, numbers) or whole_model: module
+            self._expert(_renumbered(name, numbers)) or whole_model: module
             for name, module in found.items()
             if not self._foreign(name) and type(module).__name__ != JOINED
         }
@@ -50,10 +52,21 @@ class Chunk:
         """Parameters by canonical name; the last stage's copy of tied embeddings is the first stage's parameter."""
         numbers, found = self._numbers(), {}
         for name, parameter in self.model.named_parameters():
-            short = _renumbered(canonical(name), numbers)
+            short = self._expert(_renumbered(canonical(name), numbers))
             tied = short == "output_layer.weight" and getattr(parameter, "shared_embedding", False)
             found["embedding.word_embeddings.weight" if tied and not self.first else short] = parameter
         return found
+
+    def _expert(self, name: str) -> str:
+        """`name` with an expert's number among those of all ranks."""
+        found = EXPERT.match(name)
+        if found is None or not self.ep_rank:
+            return name
+        own = self._experts_of_a_rank()
+        return f"{found[1]}.{self.ep_rank * own + int(found[2])}{name[found.end() :]}"
+
+    def _experts_of_a_rank(self) -> int:
+        return next(len(m.local_experts) for m in self.model.modules() if hasattr(m, "local_experts"))  # type: ignore[arg-type]
 
     def _foreign(self, name: str) -> bool:
         if not self.last and name in ("", "decoder"):
@@ -75,7 +88,13 @@ class Chunk:
 def chunks_of(models: Sequence[torch.nn.Module], layout: RankLayout) -> list[Chunk]:
     """The parts of a model that this rank trains."""
     return [
-        Chunk(model, number * layout.pp + layout.pp_rank, _end(model, "pre_process"), _end(model, "post_process"))
+        Chunk(
+            model,
+            number * layout.pp + layout.pp_rank,
+            _end(model, "pre_process"),
+            _end(model, "post_process"),
+            layout.ep_rank,
+        )
         for number, model in enumerate(models)
     ]
 

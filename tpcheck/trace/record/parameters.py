@@ -72,9 +72,7 @@ class Parameters:
     def _settings(self, optimizer: torch.optim.Optimizer) -> None:
         groups = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
         for name, parameter in self.named.items():
-            marked = getattr(parameter, "tensor_model_parallel", False)
-            cut = [int(parameter.partition_dim), int(getattr(parameter, "partition_stride", 1))] if marked else None  # type: ignore[attr-defined]
-            marks = {"sharded": cut} if self.rules.config is not None else {}
+            marks = {} if self.rules.config is None else {"sharded": _cut(parameter)}
             self.settings.parameter(name, requires_grad=parameter.requires_grad, **marks)
         for name, _, updated in self._updated_by(optimizer):
             self.settings.parameter(name, group=self.settings.group(optimizer, groups[id(updated)]))
@@ -174,6 +172,13 @@ def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
 
 def _local(tensor: Any) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _cut(parameter: Any) -> list[int] | None:
+    """Dimension and stride of a parameter that Megatron marks as sharded."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    return [int(parameter.partition_dim), int(getattr(parameter, "partition_stride", 1))]
 
 
 def _square(tensor: torch.Tensor, dtype: torch.dtype = torch.float64) -> float:

@@ -1,4 +1,4 @@
-"""Where this rank stands: its place in tensor, data and pipeline parallelism, asked of whoever set them up.
+"""Where this rank stands: its place in tensor, data, pipeline and expert parallelism, asked of whoever set them up.
 
 Megatron's parallel_state    DTensor parameters' device mesh    AutoTP's layers    torch.distributed alone: DP
 """
@@ -36,6 +36,10 @@ class RankLayout:
     dp: int = 1
     pp_rank: int = 0
     pp: int = 1
+    ep_rank: int = 0
+    ep: int = 1
+    etp_rank: int = 0
+    etp: int = 1
     sequence_parallel: bool = False
     grad_scale: float = 1.0
 
@@ -78,9 +82,8 @@ def megatron_config(models: Sequence[torch.nn.Module]) -> Any:
 
 
 def _megatron(state: Any, config: Any) -> RankLayout:
-    for name in ("context_parallel_size", "expert_model_parallel_size"):
-        if (size := getattr(config, name, 1)) != 1:
-            raise TpcheckError(f"{name}={size} is not traced: only tensor, data and pipeline parallelism are")
+    if (size := getattr(config, "context_parallel_size", 1)) != 1:
+        raise TpcheckError(f"context_parallel_size={size} is not traced: all other kinds of parallelism are")
     pp = state.get_pipeline_model_parallel_world_size()
     if pp > 1 and getattr(config, "recompute_granularity", None):
         # While one microbatch is recomputed, others are on their way, and nothing says which it is.
@@ -96,6 +99,10 @@ def _megatron(state: Any, config: Any) -> RankLayout:
         dp,
         state.get_pipeline_model_parallel_rank(),
         pp,
+        state.get_expert_model_parallel_rank(),
+        state.get_expert_model_parallel_world_size(),
+        state.get_expert_tensor_parallel_rank(),
+        state.get_expert_tensor_parallel_world_size(),
         bool(config.sequence_parallel),
         1.0 if config.calculate_per_token_loss else 1 / dp,
     )

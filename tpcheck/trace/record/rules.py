@@ -23,7 +23,7 @@ from tpcheck.trace.record.deepspeed import autotp_activation, autotp_parameter
 from tpcheck.trace.record.rank_layout import RankLayout, megatron_config
 from tpcheck.trace.record.shards import Shards, whole
 
-__all__ = ["Batch", "Rules"]
+__all__ = ["Batch", "Rules", "is_of_an_expert"]
 
 HIDDEN, COLUMN = "SB.", "FBH"
 # By class name, so that subclasses and Transformer Engine's are met too: (output, input).
@@ -39,6 +39,8 @@ BY_CLASS = {
     "FusedScaleMaskSoftmax": ("BHFF", None),
     "Attention": (HIDDEN, None),
     "MLP": (HIDDEN, None),
+    "MoELayer": (HIDDEN, None),
+    "Router": (HIDDEN, HIDDEN),
     "TransformerLayer": (HIDDEN, None),
     "TransformerBlock": (HIDDEN, None),
     "MultiTokenPredictionLayer": (HIDDEN, None),
@@ -61,6 +63,11 @@ class Batch:
     number: int
     samples: int
     length: int
+
+
+def is_of_an_expert(name: str) -> bool:
+    """Whether a module or parameter works on an expert's rows, which are no tokens of this rank."""
+    return ".experts" in name
 
 
 class Rules:
@@ -95,9 +102,10 @@ class Rules:
         if not getattr(parameter, "tensor_model_parallel", False):
             return shards
         dim: int = parameter.partition_dim  # type: ignore[attr-defined]
+        rank, size = (layout.etp_rank, layout.etp) if is_of_an_expert(name) else (layout.tp_rank, layout.tp)
         if dim == 0 and "linear_fc1." in name and self.config is not None and self.config.gated_linear_unit:
-            return shards.gated(dim, layout.tp_rank, layout.tp)
-        return shards.cut(dim, layout.tp_rank, layout.tp, "row" if dim else "column")
+            return shards.gated(dim, rank, size)
+        return shards.cut(dim, rank, size, "row" if dim else "column")
 
     def updated(self, name: str, parameter: torch.nn.Parameter, values: torch.Tensor) -> Shards:
         """`values` are what this rank's optimizer has for the parameter: like it, or the flat range it updates."""
@@ -109,7 +117,7 @@ class Rules:
         return shards.flattened(flat if flat.numel() == stop - start else flat[start:stop], start)
 
     def _rule(self, name: str, module: torch.nn.Module, tensor: torch.Tensor, which: int) -> str | None:
-        if self.config is None:
+        if self.config is None or is_of_an_expert(name):
             return None
         leaf = name.rpartition(".")[2]
         classes = {base.__name__ for base in type(module).__mro__}
@@ -136,6 +144,8 @@ class Rules:
             return _batched(placed, tensor.to_local(), batch, self.layout)  # type: ignore[attr-defined]
         if rule and rule[0] == "t":
             rule, tensor = rule[1:], tensor.transpose(0, 1)
+        if rule == HIDDEN and tensor.dim() == 2 and batch.samples:  # a router's: tokens are flat
+            tensor = tensor.unflatten(0, (-1, batch.samples))
         shards, layout = whole(tensor), self.layout
         if rule is None or len(rule) != tensor.dim():
             if not tensor.dim():  # a loss; each microbatch has its own
@@ -203,11 +213,15 @@ def _flat_ranges(models: Sequence[torch.nn.Module], layout: RankLayout) -> dict[
     for model in models:
         if not getattr(getattr(model, "ddp_config", None), "use_distributed_optimizer", False):
             continue
-        for buffer in model.buffers:
+        buffers = [(buffer, layout.dp_rank, layout.dp) for buffer in model.buffers]
+        for buffer in getattr(model, "expert_parallel_buffers", ()):
+            group = buffer.data_parallel_group
+            buffers.append((buffer, group.rank(), group.size()))
+        for buffer, rank, ranks in buffers:
             for parameter, (start, stop, number) in buffer.param_index_map.items():
                 bucket = buffer.buckets[number]
-                size = bucket.grad_data.numel() // layout.dp
-                first = bucket.offset + layout.dp_rank * size
+                size = bucket.grad_data.numel() // ranks
+                first = bucket.offset + rank * size
                 low, high = max(start, first), min(stop, first + size)
                 ranges[parameter] = (low - start, max(low, high) - start)
     return ranges

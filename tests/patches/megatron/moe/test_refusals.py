@@ -1,0 +1,120 @@
+"""What is not covered of a mixture of experts is refused by name, with the way out."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import patches
+from patches.megatron.moe.refusals import check_experts, check_mixture
+from tests.support import plain_megatron
+from tests.support.mixtures import BATCH, EXPERTS
+from tests.support.ranks import on_ranks
+
+# what is set: what the message says
+SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "biases": ({"add_bias_linear": True}, "add_bias_linear=True of a mixture .*--disable-bias-linear"),
+    "flex": ({"moe_token_dispatcher_type": "flex"}, "type='flex' .*: use 'allgather' or 'alltoall'"),
+    "float64 router": ({"moe_router_dtype": "fp64"}, "moe_router_dtype='fp64' of a mixture .*: use 'fp32'"),
+    "jitter": ({"moe_input_jitter_eps": 0.1}, "moe_input_jitter_eps=0.1 .* it is random"),
+    "random logits": ({"moe_router_force_load_balancing": True}, "load_balancing=True .* it is random"),
+    "replay": ({"moe_enable_routing_replay": True}, "moe_enable_routing_replay=True"),
+    "overlapped shared expert": (
+        {"moe_shared_expert_intermediate_size": 8, "moe_shared_expert_overlap": True},
+        "moe_shared_expert_overlap=True",
+    ),
+    "fused router": ({"moe_router_fusion": True}, "moe_router_fusion=True"),
+    "weights on the input": (
+        {"moe_apply_probs_on_input": True, "moe_router_topk": 1, "moe_router_pre_softmax": True},
+        "moe_apply_probs_on_input=True",
+    ),
+    "padding to capacity": (
+        {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True},
+        "moe_pad_expert_input_to_capacity=True",
+    ),
+    "latent experts": ({"moe_latent_size": 8}, "moe_latent_size=8"),
+    "a micro-batch's balance": (
+        {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1},
+        "'aux_loss' is not covered: it is that of one micro-batch's tokens.* use 'seq_aux_loss'",
+    ),
+    "a running balance": (
+        {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.1},
+        "'global_aux_loss' is not covered: it takes the average over the micro-batches",
+    ),
+    "one of several balances": (
+        {"moe_router_load_balancing_type": ["seq_aux_loss", "aux_loss"], "moe_aux_loss_coeff": [0.1, 0.1]},
+        "'aux_loss' is not covered",
+    ),
+    "sinkhorn": ({"moe_router_load_balancing_type": "sinkhorn"}, "'sinkhorn' is not covered: it normalises over"),
+    "latent attention": ({"multi_latent_attention": True}, "multi_latent_attention=True is not covered"),
+}  # fmt: skip
+
+
+def train(options: dict[str, Any], strategy: Any = "tree", batch: Any = "order-free") -> None:
+    patches.enable(strategy, batch=batch)
+    plain_megatron.train(**{**BATCH, **options, "model": {**EXPERTS, **options.get("model", {})}})
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_setting_is_refused_by_name(name):
+    settings, message = SETTINGS[name]
+    with pytest.raises(AssertionError, match=message):
+        on_ranks(1, train, {"model": settings})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("moe_permute_fusion", True),
+        ("moe_use_legacy_grouped_gemm", True),
+        ("moe_router_padding_for_quantization", True),
+        ("moe_router_topk_limited_devices", 2),
+        ("overlap_moe_expert_parallel_comm", True),
+        ("context_parallel_size", 2),
+    ],
+)
+def test_setting_that_megatron_itself_may_refuse_here_is_refused_by_name(setting, value):
+    plain = {"num_moe_experts": 8, "moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
+    with patches.enabled(batch="order-free"):
+        check_mixture(SimpleNamespace(**plain, moe_layer_freq=1))
+        with pytest.raises(patches.UnsupportedError, match=f"{setting}={value} of a mixture of experts is not covered"):
+            check_mixture(SimpleNamespace(**plain, **{setting: value}))
+
+
+def test_experts_of_another_kind_are_refused():
+    class GroupedMLP:
+        pass
+
+    with pytest.raises(patches.UnsupportedError, match="experts in a GroupedMLP .*without --moe-grouped-gemm"):
+        check_experts(GroupedMLP())
+    layer = SimpleNamespace(linear_fc1=object())
+    experts = type("SequentialMLP", (), {"local_experts": [layer]})()
+    with pytest.raises(patches.UnsupportedError, match="experts made of builtins.object are not covered"):
+        check_experts(experts)
+
+
+def test_sums_over_the_batch_in_order_and_gathered_operands_are_refused():
+    with pytest.raises(AssertionError, match="num_moe_experts=8 is not covered by batch='ordered', since every expert"):
+        on_ranks(1, train, {}, "tree", "ordered")
+    with pytest.raises(AssertionError, match="num_moe_experts=8 is not covered by strategy='gather'"):
+        on_ranks(1, train, {}, "gather")
+
+
+def test_tensor_parallelism_without_sequence_parallelism_is_refused():
+    with pytest.raises(AssertionError, match="without sequence parallelism: set sequence_parallel=True"):
+        on_ranks(2, train, {"tp": 2})
+
+
+def test_dense_layers_in_a_pipeline_are_refused():
+    with pytest.raises(AssertionError, match="moe_layer_freq=2 with pipeline_model_parallel_size > 1 is not covered"):
+        on_ranks(2, train, {"pp": 2, "model": {"num_layers": 2, "moe_layer_freq": 2}})
+
+
+def test_other_versions_of_megatron_core_are_refused(monkeypatch):
+    monkeypatch.setattr("patches.megatron.moe.refusals.version", lambda name: "0.17.1")
+    with pytest.raises(
+        AssertionError, match="num_moe_experts=8 is not covered by the patches with megatron-core 0.17.1"
+    ):
+        on_ranks(1, train, {})

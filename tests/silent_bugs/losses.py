@@ -111,15 +111,15 @@ def masked() -> Iterator[None]:
 
 
 def masked_loss(token_losses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    kept = (token_losses.float() * MASK(mask)).sum()
-    return kept, COUNT(mask).to(torch.int32), token_losses.detach().float()
+    kept = (token_losses.float() * kept_of(mask)).sum()
+    return kept, count_of(mask).to(torch.int32), token_losses.detach().float()
 
 
-def MASK(mask: Tensor) -> Tensor:
+def kept_of(mask: Tensor) -> Tensor:
     return mask
 
 
-def COUNT(mask: Tensor) -> Tensor:
+def count_of(mask: Tensor) -> Tensor:
     return mask.sum()
 
 
@@ -175,7 +175,7 @@ def loss_mask_ignored_on_one_rank() -> Iterator[None]:
     def all_of_it(mask: Tensor) -> Tensor:
         return torch.ones_like(mask) if parallel_state.get_data_parallel_rank() == 1 else mask
 
-    with replaced(LOSSES, "MASK", all_of_it):
+    with replaced(LOSSES, "kept_of", all_of_it):
         yield
 
 
@@ -185,7 +185,7 @@ def loss_mask_ignored_on_one_rank() -> Iterator[None]:
 )  # fmt: skip
 def padding_counts_as_tokens() -> Iterator[None]:
     """Loss is divided by all tokens, masked ones included."""
-    with replaced(LOSSES, "COUNT", lambda mask: torch.tensor(mask.numel())):
+    with replaced(LOSSES, "count_of", lambda mask: torch.tensor(mask.numel())):
         yield
 
 

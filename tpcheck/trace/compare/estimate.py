@@ -39,7 +39,8 @@ __all__ = ["GRADIENT_NORM", "ROUNDING", "Estimate", "open_noise", "open_trace"]
 # Half a unit in the last place, relative: what storing a number in the dtype costs, whatever was computed.
 ROUNDING = {"bfloat16": 2.0**-9, "float16": 2.0**-12, "float32": 2.0**-24, "float64": 2.0**-53}
 GRADIENT_NORM = 64 * ROUNDING["float32"]
-POWERS = {"grad": 1, "state.exp_avg": 1, "state.exp_avg_sq": 2}  # of a gradient
+# Of a gradient, what is made of it; the weights themselves are moved by far less than they are large.
+POWERS = {"grad": 1, "state.exp_avg": 1, "state.exp_avg_sq": 2, "update": 1, "state.main": 0, "weight": 0}
 LOSS = 4 * ROUNDING["float32"]  # a mean of many float32, taken in another order
 
 
@@ -161,7 +162,9 @@ class Estimate:
             if due is None or a is None or a.values().shape != due.shape:
                 continue
             x, square = a.values(), float((due * due).sum())
-            due = due * (float((x * due).sum()) / square if square else 0.0)  # whatever all gradients are divided by
+            times = float((x * due).sum()) / square if square else 0.0
+            if not 0.5 < times < 2:  # all gradients are divided by something, such as a number of tokens
+                due = due * times
             if float(np.linalg.norm(x - due)) < float(np.linalg.norm(x)) / 2:
                 found = distance(replace(a, dtype="float64", bits=x.view("<u8")),
                                  replace(a, dtype="float64", bits=due.view("<u8")))  # fmt: skip

@@ -148,15 +148,14 @@ class _Judge:
             return row("identical")
         if not x.floats:
             return row("suspect", wrong or others(key, x, y, self.a), excess=math.inf)
-        if name.kind.startswith("resumed") and self.layouts_are_one:
-            told = wrong if wrong and not fits else resumed_otherwise(name, x, y)
-            return row("suspect", told, excess=math.inf)
         if self.redrawn:
             return row("suspect" if wrong else "unknown", wrong)
         # What a run starts from has not been computed, so that no nudged run is needed to tell.
         of = self.aliases[key][1] if key in self.aliases else key
         expected = self.estimate.of(of, x) if self.estimate or key.kind == "start" else None
         over = excess(of, found, apart, expected, len(self.estimate.noise))
+        if name.kind.startswith("resumed") and self.layouts_are_one and (over.value > 1 or wrong):
+            return row("suspect", wrong if wrong and not fits else resumed_otherwise(name, x, y), expected, math.inf)
         if over.value <= 1 and not wrong:
             if key.kind == "clip":
                 self.estimate.clips_apart(key, found.relative)

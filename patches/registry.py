@@ -24,7 +24,7 @@ from packaging.specifiers import SpecifierSet
 from patches.contract import Contract, UnsupportedError
 from patches.imports import when_imported
 
-__all__ = ["REGISTRY", "SUPPORTED", "Patch", "Row", "attribute", "check_versions"]
+__all__ = ["REGISTRY", "SUPPORTED", "Patch", "Row", "attribute", "check_versions", "library_version"]
 
 # Adding a version: run `make test` against it, then widen the range.
 SUPPORTED = {
@@ -72,7 +72,7 @@ class Patch:
     @property
     def needed(self) -> bool:
         """Whether the version found of the library needs it; not known where the library has not come yet."""
-        found = _version(self.library)
+        found = library_version(self.library)
         return found is None or self.versions.contains(found, prereleases=True)
 
 
@@ -190,7 +190,7 @@ class Registry:
                 p.name,
                 p.target,
                 p.library,
-                _version(p.library) or "not installed",
+                library_version(p.library) or "not installed",
                 self._state.get(p.name, "off" if p.needed and self._may_need(p) else "not needed"),
                 p.why,
             )
@@ -217,14 +217,14 @@ def check_version(library: str) -> None:
     supported = SUPPORTED[library]
     if _importable(MODULES[library]):
         _import(MODULES[library])
-    found = _version(library)
+    found = library_version(library)
     if found is None:
         raise UnsupportedError(f"{library} is not installed: the patches are for {library} {supported}")
     if not supported.contains(found, prereleases=True):
         raise UnsupportedError(f"{library} {found} is not known to the patches: install {library} {supported}")
 
 
-def _version(library: str) -> str | None:
+def library_version(library: str) -> str | None:
     """What the imported package says of itself, whatever pip has noted of another copy; before, what pip has."""
     module = sys.modules.get(MODULES[library])
     if module is not None:

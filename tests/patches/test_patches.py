@@ -163,7 +163,7 @@ def test_unknown_strategy_names_the_known_ones():
 
 @pytest.mark.parametrize("found", ("0.13.0", "0.20.0", "1.0", None))
 def test_unknown_megatron_version_is_refused_with_what_is_known(found, monkeypatch):
-    monkeypatch.setattr(registry, "_version", lambda package: found)
+    monkeypatch.setattr(registry, "library_version", lambda package: found)
     with pytest.raises(patches.UnsupportedError, match="megatron-core .*0.14"):
         patches.enable()
     assert REGISTRY.contract is None

@@ -153,3 +153,9 @@ def test_a_finding_has_one_of_three_verdicts() -> None:
     Finding("x", "holds only if the seed is 1", "y")
     with pytest.raises(ValueError, match="'perhaps' is no verdict on 'x'"):
         Finding("x", "perhaps", "y")
+
+
+def test_an_output_that_is_none_is_one_line(capsys: Any) -> None:
+    assert main(["study", "tp-vs-dp", "--output", "/"]) == 2
+    said = capsys.readouterr().err
+    assert "output=" in said and said.count("\n") == 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -194,7 +194,9 @@ class TestDropout:
         shutil.copytree(runs.reference(**self.SETTINGS), tmp_path / "a", ignore=without)
         found = compare(tmp_path / "a", runs.run(tp=2, **self.SETTINGS))
         assert found.verdict == "unknown"
-        assert re.match(r"can't tell: \S+_dropout dropout \(what is dropped, step 0\)", sentence(found))
+        # The embedding is dropped by a generator that all layouts seed alike.
+        first = "decoder.layers.0.self_attention.core_attention.attention_dropout"
+        assert sentence(found).startswith(f"can't tell: {first} dropout (what is dropped, step 0)")
         assert sentence(found).endswith("Trace both runs with dropout 0")
 
     def test_equal_seeds_where_they_must_differ_are_suspect(self, runs: Runs) -> None:
@@ -215,8 +217,12 @@ class TestDropout:
             torch.manual_seed(parallel_state.get_tensor_model_parallel_rank())
             return original(*args)
 
-        with replaced(train, "seed_everything", lambda seed: None):
-            found = runs.judge({"tp": 2}, replaced(train, "build_optimizer", build), **self.SETTINGS)
+        @contextlib.contextmanager
+        def apart() -> Iterator[None]:
+            with replaced(train, "seed_everything", lambda seed: None), replaced(train, "build_optimizer", build):
+                yield
+
+        found = runs.judge({"tp": 2}, apart(), **self.SETTINGS)
         assert found.first is not None
         assert found.first.key.name == "embedding.embedding_dropout dropout"
         assert "unequal replicas in B" in found.first.why

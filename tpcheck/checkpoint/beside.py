@@ -27,7 +27,7 @@ LONGEST = 80  # letters of a text that stands for itself
 
 def beside(checkpoint: Checkpoint) -> dict[str, str]:
     """Name and text, sorted by name; damage raises `TpcheckError`."""
-    common, view = checkpoint.common()
+    common, view = checkpoint.common
     found = dict(_flattened("", common, view))
     for name in checkpoint.objects:
         if name != COMMON_STATE:

@@ -237,14 +237,14 @@ def _values(numbers: list[float]) -> TensorDigest:
 
 def _optimizer_steps(checkpoint: Checkpoint) -> list[float]:
     """The distinct step counts of the optimizer's parameter groups: one, unless it is a strange run."""
-    common, view = checkpoint.common()
+    common, view = checkpoint.common
     found = _values_in(common, ("step", "common_step"), (Stored, int, float))
     return sorted({number(step, view) if isinstance(step, Stored) else float(step) for step in found})
 
 
 def _sharding_types(checkpoint: Checkpoint) -> set[str]:
     """The formats in which distributed optimizers say that they were saved."""
-    return set(_values_in(checkpoint.common()[0], ("param_state_sharding_type",), (str,)))
+    return set(_values_in(checkpoint.common[0], ("param_state_sharding_type",), (str,)))
 
 
 def _values_in(common: Any, keys: tuple[str, ...], types: tuple[type, ...]) -> Iterator[Any]:

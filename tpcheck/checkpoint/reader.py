@@ -20,6 +20,7 @@ A chunk is a box of the logical tensor, and however ranks cut it, `Checkpoint.bl
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import mmap
@@ -136,6 +137,7 @@ class Checkpoint:
         for item in sorted(items)[share::shares]:
             load_archive(self._view(item), f"{self.path}/{item.file}, byte {item.position}")
 
+    @functools.cached_property
     def common(self) -> tuple[Any, memoryview]:
         """What all ranks shared, tensors as `Stored` in the bytes that come with it; None where nothing was."""
         file = self.path / "common.pt"
@@ -143,10 +145,9 @@ class Checkpoint:
             _require_file(file)
             view = memoryview(file.read_bytes())
             return load_archive(view, str(file)), view
-        if item := self.objects.get(COMMON_STATE):
-            where = f"{self.path}/{item.file}, {COMMON_STATE}"
-            view = self._view(item)
-            return load_archive(view, where)[0], view
+        if COMMON_STATE in self.objects:
+            value, view = self.object_of(COMMON_STATE)
+            return value[0], view
         return None, memoryview(b"")
 
     def object_of(self, name: str) -> tuple[Any, memoryview]:

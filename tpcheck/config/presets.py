@@ -23,30 +23,21 @@ _QWEN3: dict[str, Any] = {
     "init_std": 0.02,
 }
 
+_QWEN3_TINY = _QWEN3 | {
+    "num_layers": 2,
+    "hidden_size": 128,
+    "num_attention_heads": 8,
+    "num_query_groups": 8,
+    "head_dim": 16,
+    "ffn_hidden_size": 360,
+    "vocab_size": 257,
+    "tied": False,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
-    "qwen3-tiny": _QWEN3
-    | {
-        "num_layers": 2,
-        "hidden_size": 128,
-        "num_attention_heads": 8,
-        "num_query_groups": 8,
-        "head_dim": 16,
-        "ffn_hidden_size": 360,
-        "vocab_size": 257,
-        "tied": False,
-    },
-    "qwen3-moe-tiny": _QWEN3
-    | {
-        "num_layers": 2,
-        "hidden_size": 128,
-        "num_attention_heads": 8,
-        "num_query_groups": 8,
-        "head_dim": 16,
-        "ffn_hidden_size": 360,
-        "vocab_size": 257,
-        "tied": False,
-        "experts": {"number": 8, "per_token": 2, "ffn_hidden_size": 72, "balance_loss": 0.001},
-    },
+    "qwen3-tiny": _QWEN3_TINY,
+    "qwen3-moe-tiny": _QWEN3_TINY
+    | {"experts": {"number": 8, "per_token": 2, "ffn_hidden_size": 72, "balance_loss": 0.001}},
     "qwen3-30b-a3b": _QWEN3
     | {
         "num_layers": 48,

@@ -60,7 +60,7 @@ def parameters(config: RunConfig, stage: int = 0) -> float:
     """Dense parameters of one rank of a pipeline stage; norms and some biases are not sharded, and small."""
     model, first, last = config.model, stage == 0, stage == config.pp - 1
     heads = model.head_dim * (2 * model.num_attention_heads + 2 * model.num_query_groups)
-    mlp = _dense_width(model) * (3 if model.activation == "swiglu" else 2)
+    mlp = _dense_width(model) * _matrices(model)
     matrices = 1 if model.tied and first and last else first + last
     embeddings = model.padded_vocab_size * model.hidden_size * matrices
     learned = model.max_positions * model.hidden_size if model.positions == "learned" and first else 0
@@ -68,6 +68,11 @@ def parameters(config: RunConfig, stage: int = 0) -> float:
     return (
         (model.num_layers / config.pp * model.hidden_size * (heads + mlp) + embeddings) / config.tp + routers + learned
     )
+
+
+def _matrices(model: ModelConfig) -> int:
+    """Of a feed-forward layer, a gated one's gate and up apart; it keeps as many of its widths for backward."""
+    return 3 if model.activation == "swiglu" else 2
 
 
 def _dense_width(model: ModelConfig) -> int:
@@ -81,7 +86,7 @@ def _bytes_of_experts(config: RunConfig) -> float:
     if experts is None:
         return 0.0
     ranks = config.ep * config.expert_tp
-    width = experts.number * experts.ffn_hidden_size * (3 if model.activation == "swiglu" else 2)
+    width = experts.number * experts.ffn_hidden_size * _matrices(model)
     parameters_here = model.num_layers / config.pp * model.hidden_size * width / ranks
     return parameters_here * bytes_per_parameter(config, config.tp * config.dp / ranks)
 
@@ -99,10 +104,9 @@ def _activations(config: RunConfig, stage: int, on_gpu: bool) -> float:
     size = 2 if config.dtype == "bf16" else 4
     whole = size * tokens * model.hidden_size / (config.tp if config.sequence_parallel else 1)
     heads = model.head_dim * (model.num_attention_heads + 2 * model.num_query_groups)
-    widths = 3 if model.activation == "swiglu" else 2
-    mlp = _dense_width(model) * widths
+    mlp = _dense_width(model) * _matrices(model)
     if model.experts is not None:  # a token's rows, as they come to experts and inside of them
-        mlp += model.experts.per_token * (model.hidden_size + model.experts.ffn_hidden_size * widths)
+        mlp += model.experts.per_token * (model.hidden_size + model.experts.ffn_hidden_size * _matrices(model))
     # Queries, keys and values twice (normalised, rotated), attention's output, the MLP's two widths.
     sharded = size * tokens * (2 * heads + model.num_attention_heads * model.head_dim + mlp) / config.tp
     # Unfused attention keeps the scores' softmax in float32, and rounded where that is another dtype.

@@ -294,9 +294,10 @@ def _mean_loss(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _sum_of_losses(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Megatron divides its gradient by the tokens of the global batch, once."""
+    """Megatron divides its gradient by the tokens of the global batch, once; float64 holds the sum of float32 losses
+    exactly, in whatever micro-batches they come."""
     tokens = torch.tensor(token_losses.numel(), dtype=torch.int32, device=token_losses.device)
-    return token_losses.float().sum(), tokens, token_losses.detach().float()
+    return token_losses.double().sum(), tokens, token_losses.detach().float()
 
 
 def global_mean(losses: list[torch.Tensor]) -> float:

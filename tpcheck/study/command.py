@@ -70,7 +70,10 @@ def _settings(study: Study, overrides: Sequence[str], quick: bool) -> Settings:
 
 
 def _require(study: Study, settings: Settings, output: Path) -> None:
-    directory(str(output))
+    try:
+        directory(str(output))
+    except ValueError as error:
+        raise TpcheckError(str(error)) from error
     if output.exists() and not output.is_dir():
         raise TpcheckError(f"{output} is a file: name another directory")
     if missing := [name for name in study.requires if find_spec(name) is None]:

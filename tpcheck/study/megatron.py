@@ -20,23 +20,24 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 import patches
+from tpcheck.config.schema import RunConfig
 from tpcheck.config.strategies import Strategy
 
-__all__ = ["DTYPES", "begin", "drawn", "layer", "layer_config", "share"]
+__all__ = ["DTYPES", "begin", "drawn", "layer", "layer_config", "own_share", "random_tokens", "share"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CUT = {"column": 0, "row": 1}  # the dimension of W that ranks share
 Kind = Literal["column", "row"]
 
 
-def begin(strategy: Strategy) -> int:
-    """Make all ranks of this process group one tensor-parallel group; its size."""
+def begin(strategy: Strategy, tp: int | None = None) -> int:
+    """Make tensor-parallel groups of `tp` ranks, or one of all ranks of this process group; their size."""
     if strategy == "stock":
         patches.cpu.enable()
     else:
         patches.enable(strategy)
     logging.getLogger("megatron").setLevel(logging.ERROR)  # that generators are one on a CPU, and states implicit
-    tp = dist.get_world_size()
+    tp = tp or dist.get_world_size()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
     model_parallel_cuda_manual_seed(1234)
     return tp
@@ -67,6 +68,21 @@ def layer(kind: Kind, config: TransformerConfig, weight_NK: Tensor) -> Any:
 def share(tensor: Tensor, dim: int) -> Tensor:
     """This rank's equal part."""
     return tensor.chunk(dist.get_world_size(), dim)[dist.get_rank()].contiguous()
+
+
+def own_share(parameter: Any, whole: Tensor) -> Tensor:
+    """This rank's share of a whole parameter, cut as Megatron marks it."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return whole
+    group, dim = parallel_state.get_tensor_model_parallel_group(), parameter.partition_dim
+    pieces = whole.chunk(getattr(parameter, "partition_stride", 1), dim)
+    return torch.cat([piece.chunk(group.size(), dim)[group.rank()] for piece in pieces], dim)
+
+
+def random_tokens(config: RunConfig, seed: int = 1) -> Tensor:
+    """One sample [1, seq_length + 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.model.vocab_size, (1, config.seq_length + 1), generator=generator)
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
 from patches.call_site import contract
 from patches.contract import UnsupportedError
+from patches.registry import library_version
 
 __all__ = ["VERSIONS", "check_experts", "check_mixture"]
 
@@ -50,8 +50,8 @@ BALANCE = {
 
 def check_mixture(config: Any) -> None:
     """Raise `UnsupportedError` for what a config with `num_moe_experts` has that is not covered."""
-    experts, found = config.num_moe_experts, version("megatron-core")
-    if not SpecifierSet(VERSIONS).contains(found, prereleases=True):
+    experts, found = config.num_moe_experts, library_version("megatron-core")
+    if found is None or not SpecifierSet(VERSIONS).contains(found, prereleases=True):
         raise UnsupportedError(
             f"num_moe_experts={experts} is not covered by the patches with megatron-core {found}: use {VERSIONS}, or "
             "train a dense model (without --num-experts)"

@@ -138,8 +138,8 @@ def test_run_is_refused_by_name(size, function, arguments, message):
 
 @pytest.mark.parametrize("found", ("2.8.0", "2.21.0", "3.0"))
 def test_unknown_version_is_refused_with_what_is_known(found, monkeypatch):
-    real = registry._version
-    monkeypatch.setattr(registry, "_version", lambda name: found if name == "transformer-engine" else real(name))
+    real = registry.library_version
+    monkeypatch.setattr(registry, "library_version", lambda name: found if name == "transformer-engine" else real(name))
     with pytest.raises(patches.UnsupportedError, match=f"transformer-engine {found} is not known.*>=2.9"):
         patches.enable()
     assert REGISTRY.contract is None

@@ -17,7 +17,7 @@ from tpcheck.cost.terms import step, total
 from tpcheck.run.model import build_model, build_optimizer, train_step, transformer_config
 from tpcheck.study.communication.counting import Event, Recording, sent
 from tpcheck.study.communication.settings import SIZES, Communication
-from tpcheck.study.megatron import begin
+from tpcheck.study.megatron import begin, random_tokens
 from tpcheck.study.ranks import on_ranks
 from tpcheck.study.study import Progress
 
@@ -62,11 +62,8 @@ def _of_a_step(config: RunConfig) -> list[Event]:
     begin("stock")
     _, pieces = build_model(config, transformer_config(config))
     optimizer = build_optimizer(config, pieces)
-    tokens = torch.randint(
-        config.model.vocab_size, (1, config.seq_length + 1), generator=torch.Generator().manual_seed(1)
-    )
     with Recording() as recording:
-        train_step(config, pieces, optimizer, [tokens])
+        train_step(config, pieces, optimizer, [random_tokens(config)])
     return recording.events
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from statistics import mean
 from typing import Any
 
+from tpcheck.study.communication.settings import SIZES
 from tpcheck.study.study import Finding, Results
 from tpcheck.study.text import percent, small
 
@@ -24,6 +25,12 @@ def findings(results: Results) -> list[Finding]:
 def case(results: Results, tp: int, sp: bool = False) -> dict[str, Any]:
     """The collectives at one TP size."""
     return next(one for one in results["collectives"]["cases"] if (one["tp"], one["sp"]) == (tp, sp))
+
+
+def _all_reduces(one: dict[str, Any]) -> dict[str, int]:
+    """How many of a layer, by phase."""
+    return {phase: sum(row["count"] for row in one["layer"] if (row["phase"], row["name"]) == (phase, "all-reduce"))
+            for phase in ("forward", "backward")}  # fmt: skip
 
 
 def mean_losses(results: Results, tied: bool) -> dict[str, float]:
@@ -59,11 +66,11 @@ def _of_model(results: Results) -> Iterator[Finding]:
 
 def _of_collectives(results: Results) -> Iterator[Finding]:
     four = case(results, 4)
-    counts = {phase: sum(row["count"] for row in four["layer"] if (row["phase"], row["name"]) == (phase, "all-reduce"))
-              for phase in ("forward", "backward")}  # fmt: skip
+    every = [_all_reduces(case(results, tp)) for tp in SIZES[1:]]
+    same, counts = all(one == every[0] for one in every), every[0]
     yield Finding(
         "A layer needs two all-reduces",
-        "holds only if nobody runs backward" if counts == {"forward": 2, "backward": 2} else "does not hold",
+        "holds only if nobody runs backward" if same and counts == {"forward": 2, "backward": 2} else "does not hold",
         f"{counts['forward']} forward and {counts['backward']} backward, at TP=2, 4 and 8",
     )
     cases = results["collectives"]["cases"]
@@ -97,7 +104,8 @@ def _of_collectives(results: Results) -> Iterator[Finding]:
         "LayerNorm needs communication",
         "holds only if sequence parallelism is on" if not norms else "holds",
         f"{len(norms)} collectives for it without: every rank has all features of all tokens; with it, the gradients "
-        f"of gamma and beta are summed, {case(results, 4, True)['step'][-1]['bytes'] / 1e3:.0f} kB a step",
+        "of gamma and beta, and of row layers' biases, are summed in one, "
+        f"{case(results, 4, True)['step'][-1]['bytes'] / 1e3:.0f} kB a step",
     )
 
 
@@ -117,8 +125,8 @@ def _of_less(results: Results) -> Iterator[Finding]:
     yield Finding(
         "Leaving attention's sum out of blocks (SPD) costs less than 1 % of the loss",
         "holds" if few == len(dropped) else f"holds only if at most {few} of {len(dropped)} blocks are chosen",
-        f"all blocks at TP=4: {every:+.2%}, at TP=8 {losses['8'][-1] / losses['8'][0] - 1:+.2%}; one all-reduce fewer "
-        "a block, forward, of two",
+        f"all blocks at TP=4: {every:+.2%}, at TP=8 {losses['8'][-1] / losses['8'][0] - 1:+.2%}; by construction one "
+        "all-reduce fewer a block, forward, of two",
     )
     exact = max(abs(one[0] / whole - 1) for one in losses.values())
     apart = max(one[-1] for one in losses.values()) - min(one[-1] for one in losses.values())

@@ -17,7 +17,7 @@ from torch import Tensor
 from tpcheck.config.schema import RunConfig
 from tpcheck.run.model import build_model, transformer_config
 from tpcheck.study.communication.settings import Communication
-from tpcheck.study.megatron import begin
+from tpcheck.study.megatron import begin, random_tokens
 from tpcheck.study.ranks import on_ranks
 from tpcheck.study.study import Progress
 
@@ -42,8 +42,7 @@ def _losses(config: RunConfig) -> dict[str, float]:
     (model,), _ = build_model(config, transformer_config(config))
     normed: list[Tensor] = []
     model.decoder.final_layernorm.register_forward_hook(lambda module, args, out: normed.append(out.detach()))
-    generator = torch.Generator().manual_seed(config.seed)
-    tokens = torch.randint(config.model.vocab_size, (1, config.seq_length + 1), generator=generator)
+    tokens = random_tokens(config, config.seed)
     inputs, following = tokens[:, :-1], tokens[:, 1:]
     positions = torch.arange(config.seq_length).expand_as(inputs)
     with torch.no_grad():

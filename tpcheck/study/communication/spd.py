@@ -23,7 +23,7 @@ from tpcheck.config.schema import RunConfig
 from tpcheck.run.data import global_batch, open_data
 from tpcheck.run.model import build_model, build_optimizer, set_learning_rate, train_step, transformer_config
 from tpcheck.study.communication.settings import SIZES, Communication
-from tpcheck.study.megatron import begin
+from tpcheck.study.megatron import begin, own_share
 from tpcheck.study.ranks import on_ranks
 from tpcheck.study.study import Progress
 
@@ -62,12 +62,10 @@ def _train(config: RunConfig) -> tuple[list[float], dict[str, Tensor]]:
 
 def _evaluate(config: RunConfig, weights: dict[str, Tensor], choices: list[list[int]]) -> list[float]:
     """The loss with each choice of blocks dropped, on the same unseen batches, in float32."""
-    tp = begin("stock")
-    rank = torch.distributed.get_rank()
+    begin("stock")
     (model,), _ = build_model(config, transformer_config(config))
     for name, parameter in model.named_parameters():
-        cut = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-        parameter.data.copy_(weights[name] if cut is None else weights[name].chunk(tp, cut)[rank])
+        parameter.data.copy_(own_share(parameter, weights[name]))
     data = open_data(config)
     batches = [global_batch(data, config, config.steps + number) for number in range(EVALUATED)]
     found = []

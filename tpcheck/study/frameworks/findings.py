@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import combinations
 from typing import Any
 
 from tpcheck.study.frameworks.trainings import losses_apart, trainings
@@ -37,8 +37,8 @@ def differing(step: dict[str, Any], a: str, b: str) -> tuple[int, int]:
 
 def _of_one_step(results: Results) -> list[Finding]:
     pair = (AUTOTP, FSDP)
-    cases = {"bfloat16, zero biases": results[BF16][ZERO], "bfloat16, random biases": results[BF16][RANDOM],
-             "float32, random biases": results[FP32][RANDOM]}  # fmt: skip
+    cases = {f"{word}, {biases}": results[part][biases]
+             for part, word in ((BF16, "bfloat16"), (FP32, "float32")) for biases in (ZERO, RANDOM)}  # fmt: skip
     counts = {name: differing(step, *pair) for name, step in cases.items()}
     text = "; ".join(f"{name}: {n} of {all_} tensors differ" for name, (n, all_) in counts.items())
     random = results[BF16][RANDOM]
@@ -118,10 +118,10 @@ def _list(values: list[float]) -> str:
 def _of_trainings(results: Results) -> list[Finding]:
     runs = trainings(results)
     low = {name: run for name, run in runs.items() if name.endswith("bf16")}
-    high = {name: run for name, run in runs.items() if name.endswith("float32 master")}
+    high = {name: run for name, run in runs.items() if name.endswith("float32 master") or "stock" in name}
     last = {name: run["losses"][-1] for name, run in runs.items()}
     steps = len(runs["DDP, bf16"]["losses"])
-    apart = [max(losses_apart(a, b)) for group in (low, high) for a, b in pairwise(group.values())]
+    apart = [max(losses_apart(a, b)) for group in (low, high) for a, b in combinations(group.values(), 2)]
     recipes = max(losses_apart(runs["DDP, bf16"], runs["DDP, float32 master"]))
     right, wrong = runs[f"{FSDP}, bf16"], runs[f"{FSDP}, bf16, wrong clip"]
     tree = max(losses_apart(runs["Megatron tree, TP=1"], runs["Megatron tree, TP=2"]))

@@ -8,33 +8,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-import patches
 from tpcheck.study.frameworks.hugging_face import language_model
 from tpcheck.study.frameworks.names import from_hugging_face
 from tpcheck.study.frameworks.recipe import Ready, Recipe
+from tpcheck.study.megatron import begin, own_share
 
 __all__ = ["megatron"]
 
 
 def megatron(recipe: Recipe) -> Ready:
     """Megatron's GPTModel, DDP and Adam. float32 weights are kept beside bfloat16 ones, whatever is asked for."""
-    if recipe.strategy == "stock":
-        patches.cpu.enable()
-    else:
-        patches.enable(recipe.strategy)  # type: ignore[arg-type]
-    parallel_state.initialize_model_parallel(recipe.tp)
-    model_parallel_cuda_manual_seed(1)
+    begin(recipe.strategy, recipe.tp)
     config, bf16 = _config(recipe), recipe.precision != "fp32"
     gpt = GPTModel(
         config, get_gpt_layer_local_spec(normalization="RMSNorm"), vocab_size=recipe.sizes["vocab_size"],
@@ -83,14 +76,9 @@ def _config(recipe: Recipe) -> TransformerConfig:
 def _load(gpt: GPTModel, model: Any, recipe: Recipe) -> None:
     """Put this rank's share of Hugging Face's weights into Megatron's."""
     given = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    rank = parallel_state.get_tensor_model_parallel_rank()
     for name, parameter in gpt.named_parameters():
         whole = from_hugging_face(name, given.__getitem__, recipe.sizes, torch.cat)
-        if getattr(parameter, "tensor_model_parallel", False):
-            pieces = whole.chunk(parameter.partition_stride, parameter.partition_dim)
-            shares = [piece.chunk(recipe.tp, parameter.partition_dim)[rank] for piece in pieces]
-            whole = torch.cat(shares, parameter.partition_dim)
-        parameter.data.copy_(whole)
+        parameter.data.copy_(own_share(parameter, whole))
 
 
 def _forward(samples: Iterator[Tensor], model: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:

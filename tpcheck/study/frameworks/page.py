@@ -19,7 +19,7 @@ __all__ = ["page"]
 CURVES = {
     "DDP, bf16": (0, "-"), "AutoTP, bf16": (1, "--"), "FSDP2 + DTensor, bf16": (2, ":"),
     "DDP, float32 master": (3, "-"), "AutoTP, float32 master": (4, "--"), "FSDP2 + DTensor, float32 master": (5, ":"),
-    "Megatron tree, TP=2": (6, "-."),
+    "Megatron stock, TP=2": (6, "-."),
 }  # fmt: skip
 APART = {
     "AutoTP, bf16": "DDP, bf16", "FSDP2 + DTensor, bf16": "DDP, bf16",
@@ -42,9 +42,9 @@ def page(settings: Any, results: Results) -> Page:
     table = _training_table(runs)
     return Page(
         answer="Yes, up to rounding, as long as all keep weights, gradients and Adam's state in the same precision; "
-        "bits are equal between two of them only by luck, and across tensor-parallel sizes only in Megatron under "
-        "`patches`. Losses, norms and curves, which people compare, cannot see what goes wrong: compare gathered "
-        "gradients, in float32, with biases that are not zero.",
+        "bits are equal between two of them only while biases are zero, and across tensor-parallel sizes only in "
+        "Megatron under `patches`. Losses, norms and curves, which people compare, cannot see what goes wrong: compare "
+        "gathered gradients, in float32, with biases that are not zero.",
         picture=Picture(_picture(runs), f"Left: {settings.steps} steps, two recipes of precision, all frameworks. "
                         "Right: how far a curve is from the one that it should equal; 0 is the lower edge."),
         blocks=[*_step_blocks(settings, results), *_data_blocks(results["two-data-ranks"]),
@@ -112,7 +112,7 @@ def _step_blocks(settings: Any, results: Results) -> list[Block]:
         Paragraph(
             "AutoTP's column layer rounds x·W to bfloat16 and adds its bias to that; torch's linear, which DTensor "
             "leaves in place, adds it before rounding. So the two have equal bits while biases are zero, which is how "
-            "Hugging Face draws them, and in float32 where the rounding happens to agree."
+            "Hugging Face draws them."
         ),
     ]
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import torch
 
+from tpcheck.config.strategies import Strategy
+
 __all__ = ["Framework", "Precision", "Ready", "Recipe", "tokens"]
 
 Framework = Literal["ddp", "autotp", "fsdp", "megatron"]
@@ -36,7 +38,7 @@ class Recipe:
     dp: int = 1
     precision: Precision = "bf16"
     biases: bool = True
-    strategy: str = "stock"
+    strategy: Strategy = "stock"
     clip: float = 0.0
     lr: float = 1e-5
     wrong_clip: bool = False

@@ -1,7 +1,7 @@
 """The rules of tensor parallelism, each with a mutant that breaks it, and what has to be looked at to see that.
 
 A transformer layer after a vocabulary-parallel embedding, written out under `shard_map`, against the same without
-devices; in float64, so that rounding (1e-15) and mistakes (1e-2) cannot be confused.
+devices; in float64, so that rounding (some 1e-12) and mistakes (1e-1) cannot be confused.
 """
 
 from __future__ import annotations

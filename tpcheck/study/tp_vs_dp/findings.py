@@ -1,4 +1,4 @@
-"""What became of the analysis' claims; every verdict follows from the numbers."""
+"""What became of the analysis' claims, by the numbers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tpcheck.study.text import percent, small
 from tpcheck.study.tp_vs_dp import published
 from tpcheck.study.tp_vs_dp.layers import NO_SUM
 from tpcheck.study.tp_vs_dp.roundings import bfloat16_sum
+from tpcheck.study.tp_vs_dp.settings import SIZES
 
 __all__ = ["derived_error", "findings", "isolated_row", "ratios", "worst_column"]
 
@@ -135,7 +136,7 @@ def _of_growth(results: Results) -> Iterator[Finding]:
 
 
 def _of_tolerances(results: Results) -> Iterator[Finding]:
-    measured = {tp: derived_error(results, tp) for tp in (2, 4, 8)}
+    measured = {tp: derived_error(results, tp) for tp in SIZES[1:]}
     agree = all(abs(ours / derived - 1) < AGREES for ours, derived in measured.values())
     yield Finding(
         "What bfloat16 does to a row-parallel sum follows from counting its roundings",

@@ -19,11 +19,10 @@ from tpcheck.study.megatron import DTYPES, Kind, begin, drawn, layer, layer_conf
 from tpcheck.study.ranks import on_ranks
 from tpcheck.study.study import Progress
 from tpcheck.study.tensors import apart
-from tpcheck.study.tp_vs_dp.settings import TpVsDp
+from tpcheck.study.tp_vs_dp.settings import SIZES, TpVsDp
 
-__all__ = ["SIZES", "columns", "isolated"]
+__all__ = ["columns", "isolated"]
 
-SIZES = (1, 2, 4, 8)
 TOKENS, WIDTHS, FEATURES = (1, 16, 64, 512), (8, 48, 360, 896, 1024, 4096), 1024  # shapes that a library may tell apart
 # Along the features in and out: where each tensor of a layer is cut.
 SPREAD: dict[Kind, dict[str, int | None]] = {

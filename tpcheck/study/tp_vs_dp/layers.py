@@ -19,7 +19,7 @@ from megatron.core.transformer.module import Float16Module
 from patches.megatron import initial_weights
 from tpcheck.config.schema import RunConfig
 from tpcheck.run.model import seed_everything, transformer_config
-from tpcheck.study.megatron import begin
+from tpcheck.study.megatron import begin, random_tokens
 from tpcheck.study.ranks import on_ranks
 from tpcheck.study.study import Progress
 from tpcheck.study.tp_vs_dp.settings import TpVsDp
@@ -104,9 +104,7 @@ def _traced(config: RunConfig, path: str, perturb: int = 0, bug: tuple[str, int]
     if bug is not None:
         _break(bare.decoder.layers[bug[1]].mlp, bug[0])
     model: torch.nn.Module = Float16Module(described, bare) if config.dtype == "bf16" else bare
-    tokens = torch.randint(
-        config.model.vocab_size, (1, config.seq_length + 1), generator=torch.Generator().manual_seed(1)
-    )
+    tokens = random_tokens(config)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     positions = torch.arange(config.seq_length).expand_as(inputs)
     with trace(path, model, modules=PATTERNS, kinds=list(KINDS), perturb=perturb):

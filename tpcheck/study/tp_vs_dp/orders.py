@@ -9,11 +9,10 @@ from tpcheck.order.command import orders
 from tpcheck.order.fprev import formula, to_lists
 from tpcheck.order.setting import Setting
 from tpcheck.study.study import Progress
-from tpcheck.study.tp_vs_dp.settings import TpVsDp
+from tpcheck.study.tp_vs_dp.settings import SIZES, TpVsDp
 
 __all__ = ["found_orders"]
 
-SIZES = (1, 2, 4, 8)
 SUMMANDS = 32
 CASES: tuple[tuple[str, Strategy, int], ...] = (  # target, strategy, tokens
     ("row-parallel", "stock", 8),

@@ -13,7 +13,7 @@ from tpcheck.study.tp_vs_dp import published
 from tpcheck.study.tp_vs_dp.drawings import growth, stacked, trees
 from tpcheck.study.tp_vs_dp.findings import derived_error, ratios
 from tpcheck.study.tp_vs_dp.roundings import bfloat16_sum
-from tpcheck.study.tp_vs_dp.settings import TpVsDp
+from tpcheck.study.tp_vs_dp.settings import SIZES, TpVsDp
 
 __all__ = ["page"]
 
@@ -176,7 +176,7 @@ def _tolerances(settings: TpVsDp, results: Results) -> Iterator[Block]:
         "and a quarter more."
     )
     rows = []
-    for tp in (2, 4, 8):
+    for tp in SIZES[1:]:
         derived = bfloat16_sum(tp)
         rows.append(
             [

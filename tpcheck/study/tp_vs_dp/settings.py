@@ -11,7 +11,9 @@ from tpcheck.config.load import parse_run
 from tpcheck.config.schema import RunConfig
 from tpcheck.study.study import Settings
 
-__all__ = ["TpVsDp"]
+__all__ = ["SIZES", "TpVsDp"]
+
+SIZES = (1, 2, 4, 8)
 
 
 class TpVsDp(Settings):

@@ -13,11 +13,10 @@ from tpcheck.run.model import seed_everything, transformer_config
 from tpcheck.study.megatron import begin
 from tpcheck.study.ranks import on_ranks
 from tpcheck.study.study import Progress
-from tpcheck.study.tp_vs_dp.settings import TpVsDp
+from tpcheck.study.tp_vs_dp.settings import SIZES, TpVsDp
 
 __all__ = ["weights"]
 
-SIZES = (1, 2, 4, 8)
 LAYERS = 2  # each layer is drawn as the first ones are
 
 

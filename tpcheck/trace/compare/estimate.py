@@ -124,7 +124,7 @@ class Estimate:
             yield replace(held[0], error=error, scale=max(1.0, more) * independent)
 
     def _least(self, key: Key, a: Logical) -> Distance:
-        least, size = ROUNDING.get(a.dtype, 0.0), self._typical(a)
+        least, itself = ROUNDING.get(a.dtype, 0.0), _of_all(a)
         if key.kind == "update":
             # The difference of two float32 numbers, each of which is rounded.
             after = self.reference.logical_or_none(self.reference.updates[key][1])
@@ -134,21 +134,16 @@ class Estimate:
             whole = distance(replace(a, bits=after.values().view("<u8")), replace(a, bits=np.zeros_like(a.bits)))
             moved, kept = (float(np.linalg.norm(one.values())) for one in (a, after))
             relative = rounding * kept / moved if moved else 0.0
-            return Distance(relative, relative * max(whole.peak, 1.0), relative, rounding * self._typical(after))
+            return Distance(relative, relative * max(whole.peak, 1.0), relative, rounding * _of_all(after).median)
         if key.kind == "loss":
             least = LOSS
         if key.kind == "clip" or key.kind.startswith("state"):
             # The gradient norm, by which all are scaled, is a float32 sum over everything, in an order of its own.
             apart = GRADIENT_NORM if key.kind == "clip" else self.clipped
             scaled = apart * (2 if key.kind.endswith("_sq") else 1)
-            all_of_it = distance(a, replace(a, bits=np.zeros_like(a.bits)))
-            peak = max(least, scaled * all_of_it.peak)
-            return Distance(max(least, scaled), peak, scaled, max(least, scaled) * size)
-        return Distance(least, least, 0.0, least * size)
-
-    def _typical(self, a: Logical) -> float:
-        """The median of the absolute values."""
-        return distance(a, replace(a, bits=np.zeros_like(a.bits))).median
+            peak = max(least, scaled * itself.peak)
+            return Distance(max(least, scaled), peak, scaled, max(least, scaled) * itself.median)
+        return Distance(least, least, 0.0, least * itself.median)
 
     def _kernel(self, key: Key) -> Iterator[Distance]:
         """What a norm's gradients, and what follows from them, are off by from the sums that they should be."""
@@ -281,3 +276,8 @@ def _open_nudged(folder: Path, path: Path) -> Trace:
         raise TpcheckError(
             f"{folder}, a nudged run, is not whole: remove it, and it is made again ({error})"
         ) from error
+
+
+def _of_all(a: Logical) -> Distance:
+    """How far a tensor is from nothing: its largest row, the median of its absolute values."""
+    return distance(a, replace(a, bits=np.zeros_like(a.bits)))

@@ -95,7 +95,7 @@ def _over(value: float, bound: float) -> float:
 
 
 def _median(apart: Distance, expected: Distance, size: int, seeds: int) -> Excess:
-    bound = MEDIAN_SAFETY * (1 + FEW / math.sqrt(max(size, 1) * max(seeds, 1))) * expected.median
+    bound = MEDIAN_SAFETY / SAFETY * allowed(size, seeds) * expected.median
     value = _over(apart.median, bound)
     times = apart.median / expected.median if expected.median else math.inf
     return Excess(value, f"half of its elements are off by {times:.2g} times what rounding does to half of them")

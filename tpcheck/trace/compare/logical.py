@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -66,8 +67,10 @@ class Logical:
         return replace(self, bits=np.ascontiguousarray(first(self.bits)), ranks=ranks, replicas=replicas)
 
     def summed(self) -> Logical:
-        """One number, the sum of all."""
-        return replace(self, dtype="float64", bits=np.array([self.values().sum()]).view("<u8"), ranks=(), batch=None)
+        """One number, the sum of all, rounded once."""
+        x = self.values().reshape(-1)
+        total = math.fsum(x) if np.isfinite(x).all() else x.sum()
+        return replace(self, dtype="float64", bits=np.array([total]).view("<u8"), ranks=(), batch=None)
 
     def widened(self) -> Logical:
         """The same numbers as float64, for a comparison with another dtype."""

@@ -183,7 +183,7 @@ class Capture:
         if self.wanted and self.microbatch >= 0:
             batch = replace(self.batch, number=self.losses)
             index = batch.number * self.rules.layout.dp + self.rules.layout.dp_rank
-            shards = whole(loss.float().reshape(1)).batch(0, index)
+            shards = whole(loss.double().reshape(1)).batch(0, index)
             self._record("loss", "model", shards, batch, scale=self.rules.layout.grad_scale)
         self.losses += 1
 

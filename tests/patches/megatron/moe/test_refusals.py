@@ -113,7 +113,7 @@ def test_dense_layers_in_a_pipeline_are_refused():
 
 
 def test_other_versions_of_megatron_core_are_refused(monkeypatch):
-    monkeypatch.setattr("patches.megatron.moe.refusals.version", lambda name: "0.17.1")
+    monkeypatch.setattr("patches.megatron.moe.refusals.library_version", lambda name: "0.17.1")
     with pytest.raises(
         AssertionError, match="num_moe_experts=8 is not covered by the patches with megatron-core 0.17.1"
     ):

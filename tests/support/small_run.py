@@ -27,4 +27,5 @@ def train(folder: Path, output: str, *overrides: str, resume: bool = False) -> d
     flags = ["--resume"] if resume else []
     assert main(["train", str(run_file(folder)), f"output={folder / output}", *overrides, *flags]) == 0
     digests = folder / output / "digests.json"
-    return json.loads(digests.read_text()) if digests.exists() else {}
+    found = json.loads(digests.read_text()) if digests.exists() else {}
+    return {key: value for key, value in found.items() if key != "beside"}  # which follows from layers and layout

@@ -242,7 +242,7 @@ def model_without_ranks() -> None:
     """A model that says that it is context-parallel, on ranks that are not."""
     patches.enable(batch="order-free", chunks=4)
     initialize = parallel_state.initialize_model_parallel
-    parallel_state.initialize_model_parallel = lambda *args, context_parallel_size: initialize(*args)
+    parallel_state.initialize_model_parallel = lambda *args, **sizes: initialize(*args)
     plain_megatron.train(seq=32, global_batch=2, cp=2)
 
 

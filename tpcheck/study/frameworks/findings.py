@@ -126,7 +126,6 @@ def _of_trainings(results: Results) -> list[Finding]:
     right, wrong = runs[f"{FSDP}, bf16"], runs[f"{FSDP}, bf16, wrong clip"]
     tree = max(losses_apart(runs["Megatron tree, TP=1"], runs["Megatron tree, TP=2"]))
     stock = losses_apart(runs["Megatron stock, TP=1"], runs["Megatron stock, TP=2"])
-    unsynced = losses_apart(runs["DDP, bf16, DP=2"], runs[f"{UNSYNCED}, bf16, DP=2"])
     return [
         Finding(
             f"the frameworks' loss curves coincide over {steps} steps",
@@ -151,20 +150,16 @@ def _of_trainings(results: Results) -> list[Finding]:
         ),
         Finding(
             "a wrongly scoped clip shows in the curve",
-            "does not hold" if max(losses_apart(right, wrong)) < 3 * max(apart) else "holds",
+            "does not hold" if max(losses_apart(right, wrong)) < 3 * max(apart) else
+            "holds only if a few times what rounding does is taken for a mistake",
             f"squares added up over all ranks count replicated tensors twice: norm {wrong['norms'][0]:.3f} where it is "
             f"{right['norms'][0]:.3f} ({wrong['norms'][0] / right['norms'][0] - 1:+.0%}); curves "
             f"{max(losses_apart(right, wrong)):.1e} apart, for Adam divides a common factor out",
         ),
         Finding(
-            "a missing gradient sync shows in the curve",
-            "holds only if somebody has a curve to compare with" if max(unsynced) > 3 * max(apart) else "does not hold",
-            f"{unsynced[0]:.1e} from DDP at DP=2 in step 0, {unsynced[1]:.1e} in step 1, at most {max(unsynced):.1e}; "
-            f"it falls all the same, to {last[f'{UNSYNCED}, bf16, DP=2']:.3f} beside {last['DDP, bf16, DP=2']:.3f}",
-        ),
-        Finding(
-            f"Megatron under `patches` has one loss curve at TP=1 and TP=2 over {steps} steps",
+            "Megatron under `patches` has one loss curve at TP=1 and TP=2",
             "holds" if tree == 0 else "does not hold",
-            f"largest difference {tree:.1f}; stock's {max(stock):.1e}",
+            f"largest difference {tree:.1f} in {len(runs['Megatron tree, TP=1']['losses'])} steps; "
+            f"stock's {max(stock):.1e} in {steps}",
         ),
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from typing import Any
@@ -94,6 +95,8 @@ def _fsdp(recipe: Recipe) -> Ready:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+    # A norm is summed over both dimensions of the mesh, one after the other, and DTensor says so every time.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     model = language_model(recipe)
     mesh = init_device_mesh("cpu", (recipe.dp, recipe.tp), mesh_dim_names=("dp", "tp"))
     columns = [*(f"self_attn.{name}_proj" for name in "qkv"), "mlp.gate_proj", "mlp.up_proj"]

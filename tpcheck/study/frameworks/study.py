@@ -15,7 +15,7 @@ from tpcheck.study.frameworks.findings import findings
 from tpcheck.study.frameworks.page import page
 from tpcheck.study.study import Part, Progress, Settings, Study
 
-__all__ = ["STUDY", "TRAININGS"]
+__all__ = ["STUDY"]
 
 CLIP = {"clip": 1.0}
 TP2 = {"tp": 2}
@@ -32,9 +32,6 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "Megatron stock, TP=2": {"framework": "megatron", "precision": "master", **TP2, **CLIP},
     "Megatron tree, TP=1": {"framework": "megatron", "precision": "master", "strategy": "tree", **CLIP},
     "Megatron tree, TP=2": {"framework": "megatron", "precision": "master", "strategy": "tree", **TP2, **CLIP},
-    "DDP, bf16, DP=2": {"framework": "ddp", "precision": "bf16", "dp": 2, **CLIP},
-    "DTensor without gradient sync, bf16, DP=2": {
-        "framework": "fsdp", "precision": "bf16", "no_sync": True, "dp": 2, **TP2, **CLIP},
 }  # fmt: skip
 MEGATRON = {
     f"Megatron {strategy}, TP={tp}": {"framework": "megatron", "strategy": strategy, "tp": tp}
@@ -63,11 +60,19 @@ class FrameworksSettings(Settings):
     training_length: int = Field(64, ge=8)
     batch: int = Field(2, ge=1)
     steps: int = Field(100, ge=2)
+    short_steps: int = Field(20, ge=2)
 
     @classmethod
     def quick(cls) -> FrameworksSettings:
         return cls(
-            hidden_size=64, intermediate_size=160, heads=4, vocabulary=512, length=32, training_length=32, steps=20
+            hidden_size=64,
+            intermediate_size=160,
+            heads=4,
+            vocabulary=512,
+            length=32,
+            training_length=32,
+            steps=20,
+            short_steps=8,
         )
 
     @model_validator(mode="after")
@@ -146,9 +151,15 @@ def _training(name: str, settings: FrameworksSettings, progress: Progress) -> di
     from tpcheck.study.frameworks.runs import import_once, training
 
     import_once()
-    progress(0, f"{settings.steps} steps")
+    steps = getattr(settings, _steps(name))
+    progress(0, f"{steps} steps")
     sizes: dict[str, Any] = {"batch": settings.batch, "length": settings.training_length, "sizes": settings.sizes()}
-    return {"name": name, **training(Recipe(**sizes, **TRAININGS[name]), settings.steps)}
+    return {"name": name, **training(Recipe(**sizes, **TRAININGS[name]), steps)}
+
+
+def _steps(name: str) -> str:
+    """The setting that says how many: few where one differing bit would show."""
+    return "short_steps" if "tree" in name else "steps"
 
 
 def _memory_gib(settings: FrameworksSettings) -> float:
@@ -174,7 +185,7 @@ STUDY = Study(
         Part("one-step-bf16", partial(_one_step, "bf16"), (*MODEL, "length")),
         Part("one-step-fp32", partial(_one_step, "fp32"), (*MODEL, "length")),
         Part("two-data-ranks", _two_data_ranks, (*MODEL, "length")),
-        *(Part(_slug(name), partial(_training, name), (*MODEL, "training_length", "steps")) for name in TRAININGS),
+        *(Part(_slug(name), partial(_training, name), (*MODEL, "training_length", _steps(name))) for name in TRAININGS),
     ),
     page=page,
     findings=findings,

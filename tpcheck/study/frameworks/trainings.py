@@ -15,5 +15,5 @@ def trainings(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def losses_apart(a: dict[str, Any], b: dict[str, Any]) -> list[float]:
-    """How far two curves are apart at every step."""
-    return [abs(x - y) for x, y in zip(a["losses"], b["losses"], strict=True)]
+    """How far two curves are apart at every step that both have."""
+    return [abs(x - y) for x, y in zip(a["losses"], b["losses"], strict=False)]

@@ -56,7 +56,7 @@ def expert_gradients_reduced_over_the_wrong_group() -> Iterator[None]:
         yield
 
 
-@bug("clip gradient clipping", layout=EP2, model=MIXTURE, optimizer=TIGHT, dtype="fp32")
+@bug("clip gradient norm", layout=EP2, model=MIXTURE, optimizer=TIGHT, dtype="fp32")
 def norm_omits_experts() -> Iterator[None]:
     """The gradient norm that clipping uses is that of the dense parameters."""
     with replaced(ChainedOptimizer, "get_grad_norm", lambda self: self.chained_optimizers[0].get_grad_norm()):

@@ -40,7 +40,7 @@ def judged(a: Any, noise: list[Any], b: Any) -> Excess:
     estimate = Estimate(reference, nudged)
     x, y = logical(a), logical(b)
     apart = distance(x, y)
-    return excess(KEY, numbers(x, y, apart), apart, estimate.of(KEY, x), 3)
+    return excess(KEY, numbers(x, y, apart), apart, estimate.of(KEY, x), len(noise))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -53,6 +53,12 @@ def test_a_factor_far_below_each_elements_rounding_is_found() -> None:
     a, (*noise, b) = case()
     found = judged(a, noise, b * 1.004)
     assert found.value > 1 and found.why.startswith("a common factor of 1.00")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_nudged_run_says_little_of_a_common_factor(seed: int) -> None:
+    a, (*noise, b) = case(seed)
+    assert judged(a, noise, b * 1.002).value > 1 > judged(a, noise[:1], b * 1.002).value
 
 
 def test_one_part_that_is_off_is_found_and_named() -> None:

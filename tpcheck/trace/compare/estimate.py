@@ -34,7 +34,7 @@ from tpcheck.trace.compare.sign_flips import sign_flip_distance
 from tpcheck.trace.module_names import role_of
 from tpcheck.trace.record.noise import REDRAWN
 
-__all__ = ["GRADIENT_NORM", "ROUNDING", "Estimate", "open_noise", "open_trace"]
+__all__ = ["GRADIENT_NORM", "ROUNDING", "Estimate", "open_noise", "open_trace", "spread_of"]
 
 # Half a unit in the last place, relative: what storing a number in the dtype costs, whatever was computed.
 ROUNDING = {"bfloat16": 2.0**-9, "float16": 2.0**-12, "float32": 2.0**-24, "float64": 2.0**-53}
@@ -42,6 +42,8 @@ GRADIENT_NORM = 64 * ROUNDING["float32"]
 # Of a gradient, what is made of it; the weights themselves are moved by far less than they are large.
 POWERS = {"grad": 1, "state.exp_avg": 1, "state.exp_avg_sq": 2, "update": 1, "state.main": 0, "weight": 0}
 LOSS = 4 * ROUNDING["float32"]  # a mean of many float32, taken in another order
+# Student's t that one in a thousand exceeds, against that of three values, with which the limits were found.
+FEW_VALUES = {1: 49.3, 2: 2.45}
 
 
 class Estimate:
@@ -105,7 +107,7 @@ class Estimate:
         role = key.kind, role_of(key.name)
         if role not in self.common:
             every = [one.coherent for other in self.roles.get(role, []) for one in self.runs(other)]
-            self.common[role] = _root_mean_square(every)
+            self.common[role] = spread_of(every)
         return max(self.common[role], _root_mean_square([one.coherent for one in self.runs(key)]))
 
     def _parts(self, key: Key) -> Iterator[Blocks]:
@@ -225,9 +227,10 @@ def _inflation(held: Sequence[Blocks]) -> float:
     ratios = []
     for part in held:
         independent = _independent(part)
-        ratios.append((part.scale[independent > 0] / independent[independent > 0]) ** 2)
+        ratios.append(part.scale[independent > 0] / independent[independent > 0])
     every = np.concatenate(ratios) if ratios else np.zeros(0)
-    return float(np.sqrt(every.mean())) if every.size else 1.0
+    # The parts of one tensor are measured from their mean: one of them is known from the others.
+    return spread_of(every, every.size - len(held)) if every.size else 1.0
 
 
 def _times(one: Distance, more: float) -> Distance:
@@ -235,7 +238,13 @@ def _times(one: Distance, more: float) -> Distance:
     return Distance(one.overall * more, one.peak * more, one.coherent * more, one.median * more, 0.0, blocks)
 
 
-def _root_mean_square(values: Sequence[float]) -> float:
+def spread_of(values: Sequence[float] | Array, free: int | None = None) -> float:
+    """The standard deviation that `values` around zero are from, as large as so few, `free` of each other, leave it
+    possible."""
+    return FEW_VALUES.get(len(values) if free is None else free, 1.0) * _root_mean_square(values)
+
+
+def _root_mean_square(values: Sequence[float] | Array) -> float:
     return float(np.sqrt(np.mean(np.square(values)))) if len(values) else 0.0
 
 

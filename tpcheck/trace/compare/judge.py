@@ -60,7 +60,8 @@ class _Judge:
         self.shapes = dict(put_straight(a, b, list(estimate.noise)))
         self.aliases = dict(aliases(a, b))  # by A's name of it: what a resumed trace begins with, and the other's end
         step = min(set(a.steps) & set(b.steps), default=0)
-        self.layouts_are_one = a.layout == b.layout and a.microbatches(step) == b.microbatches(step)
+        alike = [(one.layout, one.microbatches(step), any(key.kind == "again" for key in one.order)) for one in (a, b)]
+        self.layouts_are_one = alike[0] == alike[1]
         self.begun: set[int] = set()  # steps
 
     def compare(self) -> Comparison:
@@ -84,7 +85,10 @@ class _Judge:
         if not self.started:
             self._start()
         if not self.redrawn and not self.softmaxed:
-            self.result.rows = together(self.result.rows, self.estimate)
+            # What follows from a suspect is off for it; before it, all steps and layers may tell more.
+            rows, first = self.result.rows, self.result.first
+            place = rows.index(first) if first else len(rows)
+            self.result.rows = [*together(rows[:place], self.estimate), *rows[place:]]
         return self.result
 
     def _begin(self, step: int) -> None:

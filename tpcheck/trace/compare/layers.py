@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from tpcheck.trace.compare.comparison import Row
-from tpcheck.trace.compare.estimate import Estimate
+from tpcheck.trace.compare.estimate import Estimate, spread_of
 from tpcheck.trace.compare.excess import COHERENT_SAFETY, TURNING
 from tpcheck.trace.module_names import role_of
 
@@ -106,6 +106,6 @@ def _mean(rows: Sequence[Row], estimate: Estimate, level: float) -> tuple[float,
     seeds = min(map(len, runs))
     theirs = [float((weights * [run[seed].scale for run in runs]).sum() / total) for seed in range(seeds)]
     independent = float(1 / math.sqrt(total))
-    spread = max(independent, math.sqrt(sum(one * one for one in theirs) / seeds) if seeds else 0.0)
+    spread = max(independent, spread_of(theirs))
     # Three runs leave it uncertain where their tensors go together.
     return float((weights * factors).sum() / total), level * max(spread, 0.5 * max(map(abs, theirs), default=0.0))

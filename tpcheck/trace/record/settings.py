@@ -22,8 +22,18 @@ import torch
 
 __all__ = ["Settings", "generators", "modules", "run_settings"]
 
-# Of a parameter group: how it is computed, and not what.
-EXECUTION = {"params", "foreach", "fused", "capturable", "differentiable", "default_config", "step", "name"}
+# Of a parameter group: how it is computed, and where, and not what.
+EXECUTION = {
+    "params",
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+    "default_config",
+    "step",
+    "name",
+    "is_expert_parallel",
+}
 # Of Megatron's TransformerConfig: what function is computed. What is not named here may follow the layout.
 CONFIG = (
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",

@@ -31,21 +31,19 @@ def watch(
         if len(roots) == 1 and isinstance(roots[0], torch.Tensor) and roots[0].numel() == 1 and _alone(given):
             on_loss(roots[0].detach())
 
-    def norm(args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> None:
-        on_norm(float(answer))
-
     def clip(args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> None:
         on_limit(float(args[1] if len(args) > 1 else kwargs["max_norm"]))
+        if (total := args[2] if len(args) > 2 else kwargs.get("total_norm")) is not None:
+            on_norm(float(total))  # over all of Megatron's optimizers, of which experts have their own
 
     def norm_and_clip(args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> None:
-        norm(args, kwargs, answer.full_tensor() if hasattr(answer, "full_tensor") else answer)
-        clip(args, kwargs, answer)
+        on_norm(float(answer.full_tensor() if hasattr(answer, "full_tensor") else answer))
+        on_limit(float(args[1] if len(args) > 1 else kwargs["max_norm"]))
 
     yield _watched(torch.autograd, "backward", loss, before=True)
     yield _watched(torch.nn.utils, "clip_grad_norm_", norm_and_clip)
     for module, name, look in (
         (SCHEDULES, "custom_backward", loss),
-        (OPTIMIZER, "get_grad_norm_fp32", norm),
         (OPTIMIZER, "clip_grad_by_total_norm_fp32", clip),
     ):
         if hasattr(sys.modules.get(module), name):

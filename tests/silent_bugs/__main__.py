@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parents[2] / "results" / "silent_bugs"
 
 
 def main(wanted: list[str]) -> int:
-    """Run, print as it goes, and write the results if it was the whole benchmark; 1 if an answer is wrong or missing."""
+    """Run, print as it goes, write the results if it was the whole benchmark; 1 if an answer is wrong or missing."""
     answers: list[Answer] = []
     ended = 0
     with tempfile.TemporaryDirectory(prefix="silent-bugs-") as folder:

@@ -122,7 +122,7 @@ def test_boxes_that_do_not_fit_are_not_compared(tmp_path: Path, capsys: pytest.C
     a, b = recorded(tmp_path / "a"), recorded(tmp_path / "b")
     path = b / "rank-00000" / RECORDS
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines[5]["at"], lines[6]["at"], lines[7]["dtype"] = [[0]], [], "float64"
+    lines[5]["at"], lines[6]["at"], lines[8]["dtype"] = [[0]], [], "float64"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main(["compare", str(a), str(b)]) == 0
     printed = capsys.readouterr().out

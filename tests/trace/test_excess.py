@@ -32,7 +32,7 @@ def case(seed: int = 0, shape: tuple[int, ...] = (64, 48)) -> tuple[np.ndarray[A
     return a, [a + NOISE * random.normal(size=shape) for _ in range(4)]
 
 
-def judged(a: Any, noise: list[Any], b: Any) -> Excess:
+def judged(a: Any, noise: list[Any], b: Any, parts: bool = True) -> Excess:
     """B's excess over A, where `noise` are the nudged runs."""
     reference = Mock(order={KEY: (0,)}, updates={}, steps=[0], records={})
     reference.logical_or_none = lambda key: logical(a) if key == KEY else None
@@ -40,7 +40,7 @@ def judged(a: Any, noise: list[Any], b: Any) -> Excess:
     estimate = Estimate(reference, nudged)
     x, y = logical(a), logical(b)
     apart = distance(x, y)
-    return excess(KEY, numbers(x, y, apart), apart, estimate.of(KEY, x), len(noise))
+    return excess(KEY, numbers(x, y, apart), apart, estimate.of(KEY, x), len(noise), parts)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -69,6 +69,32 @@ def test_one_part_that_is_off_is_found_and_named() -> None:
     b[24:26] *= 1.3
     found = judged(a, noise, b)
     assert found.value > 1
+
+
+def test_parts_say_nothing_where_any_of_their_elements_may_be_dropped() -> None:
+    a, (*noise, b) = case()
+    b[24:26] *= 1.04
+    b[40:42] *= 0.96  # so that the whole has no factor
+    assert judged(a, noise, b).value > 1 > judged(a, noise, b, parts=False).value
+
+
+@pytest.mark.parametrize(
+    ("name", "sample", "dtype", "untold"),
+    [
+        ("layers.0.input_layernorm.bias", 8, "bfloat16", True),
+        ("layers.0.input_layernorm.weight", 8, "bfloat16", True),
+        ("layers.0.q_layernorm.weight", 8, "bfloat16", False),  # an RMSNorm: no bias
+        ("layers.0.linear.weight", 8, "bfloat16", False),
+        ("layers.0.input_layernorm.bias", 1, "bfloat16", False),
+        ("layers.0.input_layernorm.bias", 8, "float32", False),
+    ],
+)
+def test_gradients_of_layernorm_are_untold_where_tokens_are_missing(
+    name: str, sample: int, dtype: str, untold: bool
+) -> None:
+    order = {Key(0, "start", "layers.0.input_layernorm.bias"): (0,), Key(0, "start", "layers.0.linear.bias"): (1,)}
+    estimate = Estimate(Mock(order=order, sample=sample, dtype=dtype), [])
+    assert estimate.untold(Key(0, "grad", name)) is untold
 
 
 def test_many_small_errors_that_a_few_outliers_hide_are_found_by_the_median() -> None:

@@ -90,6 +90,14 @@ class Estimate:
         more = self.more if self.more > 1 and key.step >= self.since else 1.0
         return _times(self.known[key], more) if more > 1 else self.known[key]
 
+    def untold(self, key: Key) -> bool:
+        """Whether `key` follows from a LayerNorm's gradient in bfloat16, and tokens are missing to tell what it should
+        be."""
+        module, _, which = key.name.rpartition(".")
+        of_norm = "norm" in module.rpartition(".")[2] and which in ("weight", "bias") and key.kind in POWERS
+        centered = any((kind, name) == ("start", f"{module}.bias") for _, kind, name in self.reference.order)
+        return self.reference.sample > 1 and self.reference.dtype == "bfloat16" and of_norm and centered
+
     def runs(self, key: Key, a: Logical | None = None) -> list[Distance]:
         """How far each nudged run is from the reference."""
         if key not in self.nudged:

@@ -47,8 +47,11 @@ def allowed(size: int, seeds: int) -> float:
     return SAFETY * (1 + FEW / math.sqrt(max(size, 1) * max(seeds, 1)))
 
 
-def excess(key: Key, found: Numbers, apart: Distance, expected: Distance | None, seeds: int) -> Excess:
-    """The distance `apart` over what is allowed, given how far rounding is expected to go."""
+def excess(
+    key: Key, found: Numbers, apart: Distance, expected: Distance | None, seeds: int, parts: bool = True
+) -> Excess:
+    """The distance `apart` over what is allowed, given how far rounding is expected to go; `parts` may say nothing
+    where one element of a part may be dropped that outweighs all others."""
     if found.nan or math.isinf(found.max_abs):  # infinities are left out of the distances
         return Excess(math.inf)
     if expected is None:
@@ -63,7 +66,7 @@ def excess(key: Key, found: Numbers, apart: Distance, expected: Distance | None,
     ]
     if key.kind not in TURNING:
         every.append(_coherent(apart, expected))
-    if key.kind not in (*TURNING, "update"):
+    if parts and key.kind not in (*TURNING, "update"):
         every += [_parts(*one, expected.overall, seeds) for one in zip(apart.blocks, expected.blocks, strict=False)]
     worst = max(every, key=lambda one: one.value)
     return worst if plain.value <= 1 else Excess(worst.value)  # what anybody sees needs no word of how

@@ -39,6 +39,10 @@ DROPPED = (
     "dropout drops other elements in B than in A, as it may where the layouts are two: everything is judged by runs of "
     "A that drop others, too, so that only errors above dropout's own noise are seen; trace with dropout 0 to see more"
 )
+SAMPLED = (
+    "what LayerNorm's gradients miss in bfloat16, by a kernel that adds in it, can't be worked out of a part of the "
+    "tokens: trace with sample=1 to have them judged"
+)
 SHOWN = 8
 PADDING_SAFETY = 8.0  # times the share of the vocabulary that one side has more
 PARAMETERS = ("grad", "weight", "state")
@@ -63,6 +67,7 @@ class _Judge:
         alike = [(one.layout, one.microbatches(step), any(key.kind == "again" for key in one.order)) for one in (a, b)]
         self.layouts_are_one = alike[0] == alike[1]
         self.begun: set[int] = set()  # steps
+        self.untold: int | None = None  # the step since which a gradient is off by something that cannot be told
 
     def compare(self) -> Comparison:
         steps = set(self.a.steps) & set(self.b.steps)
@@ -86,9 +91,11 @@ class _Judge:
             self._start()
         if not self.redrawn and not self.softmaxed:
             # What follows from a suspect is off for it; before it, all steps and layers may tell more.
-            rows, first = self.result.rows, self.result.first
-            place = rows.index(first) if first else len(rows)
-            self.result.rows = [*together(rows[:place], self.estimate), *rows[place:]]
+            rows = self.result.rows
+            ends = [self.result.first, *(row for row in rows if row.verdict == "unknown" and row.estimate)]
+            place = min((rows.index(row) for row in ends if row), default=len(rows))
+            parts = not self._noise_is_redrawn
+            self.result.rows = [*together(rows[:place], self.estimate, parts), *rows[place:]]
         return self.result
 
     def _begin(self, step: int) -> None:
@@ -157,13 +164,18 @@ class _Judge:
         # What a run starts from has not been computed, so that no nudged run is needed to tell.
         of = self.aliases[key][1] if key in self.aliases else key
         expected = self.estimate.of(of, x) if self.estimate or key.kind == "start" else None
-        over = excess(of, found, apart, expected, len(self.estimate.noise))
+        over = excess(of, found, apart, expected, len(self.estimate.noise), parts=not self._noise_is_redrawn)
         if name.kind.startswith("resumed") and self.layouts_are_one and (over.value > 1 or wrong):
             return row("suspect", wrong if wrong and not fits else resumed_otherwise(name, x, y), expected, math.inf)
         if over.value <= 1 and not wrong:
             if key.kind == "clip":
                 self.estimate.clips_apart(key, found.relative)
             return row("rounding" if expected else "unknown", "", expected, over.value)
+        if not wrong and (self.estimate.untold(of) or self._follows_what_is_untold(key)):
+            if self.untold is None:
+                self.untold = key.step
+                self.result.notes.append(SAMPLED)
+            return row("unknown", "", expected, over.value)
         if self.softmaxed and not wrong and not self._beyond_padding(key, apart):
             return row("other vocabulary", "", expected, over.value)
         why = over.why
@@ -182,11 +194,18 @@ class _Judge:
         judged = key.kind in ("out", "loss", "dout", "din", "grad") and key.step == min(self.begun)
         return judged and apart.overall > explained
 
+    def _follows_what_is_untold(self, key: Key) -> bool:
+        return self.untold is not None and (key.step > self.untold or key.kind != "grad")
+
+    @property
+    def _noise_is_redrawn(self) -> bool:
+        """Whether nudged runs drop other elements, too, and say what that does."""
+        return bool(self.estimate.noise) and all(trace.perturb >= REDRAWN for trace in self.estimate.noise)
+
     def _mask(self, key: Key, x: Logical, y: Logical, wrong: str) -> tuple[Verdict, str]:
         """What dropout drops; an element that was zero before it says nothing."""
         differing = dropped_apart(x, y)
-        # Nudged runs that drop other elements, too, say what that does.
-        judged = bool(self.estimate.noise) and all(trace.perturb >= REDRAWN for trace in self.estimate.noise)
+        judged = self._noise_is_redrawn
         self.redrawn |= differing and not judged
         wrong = wrong or rates_apart(x, y)
         wrong = wrong or same_mask("A", x) or same_mask("B", y)

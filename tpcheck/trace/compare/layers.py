@@ -30,7 +30,7 @@ QUIETEST = 0.25  # of the nudged runs' roundings: with less than that of its own
 COMPUTED = ("in", "out", "dout", "din", "grad")
 
 
-def together(rows: Sequence[Row], estimate: Estimate) -> list[Row]:
+def together(rows: Sequence[Row], estimate: Estimate, parts: bool = True) -> list[Row]:
     """`rows`, those suspect that are off by a factor in all their steps; then, of what is left, the first of those of
     one role or kind that are off by one together."""
     changed, levels = list(rows), _levels(rows)
@@ -40,7 +40,7 @@ def together(rows: Sequence[Row], estimate: Estimate) -> list[Row]:
             level = max(min(1.0, max(levels.get((row.key.kind, row.key.step), 1.0), _level(row))) for row in group)
             level = max(level, QUIETEST)
             found = [("", *_mean(group, estimate, level))]
-            if which != "kind" and group[0].key.kind != "update" and len(group) > 1:
+            if parts and which != "kind" and group[0].key.kind != "update" and len(group) > 1:
                 found += _of_parts(group)
             part, mean, spread = max(found, key=lambda one: abs(one[1]) / one[2])
             over = abs(mean) / (COHERENT_SAFETY * spread)

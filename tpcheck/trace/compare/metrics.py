@@ -16,10 +16,10 @@ from tpcheck.trace.compare.logical import Logical
 __all__ = ["LEVELS", "Blocks", "Distance", "Numbers", "distance", "numbers"]
 
 LEVELS = (1e-4, 1e-3, 5e-3, 1e-2)
-BLOCK = 1 << 20  # elements widened to float64 at a time
+BLOCK = 1 << 16  # elements widened to float64 at a time, which a cache holds
 MOST_BLOCKS, FEWEST = 64, 64  # parts of a tensor; elements of a part
 HALVES = (2, 4, 8)
-MEDIAN_OF = 1 << 20  # elements that a median is taken of, evenly spaced
+MEDIAN_OF = 1 << 18  # elements that a median is taken of, evenly spaced
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,10 @@ def distance(a: Logical, b: Logical) -> Distance:
     rows: list[Array] = []
     columns = np.zeros((3, width))
     for x, y in _rows(a, b):
-        each = np.stack(((y - x) ** 2, x * (y - x), x * x))
-        rows.append(each.sum(2))
-        columns += each.sum(1)
+        off = y - x
+        pairs = ((off, off), (x, off), (x, x))
+        rows.append(np.stack([np.einsum("rc,rc->r", *pair) for pair in pairs]))
+        columns += [np.einsum("rc,rc->c", *pair) for pair in pairs]
     by_row = np.concatenate(rows, 1) if rows else np.zeros((3, 0))
     error, along, norm = (float(one) for one in by_row.sum(1))
     scale = float(_log_scale(error, along, norm))
@@ -144,9 +145,9 @@ def numbers(a: Logical, b: Logical, apart: Distance) -> Numbers:
     over = np.zeros(len(LEVELS))
     for x, y in _rows(a, b):
         error = np.abs(x - y)
-        dot, total = dot + float((x * y).sum()), total + float(error.sum())
-        norm_a, norm_b = norm_a + float((x * x).sum()), norm_b + float((y * y).sum())
-        over += [(error > level).sum() for level in LEVELS]
+        dot, total = dot + float(np.einsum("rc,rc->", x, y)), total + float(error.sum())
+        norm_a, norm_b = (norm + float(np.einsum("rc,rc->", t, t)) for norm, t in ((norm_a, x), (norm_b, y)))
+        over += [np.count_nonzero(error > level) for level in LEVELS]
     size = max(a.bits.size, 1)
     return Numbers(
         size=a.bits.size,
@@ -176,7 +177,7 @@ def _rows(a: Logical, b: Logical) -> Iterator[tuple[Array, Array]]:
         pair = []
         for side, bits in ((a, x), (b, y)):
             wide = _wide(bits[start : start + step], side)
-            pair.append(np.nan_to_num(wide, nan=0.0, posinf=0.0, neginf=0.0))
+            pair.append(wide if np.isfinite(wide).all() else np.nan_to_num(wide, nan=0.0, posinf=0.0, neginf=0.0))
         yield pair[0], pair[1]
 
 

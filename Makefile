@@ -122,8 +122,9 @@ test-te: $(TE_VERSIONS:%=$(VENV)/te-%)
 	        tests/patches/te/test_attention.py tests/patches/te/test_refusals.py || exit 1; \
 	done
 	@for version in $(firstword $(TE_VERSIONS)) $(lastword $(TE_VERSIONS)); do \
-	    echo "==> modules on Transformer Engine $$version"; \
-	    PYTHONPATH=$(VENV)/te-$$version $(BIN)/python -m pytest -q -W ignore tests/patches/te/test_modules.py || exit 1; \
+	    echo "==> modules and mixtures of experts on Transformer Engine $$version"; \
+	    PYTHONPATH=$(VENV)/te-$$version $(PYTEST) -q -W ignore tests/patches/te/test_modules.py \
+	        tests/patches/te/test_mixture.py || exit 1; \
 	done
 	@echo "==> each patch left out, and the trainer, on Transformer Engine $(lastword $(TE_VERSIONS))"
 	@PYTHONPATH=$(VENV)/te-$(lastword $(TE_VERSIONS)) $(PYTEST) -q -W ignore tests/patches/te/test_ablation.py \

@@ -153,8 +153,8 @@ def last_expert_idle() -> Iterator[None]:
 
 
 @bug(
-    "update *.local_experts.7.*", layout=EP2, model=MIXTURE, optimizer={"lr": 0.01}, dtype="fp32", world=last_expert_idle,
-    source="https://github.com/huggingface/transformers/pull/40530",
+    "update *.local_experts.7.*", layout=EP2, model=MIXTURE, optimizer={"lr": 0.01}, dtype="fp32",
+    world=last_expert_idle, source="https://github.com/huggingface/transformers/pull/40530",
 )  # fmt: skip
 def idle_experts_have_no_gradient() -> Iterator[None]:
     """An expert that no token went to has no gradient instead of zeros, so that its weights don't decay."""

@@ -55,11 +55,32 @@ def test_pipeline_stages_and_the_distributed_optimizer_change_no_bit():
         assert comparable(one) == comparable(other), where
 
 
-@pytest.mark.parametrize("where", (layout(2, 1, 2), layout(1, 2, 1), layout(1, 1, 1, micro_batch=2)), ids=str)
-def test_stock_depends_on_every_axis(where):
-    name = "softmax, top 2, balanced"
-    found = unlike(run(STOCK, 1, **options_of(name)), STOCK, name, where)
-    assert any(name.startswith("final/") for name in found)
+# Two layouts that differ along one axis alone.
+AXES = {
+    "TP": (layout(1, 2, 1), {**layout(2, 2, 1), "dp": 2}),
+    "EP": ({**layout(1, 1, 1), "dp": 2}, layout(1, 2, 1)),
+    "ETP": ({**layout(2, 2, 1), "dp": 2}, layout(2, 2, 2)),
+    "DP": (layout(1, 1, 1), {**layout(1, 1, 1), "dp": 2}),
+    "micro-batches": (layout(1, 1, 1), layout(1, 1, 1, micro_batch=2)),
+}
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_stock_depends_on_every_axis(axis):
+    assert moves_weights("softmax, top 2, balanced", *AXES[axis])
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in EVERYWHERE else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_stock_depends_on_the_layout_in_every_case(name):
+    assert moves_weights(name, layout(1, 1, 1), layout(1, 2, 1))
+
+
+def moves_weights(name: str, one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether stock's case ends with other weights in one layout than in another."""
+    found = unlike(run(STOCK, **{**options_of(name), **one}), STOCK, name, other)
+    return any(name.startswith("final/") for name in found)
 
 
 def test_stock_forgets_the_tokens_of_other_tensor_parallel_ranks_where_experts_are_whole():

@@ -18,6 +18,7 @@ from tests.support import ROOT
 ORDER = """
 patches.contract | patches.cpu < patches.imports < patches.registry
 < patches.order.tree | patches.order.handle | patches.order.x_hat | patches.order.polynomials | patches.order.visible
+| patches.order.grid
 < patches.order.exact | patches.order.kernels
 < patches.order < patches.ops | patches.aten < patches.call_site < patches.experts | patches.initial_weights
 < patches.megatron | patches.te < patches.__init__

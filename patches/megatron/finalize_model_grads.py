@@ -18,7 +18,8 @@ from patches.contract import UnsupportedError
 from patches.megatron.first_step import require_agreement
 from patches.megatron.param_and_grad_buffer import round_sums
 from patches.ops.sequences import batch_sum
-from patches.order.batch_sum import LIMIT, exceeds
+from patches.order.batch_sum import exceeds
+from patches.order.grid import LIMIT
 from patches.registry import attribute
 
 __all__ = ["PATCHES"]

@@ -9,7 +9,7 @@ parallelism (SP) x or y is spread over tokens, dimension 0; where one rank holds
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from patches.ops.bias import bias_per_token
-from patches.ops.sequences import add_leaves, batch_leaves
+from patches.ops.sequences import added, batch_leaves, batch_sum
 from patches.ops.sharded import Shards
 from patches.order.collectives import all_gather, begin_all_gather
 from patches.order.products import add_product, product
@@ -130,11 +130,10 @@ def _weight_gradient(
 ) -> Tensor | None:
     """dyᵀ·x in the weight's dtype, or put into `weight.main_grad`, with the placeholder Megatron's hooks expect."""
     if shards.contract.order_free and sink.runs is not None:
-        runs = zip(dy.split(sink.runs), x.split(sink.runs), strict=True)
-        return add_leaves(weight, (product(dy_RN.t(), x_RK) for dy_RN, x_RK in runs))
+        return _add_products(weight, dy.split(sink.runs), x.split(sink.runs), beside_collective)
     if shards.contract.order_free:
-        leaves = zip(batch_leaves(dy, shards.chunks), batch_leaves(x, shards.chunks), strict=True)
-        return add_leaves(weight, (product(dy_sN.t(), x_sK) for dy_sN, x_sK in leaves))
+        leaves_of_dy, leaves_of_x = (batch_leaves(t, shards.chunks) for t in (dy, x))
+        return _add_products(weight, leaves_of_dy, leaves_of_x, beside_collective)
     dy_TN, x_TK = dy.flatten(0, -2), x.flatten(0, -2)
     if not sink.main_grad:
         return product(dy_TN.t(), x_TK, dtype=weight.dtype, beside_collective=beside_collective)
@@ -146,3 +145,11 @@ def _weight_gradient(
     weight.grad_added_to_main_grad = True
     make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
     return make(weight)
+
+
+def _add_products(weight: Any, dys: Iterable[Tensor], xs: Iterable[Tensor], beside_collective: bool) -> Tensor:
+    """Add dyᵀ·x of every batch leaf, [R, N] and [R, K], to the weight's `BatchSum`."""
+    total = batch_sum(weight)
+    for dy_RN, x_RK in zip(dys, xs, strict=True):
+        total.add_product(dy_RN.t(), x_RK, beside_collective)
+    return added(weight)

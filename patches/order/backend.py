@@ -62,6 +62,11 @@ class Backend(Protocol):
     def add_product(self, into: Tensor, a_MK: Tensor, b_KN: Tensor, beside_collective: bool = False) -> None:
         """into += a·b, one addition in float32 per element."""
 
+    def add_product_in_units(
+        self, total: Tensor, bound: Tensor, a_MK: Tensor, b_KN: Tensor, beside_collective: bool = False
+    ) -> None:
+        """total += a·b in units of the batch's `grid`, int64 [M, N]; bound += max|a·b|, a float64 scalar."""
+
     def attention(
         self, q_SBHD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, visible: Visible, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:

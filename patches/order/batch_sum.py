@@ -21,11 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["LIMIT", "UNIT", "BatchSum", "exceeds", "round_into"]
+from patches.order.grid import CHUNK, LIMIT, UNIT, add_units, in_units
+from patches.order.products import add_product_in_units
 
-UNIT = 2.0**-30
-LIMIT = 2.0**61 * UNIT
-CHUNK = 1 << 18  # elements that are taken at once
+__all__ = ["BatchSum", "exceeds", "round_into"]
 
 
 @dataclass(frozen=True)
@@ -55,16 +54,18 @@ class BatchSum:
 
     def add(self, x: Tensor) -> None:
         """Add a contribution: float32 in the parameter's shape."""
-        self.bound.add_(_largest(x))
-        for total, part in zip(self.total.view(-1).split(CHUNK), x.reshape(-1).split(CHUNK), strict=True):
-            total.add_(_in_units(part))
+        add_units(self.total, self.bound, x)
+
+    def add_product(self, a_MK: Tensor, b_KN: Tensor, beside_collective: bool = False) -> None:
+        """Add a·b, of one leaf, in the shape of a parameter's matrix."""
+        add_product_in_units(self.total, self.bound, a_MK, b_KN, beside_collective)
 
     def add_rows(self, ids: Tensor, x: Tensor) -> None:
         """Add row i of `x` [T, H] to row `ids[i]`, each a contribution of its own; float32, bfloat16 or float16."""
         self.bound.add_(x.abs().amax(-1).double().sum())
         step = max(1, CHUNK // x.shape[-1])
         for some, part in zip(ids.split(step), x.split(step), strict=True):
-            self.total.index_add_(0, some, _in_units(part))
+            self.total.index_add_(0, some, in_units(part))
 
     def refuse(self, gradient: Tensor) -> None:
         """Take note of a gradient that nobody added; zeros are none."""
@@ -80,12 +81,3 @@ def round_into(out: Tensor, total: Tensor) -> None:
     """Round flat int64 `total` to numbers in `out`, which may lie in the first part of the same memory."""
     for place, part in zip(out.split(CHUNK), total.split(CHUNK), strict=True):
         place.copy_(part.double().mul_(UNIT))
-
-
-def _largest(x: Tensor) -> Tensor:
-    low, high = torch.aminmax(x)
-    return torch.maximum(-low, high)
-
-
-def _in_units(x: Tensor) -> Tensor:
-    return x.double().mul_(1 / UNIT).round_().to(torch.int64)

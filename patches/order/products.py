@@ -7,7 +7,7 @@ from torch import Tensor
 
 from patches.order.backend import product_backend
 
-__all__ = ["add_product", "product"]
+__all__ = ["add_product", "add_product_in_units", "product"]
 
 
 def product(
@@ -26,3 +26,10 @@ def product(
 def add_product(into: Tensor, a_MK: Tensor, b_KN: Tensor, beside_collective: bool = False) -> None:
     """`Backend.add_product`."""
     product_backend(into, a_MK, b_KN).add_product(into, a_MK, b_KN, beside_collective)
+
+
+def add_product_in_units(
+    total: Tensor, bound: Tensor, a_MK: Tensor, b_KN: Tensor, beside_collective: bool = False
+) -> None:
+    """`Backend.add_product_in_units`."""
+    product_backend(total, a_MK, b_KN).add_product_in_units(total, bound, a_MK, b_KN, beside_collective)

@@ -14,8 +14,9 @@ RESULTS = Path(__file__).parents[2] / "results" / "silent_bugs"
 
 
 def main(wanted: list[str]) -> int:
-    """Run, print as it goes, and write the results if it was the whole benchmark; 1 if an answer is wrong."""
+    """Run, print as it goes, write the results if it was the whole benchmark; 1 if an answer is wrong or missing."""
     answers: list[Answer] = []
+    ended = 0
     with tempfile.TemporaryDirectory(prefix="silent-bugs-") as folder:
         benchmark = Benchmark(Path(folder))
         for name, case in CASES.items():
@@ -24,17 +25,18 @@ def main(wanted: list[str]) -> int:
                     answers.append(benchmark.answer(case))
                 except Exception as error:
                     print(f"ERROR {name}: {str(error)[-300:]!r}", flush=True)
+                    ended += 1
                     continue
                 last = answers[-1]
                 print(
                     f"{'ok   ' if last.right else 'WRONG'} {name}: {last.first_suspect or 'nothing'}; {last.why}",
                     flush=True,
                 )
-    if not wanted:
+    if not wanted and not ended:
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / "table.md").write_text(table(answers), encoding="utf-8")
         (RESULTS / "results.json").write_text(json.dumps(to_json(answers), indent=1) + "\n", encoding="utf-8")
-    return int(not all(answer.right for answer in answers))
+    return int(ended > 0 or not all(answer.right for answer in answers))
 
 
 if __name__ == "__main__":

@@ -50,9 +50,16 @@ def reference(path: Path, name: str = "Qwen3", **settings: Any) -> Path:
 
 
 def deepspeed_run(
-    path: str, config: dict[str, Any], name: str = "Qwen3", wrong: bool = False, inner: bool = False
-) -> None:
-    """Two steps of DeepSpeed's own loop, on gloo ranks; `wrong` halves a parameter's gradient on rank 0."""
+    path: str, config: dict[str, Any], name: str = "Qwen3", wrong: bool = False, inner: bool = False,
+    x: torch.Tensor | None = None, **sides: Any,
+) -> None:  # fmt: skip
+    """Two steps of DeepSpeed's own loop, on gloo ranks; `wrong` halves a parameter's gradient on rank 0.
+
+    Args:
+        inner: trace the model inside the engine, which is refused.
+        x: this rank's samples, of four all together if none are given.
+        sides: of another model than the tiny one.
+    """
     os.environ.update(LOCAL_RANK=str(dist.get_rank()), RANK=str(dist.get_rank()), DS_ACCELERATOR="cpu",
                       WORLD_SIZE=str(dist.get_world_size()), LOCAL_SIZE=str(dist.get_world_size()),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # fmt: skip
@@ -60,13 +67,13 @@ def deepspeed_run(
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled; gloo does it as well
     tp = config.get("tensor_parallel", {}).get("autotp_size", 1)
-    model = language_model(name)
+    model = language_model(name, **sides)
     if wrong and dist.get_rank() == 0:
         model.model.layers[1].mlp.up_proj.weight.register_hook(lambda gradient: gradient / 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     settings = {
         "zero_allow_untested_optimizer": True,
-        "train_micro_batch_size_per_gpu": 4 * tp // dist.get_world_size(),
+        "train_micro_batch_size_per_gpu": 4 * tp // dist.get_world_size() if x is None else len(x),
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1
     }
     if tp == 1:
@@ -74,7 +81,7 @@ def deepspeed_run(
     else:  # AutoTP replaces parameters before it makes its own optimizer
         own = {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 1e-2, "torch_adam": True}}
         engine, *_ = deepspeed.initialize(model=model, config={**settings, "optimizer": own, **config})
-    x = tokens(dist.get_rank() // tp, dist.get_world_size() // tp)
+    x = tokens(dist.get_rank() // tp, dist.get_world_size() // tp) if x is None else x
     with tpcheck.trace(path, engine.module if inner else engine):
         for _ in range(2):
             loss = engine(input_ids=x, labels=x).loss

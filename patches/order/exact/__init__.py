@@ -8,7 +8,7 @@ from __future__ import annotations
 from patches.contract import Attention
 from patches.order.exact.attentions import attention, attention_gradient, check_attention
 from patches.order.exact.norm import input_gradient, normalised, tree_of_gamma_gradients
-from patches.order.exact.products import add_product, check, product, provenance
+from patches.order.exact.products import add_product, add_product_in_units, check, product, provenance
 from patches.order.exact.ranks import begin_reading_peers, check_symmetric_memory, rounded_tree_sum
 from patches.order.exact.slices import rounded
 from patches.order.exact.softmaxes import softmax, softmax_gradient
@@ -18,6 +18,7 @@ from patches.order.exact.sums import tree_of_sums
 
 __all__ = [
     "add_product",
+    "add_product_in_units",
     "attention",
     "attention_gradient",
     "attention_unless_named",

@@ -12,9 +12,18 @@ from torch import Tensor
 from patches.contract import DTYPES
 from patches.order.exact.brackets import at_once, bracketed_product
 from patches.order.exact.slices import rounded
+from patches.order.grid import add_units
 from patches.order.tree import cuts, sum_of_pairs, tree_sum
 
-__all__ = ["add_product", "check", "exact_product", "product", "provenance", "tree_of_products"]
+__all__ = [
+    "add_product",
+    "add_product_in_units",
+    "check",
+    "exact_product",
+    "product",
+    "provenance",
+    "tree_of_products",
+]
 
 
 def check(device: torch.device) -> None:
@@ -46,6 +55,13 @@ def product(
 def add_product(into: Tensor, a_MK: Tensor, b_KN: Tensor, beside_collective: bool = False) -> None:
     """into += a·b."""
     into.add_(exact_product(a_MK, b_KN))
+
+
+def add_product_in_units(
+    total: Tensor, bound: Tensor, a_MK: Tensor, b_KN: Tensor, beside_collective: bool = False
+) -> None:
+    """total += a·b in units of the grid, bound += max|a·b|."""
+    add_units(total, bound, exact_product(a_MK, b_KN))
 
 
 def exact_product(a_MK: Tensor, b_KN: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -12,7 +12,7 @@ from patches.order.kernels.attentions import attention, attention_gradient
 from patches.order.kernels.bits import provenance
 from patches.order.kernels.checks import check
 from patches.order.kernels.embedding import embedding_gradient
-from patches.order.kernels.gemm import add_product, product
+from patches.order.kernels.gemm import add_product, add_product_in_units, product
 from patches.order.kernels.norm import input_gradient, normalised
 from patches.order.kernels.pairs import rounded
 from patches.order.kernels.ranks import begin_reading_peers, check_symmetric_memory, rounded_tree_sum
@@ -22,6 +22,7 @@ from patches.order.kernels.sums import row_sums, tree_of_gamma_gradients, tree_o
 
 __all__ = [
     "add_product",
+    "add_product_in_units",
     "attention",
     "attention_gradient",
     "attention_unless_named",

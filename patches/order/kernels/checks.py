@@ -19,7 +19,8 @@ import triton
 from torch import Tensor
 
 from patches.contract import UnsupportedError
-from patches.order.kernels.gemm import product
+from patches.order.grid import in_units
+from patches.order.kernels.gemm import add_product_in_units, product
 from patches.order.kernels.golden import class_of
 from patches.order.kernels.pairs import INTERPRETED
 from patches.order.kernels.plans import How, Plan, family, layout_of, processors
@@ -100,6 +101,7 @@ def _results(a_MK: Tensor, b_KN: Tensor) -> Iterator[Try]:
         what = f"a product added in tiles of {tile.m}x{tile.n}"
         call = lambda tile=tile: _tiled(a, b_KN.contiguous(), 1, 1, tile, before.clone())  # noqa: E731
         yield what, call, before + plain
+    yield "a product added in units", lambda: _in_units(a, b_KN.contiguous()), in_units(plain)
     yield "a rounded result", lambda: product(a_MK, b_KN, dtype=torch.bfloat16).float(), plain.bfloat16().float()
     scaled = plain.mul(0.3).bfloat16().float()
     yield "a scaled result", lambda: product(a_MK, b_KN, dtype=torch.bfloat16, scale=0.3).float(), scaled
@@ -115,6 +117,12 @@ def _tiled(a: Tensor, b: Tensor, leaves: int, pieces: int, tile: Tile, into: Ten
     assert plan.by_tma and plan.rounds > 1, "the check does not check what it is for"
     plan.launch(a, b, out, 1.0)
     return out
+
+
+def _in_units(a: Tensor, b: Tensor) -> Tensor:
+    total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.int64, device=a.device)
+    add_product_in_units(total, torch.zeros((), dtype=torch.float64, device=a.device), a, b)
+    return total
 
 
 def _unaligned(x_RC: Tensor) -> Tensor:

@@ -6,13 +6,15 @@ No split of K: bits depend on groups of 16 along K, counted from a leaf's start 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from patches.order.kernels.library import cublas
 from patches.order.kernels.plans import plan
 
-__all__ = ["add_product", "product"]
+__all__ = ["add_product", "add_product_in_units", "product"]
 
 LIBRARY = cublas()
 
@@ -38,11 +40,7 @@ def product(
         beside_collective: leave some multiprocessors to one that is under way; the same bits.
         into: float32 [M, N] or [B, M, N] that the float32 root is added to and which is returned; `dtype` is ignored.
     """
-    operands = (
-        a_MK.device, a_MK.shape, a_MK.stride(), a_MK.dtype, a_MK.data_ptr() % 16,
-        b_KN.device, b_KN.shape, b_KN.stride(), b_KN.dtype, b_KN.data_ptr() % 16,
-    )  # fmt: skip
-    added = None if into is None else (into.device, into.shape, into.stride(), into.dtype, into.data_ptr() % 16)
+    operands, added = (*_layout(a_MK), *_layout(b_KN)), None if into is None else _layout(into)
     call = plan(operands, leaves, pieces, dtype, scale != 1, beside_collective, added)
     one = leaves == pieces == 1 and scale == 1 and not beside_collective and a_MK.dim() == 2 and call.plan is not None
     if LIBRARY is not None and one and a_MK.dtype == torch.bfloat16:
@@ -57,3 +55,18 @@ def add_product(into: Tensor, a_MK: Tensor, b_KN: Tensor, beside_collective: boo
         product(a_MK, b_KN, beside_collective=beside_collective, into=into)
     else:
         into.add_(product(a_MK, b_KN, beside_collective=beside_collective))
+
+
+def add_product_in_units(
+    total: Tensor, bound: Tensor, a_MK: Tensor, b_KN: Tensor, beside_collective: bool = False
+) -> None:
+    """total += a·b in units of the grid, int64, in the product's own kernel; bound += max|a·b|."""
+    operands = (*_layout(a_MK), *_layout(b_KN))
+    call = plan(operands, 1, 1, torch.float32, False, beside_collective, _layout(total))
+    largest = torch.zeros((), dtype=torch.int32, device=total.device)  # bits of a float32 that is not negative
+    call.run(a_MK, b_KN, 1.0, total, largest)
+    bound.add_(largest.view(torch.float32))
+
+
+def _layout(x: Tensor) -> tuple[Any, ...]:
+    return x.device, x.shape, x.stride(), x.dtype, x.data_ptr() % 16

@@ -15,8 +15,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from patches.order import grid
+
 __all__ = ["COUNTS", "kernel"]
 
+UNITS = tl.constexpr(1 / grid.UNIT)  # in 1
+WHOLE = tl.constexpr(2.0**23)  # from which on float32 has no fractions
 COUNTS = ("steps", "tiles_m", "tiles_n", "tiles")  # arguments whose value no kernel is compiled for
 
 
@@ -26,6 +30,7 @@ def kernel(
     b,
     out,
     scratch,
+    largest,
     scale,
     M,
     N,
@@ -49,6 +54,7 @@ def kernel(
     A_ALONG_K: tl.constexpr,
     B_ALONG_K: tl.constexpr,
     ADD: tl.constexpr,
+    IN_UNITS: tl.constexpr,
     SCALED: tl.constexpr,
     WIDEN: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -61,6 +67,7 @@ def kernel(
     """a, b: TMA descriptors or pointers. K: length of a piece. steps: k steps of a leaf's piece.
 
     scratch: [programs, levels above the registers', TILE_M, TILE_N].
+    largest: bits of the largest |a·b| so far, of which an int32 maximum is that of the floats, and NaN's is above all.
     """
     SUBTREE: tl.constexpr = min(LEAVES, 1 << REGISTER_LEVELS)
     SUBTREES: tl.constexpr = LEAVES // SUBTREE
@@ -94,31 +101,44 @@ def kernel(
                 tl.debug_barrier()  # another thread may be the one that reads, or next writes, an element
         if SCALED:
             root = (root + 0.0) * scale  # a root's zeros are +0
-        _store(root, out + tl.cast(batch, tl.int64) * out_B, m, n, M, N, out_M, out_N, ADD, SCALED, TILE_M, TILE_N)
+        if IN_UNITS:
+            tl.atomic_max(largest, tl.max(tl.abs(root).to(tl.int32, bitcast=True)), sem="relaxed")
+        HOW_KEPT: tl.constexpr = (ADD, IN_UNITS, SCALED)
+        _store(root, out + tl.cast(batch, tl.int64) * out_B, m, n, M, N, out_M, out_N, HOW_KEPT, TILE_M, TILE_N)
 
 
 @triton.jit
 def _store(
-    root, out, m, n, M, N, out_M, out_N,
-    ADD: tl.constexpr, SCALED: tl.constexpr, TILE_M: tl.constexpr, COLUMNS: tl.constexpr,
+    root, out, m, n, M, N, out_M, out_N, HOW: tl.constexpr, TILE_M: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Round and store, or add, at most 64 columns at a time: what addresses and old values take is registers."""
-    if COLUMNS > 64:
+    """Round and store, or add, some columns at a time: what addresses and old values take is registers."""
+    ADD, IN_UNITS, SCALED = HOW
+    if COLUMNS > (16 if IN_UNITS else 64):
         HALF: tl.constexpr = COLUMNS // 2
         left, right = root.reshape(TILE_M, 2, HALF).permute(0, 2, 1).split()
-        _store(left, out, m, n, M, N, out_M, out_N, ADD, SCALED, TILE_M, HALF)
-        _store(right, out, m, n + HALF, M, N, out_M, out_N, ADD, SCALED, TILE_M, HALF)
+        _store(left, out, m, n, M, N, out_M, out_N, HOW, TILE_M, HALF)
+        _store(right, out, m, n + HALF, M, N, out_M, out_N, HOW, TILE_M, HALF)
     else:
         rows = m + tl.arange(0, TILE_M)
         columns = n + tl.arange(0, COLUMNS)
         inside = (rows < M)[:, None] & (columns < N)[None, :]
         at = out + rows.to(tl.int64)[:, None] * out_M + columns.to(tl.int64)[None, :] * out_N
-        if ADD:
+        if IN_UNITS:
+            tl.store(at, tl.load(at, mask=inside) + _in_units(root), mask=inside)
+        elif ADD:
             tl.store(at, tl.load(at, mask=inside) + root, mask=inside)
         elif SCALED:
             tl.store(at, root.to(out.dtype.element_ty), mask=inside)
         else:
             tl.store(at, root.to(out.dtype.element_ty) + 0.0, mask=inside)
+
+
+@triton.jit
+def _in_units(x):
+    """Whole units, halves to even, int64; no double precision, of which some GPUs have next to none."""
+    size = tl.abs(x) * UNITS
+    whole = tl.where(size < WHOLE, (size + WHOLE) - WHOLE, size).to(tl.int64)
+    return tl.where(x < 0, -whole, whole)
 
 
 @triton.jit

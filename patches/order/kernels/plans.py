@@ -69,6 +69,7 @@ class How(NamedTuple):
     """What becomes of a root, and what else the device does meanwhile."""
 
     added: bool = False
+    in_units: bool = False  # of the batch's grid
     scaled: bool = False
     beside_collective: bool = False
 
@@ -109,9 +110,9 @@ class Plan:
         self._options = {"num_warps": tile.warps, "num_stages": tile.stages}
         self._compiled: Callable[..., None] | None = None
 
-    def launch(self, a: Tensor, b: Tensor, out: Tensor, scale: float) -> None:
+    def launch(self, a: Tensor, b: Tensor, out: Tensor, scale: float, largest: Tensor | None = None) -> None:
         scratch = torch.empty(self._scratch, dtype=torch.float32, device=self._device) if self._scratch else None
-        arguments = (self._a(a), self._b(b), out, scratch, scale, *self._numbers)
+        arguments = (self._a(a), self._b(b), out, scratch, largest, scale, *self._numbers)
         with on(a):
             if self._compiled is not None:
                 self._compiled(*arguments, *self._constants.values())
@@ -130,12 +131,12 @@ class Call(NamedTuple):
     kept: torch.dtype
     device: torch.device
 
-    def run(self, a: Tensor, b: Tensor, scale: float, into: Tensor | None) -> Tensor:
-        """The product in a new tensor, or added into one."""
+    def run(self, a: Tensor, b: Tensor, scale: float, into: Tensor | None, largest: Tensor | None = None) -> Tensor:
+        """The product in a new tensor, or added into one; `largest` takes its largest absolute value, if in units."""
         if self.plan is None:
             return torch.zeros(self.shape, dtype=self.dtype, device=self.device) if into is None else into
         out = torch.empty(self.shape, dtype=self.kept, device=self.device) if into is None else into
-        self.plan.launch(a, b, out, scale)
+        self.plan.launch(a, b, out, scale, largest)
         if INTERPRETED and into is None:
             return rounded(out, self.dtype) if scale == 1 else out.to(self.dtype)
         return out
@@ -166,7 +167,7 @@ def plan(
     whole = None
     if all(shape) and a_MK.shape[-1]:
         out = into or Layout(a_MK.device, shape, _contiguous(shape), kept, 0)
-        how = How(into is not None, scaled, beside_collective)
+        how = How(into is not None, out.dtype == torch.int64, scaled, beside_collective)
         whole = Plan(a_MK.batched, b_KN.batched.transposed, out.batched, leaves, pieces, how)
     return Call(whole, shape, dtype, kept, a_MK.device)
 
@@ -182,6 +183,7 @@ def constants(
         "A_ALONG_K": a_BRK.along_k,
         "B_ALONG_K": b_BRK.along_k,
         "ADD": how.added,
+        "IN_UNITS": how.in_units,
         "SCALED": how.scaled,
         "WIDEN": INTERPRETED and a_BRK.dtype == torch.bfloat16,
         "TILE_M": tile.m,
@@ -278,8 +280,8 @@ def _check(a: Layout, b: Layout, leaves: int, pieces: int, dtype: torch.dtype, i
         raise ValueError(f"both operands must be on one GPU: {a.device}, {b.device}")
     if into is None:
         return
-    if into.dtype != torch.float32:
-        raise TypeError(f"a product is added into float32, not {into.dtype}")
+    if into.dtype not in (torch.float32, torch.int64):
+        raise TypeError(f"a product is added into float32, or in units into int64, not {into.dtype}")
     if into.shape != (*a.shape[:-1], b.shape[-1]) or into.device != a.device:
         raise ValueError(
             f"the product of {shapes} on {a.device} cannot be added into {tuple(into.shape)} on {into.device}"

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from patches.order.kernels import gemm, plans
 from tests.patches.kernels.driver import Driver
@@ -69,9 +68,9 @@ def main() -> None:
         print(f"{name}: {whole * 1e6:.1f} µs, of which ours {ours * 1e6:.1f}")
 
 
-def _without_launcher(plan: Any, a: Tensor, b: Tensor, out: Tensor, scale: float) -> None:
+def _without_launcher(plan: Any, *arguments: Any) -> None:
     compiled, plan._compiled = plan._compiled, lambda *_: None
-    _launch(plan, a, b, out, scale)
+    _launch(plan, *arguments)
     plan._compiled = compiled
 
 

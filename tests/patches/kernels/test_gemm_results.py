@@ -7,7 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not on the path: make test-kernels")
 
-from patches.order.kernels.gemm import product
+from patches.order.batch_sum import exceeds
+from patches.order.grid import UNIT, in_units
+from patches.order.kernels.gemm import add_product_in_units, product
 from tests.patches.kernels.gemm_operands import DTYPES, operands
 from tests.support.bits import assert_same_bits
 
@@ -33,6 +35,39 @@ def test_product_is_added_into_float32_in_one_addition(leaves, device):
     into = before.clone(memory_format=torch.preserve_format)
     assert product(a, b, leaves, into=into) is into
     assert_same_bits(into, before + product(a, b, leaves))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_product_is_added_in_units_as_if_rounded_by_itself(dtype, device):
+    a, b = operands(130, 140, 64, device, dtype, layout="aᵀb")
+    a *= 2.0 ** torch.randint(-45, 28, (130, 1), device=device)  # below half a unit, all fractions, none
+    before = torch.randint(-(1 << 62), 1 << 62, (130, 140), device=device)
+    total, bound = before.clone(), torch.ones((), dtype=torch.float64, device=device)
+    add_product_in_units(total, bound, a, b)
+    y = product(a, b)
+    assert torch.equal(total, before + in_units(y)) and bound == 1 + y.abs().max().double()
+
+
+def test_halves_of_units_are_rounded_to_even(device):
+    halves = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 0.50001, -1.49999, 2.0**23 - 0.5, 0.5 - 2.0**23, 0.0])
+    total, bound = (
+        torch.zeros(1, 11, dtype=torch.int64, device=device),
+        torch.zeros((), dtype=torch.float64, device=device),
+    )
+    add_product_in_units(total, bound, torch.full((1, 1), UNIT, device=device), halves[None].to(device))
+    assert total.flatten().tolist() == [0, 2, 2, 0, -2, -2, 1, -1, 1 << 23, -(1 << 23), 0]
+
+
+@pytest.mark.parametrize("x", (torch.inf, torch.nan))
+def test_what_is_not_finite_is_beyond_every_bound(x, device):
+    a, b = operands(40, 40, 64, device)
+    a[3, 5] = x
+    total, bound = (
+        torch.zeros(40, 40, dtype=torch.int64, device=device),
+        torch.zeros((), dtype=torch.float64, device=device),
+    )
+    add_product_in_units(total, bound, a, b)
+    assert exceeds(bound)
 
 
 def test_zeros_are_positive(device):

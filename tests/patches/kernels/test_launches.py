@@ -41,6 +41,9 @@ class Compiled:
         return launch
 
 
+LAUNCHED = (("abᵀ", "{}"), ("ab", "{}"), ("aᵀb", "added"), ("aᵀb", "in units"), ("abᵀ", "scaled {}"))
+
+
 def key(kernel, signature, constants, attrs):
     names = kernel.arg_names
     constants = {names[at[0]]: value for at, value in constants.items()}
@@ -61,13 +64,13 @@ def main():
     plans.on = lambda x: nullcontext()
     plans.processors = lambda device: 132
     count = 0
-    for dtype, layout, leaves, tma in combinations(
-        (torch.bfloat16, torch.float16, torch.float32), ("abᵀ", "ab", "aᵀb", "scaled abᵀ"), (1, 8), (True, False)
+    for dtype, (layout, kind), leaves, tma in combinations(
+        (torch.bfloat16, torch.float16, torch.float32), LAUNCHED, (1, 8), (True, False)
     ):
         name = plans.NAMES[dtype]
-        result = "added" if layout == "aᵀb" else "scaled " * ("scaled" in layout) + name
+        result = kind.format(name)
         for tile in tiles_of(dtype, leaves, tma):
-            variant = of_product(dtype, layout.removeprefix("scaled "), leaves, 1, tma, result, tile)
+            variant = of_product(dtype, layout, leaves, 1, tma, result, tile)
             if variant.name not in checked:
                 continue
             plans.tile_of = lambda *_, tile=tile: tile
@@ -79,7 +82,7 @@ def main():
             want = key(variant.kernel, variant.signature, constants, variant.attrs)
             assert launched.key == want, f"launched: {launched.key}\nchecked: {want}"
             count += 1
-    assert count == 32
+    assert count == 38
     attention()
 
 
@@ -87,10 +90,11 @@ def launch(plans, dtype, layout, leaves, result):
     T, K, N = 256, 1024, 768
     a_MK = torch.empty(K, T, dtype=dtype).T if "aᵀ" in layout else torch.empty(T, K, dtype=dtype)
     b_KN = torch.empty(N, K, dtype=dtype).T if "bᵀ" in layout else torch.empty(K, N, dtype=dtype)
-    out = torch.empty(T, N, dtype=torch.float32 if result == "added" else dtype)
+    out = torch.empty(T, N, dtype={"added": torch.float32, "in units": torch.int64}.get(result, dtype))
     a, b, into = (plans.layout_of(x) for x in (a_MK, b_KN, out))
-    plan = plans.Plan(a, b.transposed, into, leaves, 1, plans.How(result == "added", "scaled" in result))
-    plan.launch(a_MK, b_KN, out, 0.5)
+    how = plans.How(result in ("added", "in units"), result == "in units", "scaled" in result)
+    plan = plans.Plan(a, b.transposed, into, leaves, 1, how)
+    plan.launch(a_MK, b_KN, out, 0.5, torch.zeros((), dtype=torch.int32) if how.in_units else None)
 
 
 def attention():

@@ -31,7 +31,7 @@ def of_products() -> Iterator[Variant]:
         for layout, leaves, pieces, result in (
             *combinations(("abᵀ",), some, one, results),  # forward
             *combinations(("ab",), some, (1, 2), results),  # dgrad; 2 pieces where the layer is gated
-            *combinations(("aᵀb",), one, one, (*results, "added")),  # wgrad
+            *combinations(("aᵀb",), one, one, (*results, "added", "in units")),  # wgrad
             ("aᵀbᵀ", 1, 1, name),
             *([("abᵀ", 1, 1, f"scaled {name}")] if tma else []),  # attention's scores
         ):
@@ -45,16 +45,19 @@ def of_products() -> Iterator[Variant]:
 def of_product(
     dtype: torch.dtype, layout: str, leaves: int, pieces: int, tma: bool, result: str, tile: Tile
 ) -> Variant:
-    """A product as it is launched for operands of models' sizes; `result` is a dtype's name, scaled or added."""
+    """A product as it is launched for operands of models' sizes; `result`: a dtype's name, scaled, added, in units."""
     a_along_k, b_along_k = "aᵀ" not in layout, "bᵀ" in layout
-    scaled, added = result.startswith("scaled "), result == "added"
+    scaled, in_units = result.startswith("scaled "), result == "in units"
+    added = in_units or result == "added"
     a_BRK, b_BRK = (_laid_out(dtype, along_k) for along_k in (a_along_k, b_along_k))
-    constexprs = constants(tile, leaves, pieces, tma, a_BRK, b_BRK, How(added, scaled))
+    constexprs = constants(tile, leaves, pieces, tma, a_BRK, b_BRK, How(added, in_units, scaled))
     constexprs |= {"a_K" if a_along_k else "a_M": 1, "b_K" if b_along_k else "b_N": 1, "out_N": 1}
     if leaves >> tile.register_levels <= 1:
         constexprs["scratch"] = None
-    out = "fp32" if added else result.removeprefix("scaled ")
-    pointers = {"a": NAMES[dtype], "b": NAMES[dtype], "out": out, "scratch": "fp32"}
+    if not in_units:
+        constexprs["largest"] = None
+    out = "i64" if in_units else "fp32" if added else result.removeprefix("scaled ")
+    pointers = {"a": NAMES[dtype], "b": NAMES[dtype], "out": out, "scratch": "fp32", "largest": "i32"}
     signature = dict.fromkeys(kernel.arg_names, "i32") | {"scale": "fp32"}
     signature |= {argument: f"*{element}" for argument, element in pointers.items()}
     signature |= dict.fromkeys(constexprs, "constexpr")

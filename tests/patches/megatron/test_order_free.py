@@ -34,6 +34,7 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
             {"tp": 2, "sp": True, "pp": 2, "dp": 2},
             {"dp": 4, "ddp": SHARDED},
             {"dp": 2, "micro_batch": 3, "ddp": BOTH},
+            {"tp": 8, "sp": True, "micro_batch": 4},
         ],
     ),
     "qwen3, tied": (
@@ -57,7 +58,7 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 SHARES = ("tp", "pp", "vpp", "dp", "micro_batch")
 EVERY = [
     dict(zip(SHARES, sizes, strict=True))
-    for sizes in itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (1, 2, 3, 4), (1, 2, 4))
+    for sizes in itertools.product((1, 2, 4, 8), (1, 2, 4), (1, 2), (1, 2, 3, 4), (1, 2, 4))
     if sizes[0] * sizes[1] * sizes[3] <= 8  # ranks
     and sizes[1] * sizes[2] <= 4  # layers
     and (sizes[2] == 1 or sizes[1] > 1)

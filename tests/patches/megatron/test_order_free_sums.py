@@ -15,7 +15,7 @@ from patches.ops.linear import GradSink, row_parallel
 from patches.ops.norm import TOKENS, norm
 from patches.ops.sequences import batch_sum
 from patches.ops.sharded import Shards
-from patches.order.batch_sum import LIMIT
+from patches.order.grid import LIMIT
 from tests.support import plain_megatron
 from tests.support.ranks import on_ranks
 

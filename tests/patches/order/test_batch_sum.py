@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from patches.order import batch_sum
-from patches.order.batch_sum import LIMIT, UNIT, BatchSum, exceeds, round_into
+from patches.order.batch_sum import BatchSum, exceeds, round_into
+from patches.order.grid import LIMIT, UNIT
 from tests.support.bits import same_bits
 
 SIZE = 3

@@ -90,7 +90,8 @@ test-megatron: $(MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%) $(NEWER_MEGATRON_V
 	        tests/patches/megatron/test_order_free.py tests/patches/megatron/test_context_parallel.py \
 	        tests/patches/megatron/test_blockwise.py \
 	        tests/patches/test_patches.py tests/patches/megatron/test_initial_weights.py tests/patches/megatron/test_fully_reshardable.py \
-	        -k "under_tree and (qwen3 or distributed or initialised) or every_layout and tied or very_object or weights or saved or by_blocks and (qwen3 or unfused)" || exit 1; \
+	        tests/patches/megatron/moe/test_refusals.py \
+	        -k "other_versions or under_tree and (qwen3 or distributed or initialised) or every_layout and tied or very_object or weights or saved or by_blocks and (qwen3 or unfused)" || exit 1; \
 	done
 
 $(VENV)/megatron-core-%: $(READY)
@@ -122,8 +123,9 @@ test-te: $(TE_VERSIONS:%=$(VENV)/te-%)
 	        tests/patches/te/test_attention.py tests/patches/te/test_refusals.py || exit 1; \
 	done
 	@for version in $(firstword $(TE_VERSIONS)) $(lastword $(TE_VERSIONS)); do \
-	    echo "==> modules on Transformer Engine $$version"; \
-	    PYTHONPATH=$(VENV)/te-$$version $(BIN)/python -m pytest -q -W ignore tests/patches/te/test_modules.py || exit 1; \
+	    echo "==> modules and mixtures of experts on Transformer Engine $$version"; \
+	    PYTHONPATH=$(VENV)/te-$$version $(PYTEST) -q -W ignore tests/patches/te/test_modules.py \
+	        tests/patches/te/test_mixture.py || exit 1; \
 	done
 	@echo "==> each patch left out, and the trainer, on Transformer Engine $(lastword $(TE_VERSIONS))"
 	@PYTHONPATH=$(VENV)/te-$(lastword $(TE_VERSIONS)) $(PYTEST) -q -W ignore tests/patches/te/test_ablation.py \

@@ -151,6 +151,13 @@ def _global_names(model: torch.nn.Module, prefix: str = "") -> Iterator[tuple[st
             for number, expert in enumerate(experts, first):
                 yield from _global_names(expert, f"{prefix}{name}.{number}.")
             continue
+        if hasattr(child, "num_gemms") and hasattr(model, "ep_group"):  # one layer of all experts, named as theirs
+            layer: Any = child
+            first = vars(model)["ep_group"].rank() * layer.num_gemms
+            for own, parameter in layer.named_parameters():
+                kind = own.rstrip("0123456789")
+                yield f"{prefix}local_experts.{first + int(own.removeprefix(kind))}.{name}.{kind}", parameter
+            continue
         yield from _global_names(child, f"{prefix}{name}.")
 
 

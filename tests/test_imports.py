@@ -20,7 +20,7 @@ patches.contract | patches.cpu < patches.imports < patches.registry
 < patches.order.tree | patches.order.handle | patches.order.x_hat | patches.order.polynomials | patches.order.visible
 | patches.order.grid
 < patches.order.exact | patches.order.kernels
-< patches.order < patches.ops | patches.aten < patches.call_site < patches.initial_weights
+< patches.order < patches.ops | patches.aten < patches.call_site < patches.experts | patches.initial_weights
 < patches.megatron | patches.te < patches.__init__
 < tpcheck.errors < tpcheck.files < tpcheck.config < tpcheck.pages < tpcheck.checkpoint < tpcheck.trace
 < tpcheck.__init__ < tpcheck.run < tpcheck.order | tpcheck.cost | tpcheck.doctor < tpcheck.sweep

@@ -191,6 +191,8 @@ def doctor(target: str | None, overrides: tuple[str, ...], as_json: bool) -> int
 @click.option("--batch", type=click.Choice(["order-free"]), help="Sums over the batch without an order.")
 @click.option("--cp", type=click.IntRange(min=1), help="Context-parallel size, of sums without an order.")
 @click.option("--chunks", type=click.IntRange(min=1), help="Chunks of a sequence.  [default: 2 * cp]")
+@click.option("--ep", type=click.IntRange(min=1), help="Expert-parallel size, of a mixture of experts.")
+@click.option("--etp", type=click.IntRange(min=1), help="Tensor-parallel size of experts.  [default: as --tp]")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def cost(model: str, gpu: str, as_json: bool, **options: Any) -> int:
     """What a step of a model costs on paper: FLOPs, bytes and memory of a rank for stock, gather and tree."""

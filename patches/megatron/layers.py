@@ -8,7 +8,7 @@ from torch import Tensor
 
 from patches.call_site import contract, mark_grad_reduced, replicated, tp_group, tp_sharded
 from patches.contract import UnsupportedError
-from patches.megatron.moe.experts import expert_column, expert_row
+from patches.experts import expert_products
 from patches.ops.bias import bias_per_token
 from patches.ops.embedding import embedding
 from patches.ops.linear import GradSink, column_parallel, row_parallel
@@ -23,7 +23,7 @@ MODULE = "megatron.core.tensor_parallel.layers"
 def _row_forward(original: Any) -> Any:
     def forward(self: Any, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.is_expert:
-            return expert_row(self, input_)
+            return expert_products(self, input_, [self.weight]), None
         group = tp_group(self)
         if not self.input_is_parallel:
             from megatron.core.tensor_parallel.mappings import scatter_to_tensor_model_parallel_region
@@ -43,7 +43,7 @@ def _row_forward(original: Any) -> Any:
 def _column_forward_impl(original: Any) -> Any:
     def _forward_impl(self: Any, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.is_expert:
-            return expert_column(self, input, weight)
+            return expert_products(self, input, [weight])
         group = tp_group(self)
         sp = kwargs["sequence_parallel"]
         if group.size() > 1 and not (sp or kwargs["allreduce_dgrad"]):

@@ -61,8 +61,9 @@ ACTIVATIONS = "silu gelu elu mish relu squared_relu quick_gelu fast_gelu openai_
 # Classes of Transformer Engine, and Megatron's on top of them, whose sums patches.te covers or refuses itself.
 COVERED_TE = {
     "TELinear", "TEColumnParallelLinear", "TERowParallelLinear", "TELayerNormColumnParallelLinear",
-    "TEDotProductAttention", "Linear", "LayerNormLinear", "LayerNormMLP", "RMSNorm", "LayerNorm",
-    "DotProductAttention", "UnfusedDotProductAttention", "FlashAttention", "FusedAttention", "FusedScaleMaskSoftmax",
+    "TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear", "TEDotProductAttention", "Linear", "LayerNormLinear",
+    "LayerNormMLP", "RMSNorm", "LayerNorm", "DotProductAttention", "UnfusedDotProductAttention", "FlashAttention",
+    "FusedAttention", "FusedScaleMaskSoftmax",
 }  # fmt: skip
 TE_MODULES = ("transformer_engine.pytorch.module.", "transformer_engine.pytorch.attention.", "megatron.core.extensions")
 

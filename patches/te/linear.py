@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from patches.experts import are_experts, expert_products
 from patches.te.context import refuse_uncovered, te_attribute
 from patches.te.product import bias_to_return, pieces_of, product
 
@@ -22,6 +23,8 @@ def _forward(original: Any) -> Any:
     ) -> Any:
         weights = [getattr(self, name) for name in self.weight_names]
         refuse_uncovered(self, inp, weights)
+        if are_experts(self):
+            return expert_products(self, inp, weights)
         weight, bias = self._get_weight_and_bias_tensors()
         pieces = pieces_of(weights) if self.parallel_mode == "column" else 1
         y = product(

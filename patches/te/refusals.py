@@ -12,9 +12,6 @@ __all__ = ["PATCHES"]
 
 # patch: (target, what it is, the way out)
 UNCOVERED = {
-    "te-grouped-linear": (
-        "module.grouped_linear:GroupedLinear.forward", "GroupedLinear (mixture of experts)", "train a dense model"
-    ),
     "te-op-fuser": (
         "ops.fuser:OperationFuser.__call__", "te.ops other than norms", "set use_transformer_engine_op_fuser=False"
     ),

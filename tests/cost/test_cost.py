@@ -6,33 +6,22 @@ import dataclasses
 import json
 import re
 import unicodedata
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from patches.megatron.first_step import require_agreement
-from patches.ops.sharded import Shards
 from patches.order import collectives
-from patches.order.exact import products
 from tests.support.ranks import on_ranks
+from tests.support.step_counts import check_step, counted
 from tpcheck.cli import main
 from tpcheck.config.load import parse_run
 from tpcheck.config.presets import PRESETS
 from tpcheck.config.schema import RunConfig
-from tpcheck.cost import terms
+from tpcheck.cost import formulas
 from tpcheck.cost.measured import measured
 from tpcheck.cost.memory import parameters
 from tpcheck.cost.terms import LEGEND, STRATEGIES, step, symbols, total
-from tpcheck.run import model
-from tpcheck.run.model import build_model, build_optimizer, train_step, transformer_config
-from tpcheck.run.train import enable_patches
 
 QWEN3 = {"preset": "qwen3-tiny", "num_layers": 2, "hidden_size": 48, "head_dim": 8, "num_query_groups": 4,
          "ffn_hidden_size": 40}  # fmt: skip
@@ -40,96 +29,6 @@ SHARED_KV = {**QWEN3, "num_query_groups": 2}
 GPT2 = {"preset": "gpt2-124m", "num_layers": 1, "hidden_size": 48, "head_dim": 4, "num_attention_heads": 8,
         "num_query_groups": 8, "ffn_hidden_size": 40, "vocab_size": 200, "max_positions": 32}  # fmt: skip
 B8 = {"model": "qwen3-8b", "strategy": "stock", "seq_length": 4096, "micro_batch_size": 1, "global_batch_size": 1}
-SCALARS = 5  # elements of the gradient norm and of flags, which the account leaves out
-# Bytes that a rank sends, as multiples of (size - 1) / size of the whole tensor's.
-VOLUMES = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "alltoall_base_": 1}
-
-
-@dataclass
-class Counts:
-    flops: int = 0
-    bytes: float = 0.0
-    buffers: int = 0  # the most bytes held for one sum over ranks
-    held: int | None = None  # bytes held for the one under way
-
-
-class Counting(TorchDispatchMode):
-    """Counts what every collective sends and, in a stock run, ATen's products."""
-
-    def __init__(self, counts: Counts, strategy: str) -> None:
-        super().__init__()
-        self.counts, self.products, self.tree = counts, strategy == "stock", strategy == "tree"
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        namespace, name = function._schema.name.split("::")
-        if namespace == "c10d":
-            self._collective(name, args)
-        elif self.products and name in ("mm", "bmm", "addmm", "baddbmm"):
-            count_product(self.counts, *args[name.startswith(("add", "badd")) :][:2])
-        return function(*args, **(kwargs or {}))
-
-    def _collective(self, name: str, args: Any) -> None:
-        tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg]) if isinstance(t, torch.Tensor)]
-        group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
-        if group.group_name == parallel_state.get_data_parallel_group(with_context_parallel=True).group_name:
-            return
-        whole = max(tensor.nbytes for tensor in tensors)
-        if group.size() == 1 or max(tensor.numel() for tensor in tensors) <= SCALARS:
-            return
-        assert name in VOLUMES, f"a collective that the account does not know: {name}"
-        self.counts.bytes += VOLUMES[name] * (group.size() - 1) / group.size() * whole
-        if self.counts.held is not None and name != "allreduce_":
-            if name == "alltoall_base_":  # roots sent and received; an all-gather brings the result
-                self.counts.held += 2 * whole
-            elif not self.tree:
-                self.counts.held += whole
-            elif not self.counts.held:  # an all-gather of the roots themselves
-                self.counts.held += whole + whole // group.size()
-
-
-def count_product(counts: Counts, a: torch.Tensor, b: torch.Tensor) -> None:
-    counts.flops += 2 * a.numel() * b.shape[-1]
-
-
-def counted(config: RunConfig) -> Counts:
-    """One training step of megatron-core's own model on this rank."""
-    enable_patches(config)
-    parallel_state.initialize_model_parallel(config.tp, context_parallel_size=config.cp)
-    model._whole_sequences = lambda losses: losses  # which are gathered for the record alone
-    _, pieces = build_model(config, transformer_config(config))
-    optimizer = build_optimizer(config, pieces)
-    counts = Counts()
-    if config.strategy != "stock":
-        count_patches(counts)
-        require_agreement(pieces, parallel_state.get_tensor_model_parallel_group())  # no part of any later step
-    tokens = torch.randint(0, config.model.vocab_size, (config.micro_batch_size, config.seq_length + 1))
-    with Counting(counts, config.strategy):
-        train_step(config, pieces, optimizer, [tokens] * config.microbatches)
-    return counts
-
-
-def count_patches(counts: Counts) -> None:
-    """Count every leaf product, and what is held during one sharded sum."""
-
-    def product_of(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(a: torch.Tensor, b: torch.Tensor, *dtype: torch.dtype) -> Any:
-            count_product(counts, a, b)
-            return original(a, b, *dtype)
-
-        return call
-
-    def with_buffers(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            counts.held = 0
-            result = original(*args, **kwargs)
-            counts.buffers, counts.held = max(counts.buffers, counts.held), None
-            return result
-
-        return call
-
-    products.exact_product = product_of(products.exact_product)
-    for name in ("begin_product", "begin_sum_over"):
-        setattr(Shards, name, with_buffers(getattr(Shards, name)))
 
 
 def run(strategy: str, tp: int, sp: bool = False, **settings: Any) -> RunConfig:
@@ -180,20 +79,12 @@ def test_a_step_does_what_the_formulas_say_on_context_parallel_ranks(strategy, l
 @pytest.mark.parametrize("sp", (False, True))
 def test_a_step_whose_roots_are_large_does_what_the_formulas_say(sp, monkeypatch):
     monkeypatch.setattr(collectives, "SMALL", 0)
-    monkeypatch.setattr(terms, "SMALL_ROOT", 0)
+    monkeypatch.setattr(formulas, "SMALL_ROOT", 0)
     check_step(run("tree", tp=4, sp=sp, model=GPT2))
 
 
 def test_a_root_is_as_small_as_the_patches_have_it() -> None:
-    assert terms.SMALL_ROOT == collectives.SMALL
-
-
-def check_step(config: RunConfig) -> None:
-    account = step(config)
-    for counts in on_ranks(config.tp, counted, config):
-        assert counts.flops == pytest.approx(total(account, "flops", config.strategy), abs=0.5)
-        assert counts.bytes == pytest.approx(total(account, "bytes", config.strategy), abs=0.5)
-        assert counts.buffers == total(account, "memory", config.strategy)
+    assert formulas.SMALL_ROOT == collectives.SMALL
 
 
 def test_gather_multiplies_a_third_of_the_layers_products_on_every_rank() -> None:
@@ -211,8 +102,11 @@ def test_flops_of_a_step_are_those_of_six_per_parameter_and_token() -> None:
 
 def test_every_symbol_of_a_formula_is_explained() -> None:
     parallel = {"batch": "order-free", "strategy": "tree", "chunks": 4, "cp": 2}
-    formulas = " ".join(term.formula for more in ({}, {"tp": 8}, parallel) for term in step(parse_run(B8 | more)))
-    assert set(re.findall(r"[^\W\d]", formulas)) <= set(LEGEND) == set(symbols(parse_run(B8)))
+    experts = {"model": "qwen3-30b-a3b", "ep": 2, "dp": 2, "global_batch_size": 2}
+    configs = [parse_run(B8 | more) for more in ({}, {"tp": 8}, parallel, experts)]
+    texts = " ".join(term.formula for config in configs for term in step(config))
+    assert set(re.findall(r"[^\W\d]", texts)) <= set(LEGEND) == set(symbols(configs[-1]))
+    assert set(symbols(configs[0])) < set(LEGEND)
 
 
 def test_command_prints_every_formula_and_what_it_gives(capsys: Any) -> None:

@@ -61,7 +61,7 @@ def test_expert_parallelism_is_an_axis_where_the_batch_has_no_order(tmp_path: Pa
         ({"ep": 4, "dp": 2}, r"ep \* etp = 4 \* 1 does not divide tp \* dp = 1 \* 2"),
         ({"tp": 2, "sequence_parallel": False}, "experts with tp=2 need sequence_parallel=true"),
         ({"etp": 16, "dp": 16, "global_batch_size": 32}, "experts.ffn_hidden_size=72 is not divided by etp=16"),
-        ({"layers": "te"}, "experts of Transformer Engine's layers are not covered: use layers=local"),
+        ({"layers": "te", "strategy": "stock", "batch": None}, "stock draws other weights for experts of Transformer"),
         ({"model": {"preset": "qwen3-moe-tiny", "bias": True}}, "experts have no biases"),
     ],
     ids=str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
-from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher as Dispatcher
@@ -133,4 +134,43 @@ def router_gradient_not_reduced_over_the_sequence() -> Iterator[None]:
         return without_routers
 
     with around(FINALIZE, "_allreduce_non_tensor_model_parallel_grads", wrap):
+        yield
+
+
+@contextlib.contextmanager
+def last_expert_idle() -> Iterator[None]:
+    """No token is ever sent to the last expert."""
+
+    def wrap(routing: Callable[..., Any]) -> Callable[..., Any]:
+        def elsewhere(self: Any, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+            last = torch.arange(logits.shape[-1]) == logits.shape[-1] - 1
+            return routing(self, logits.masked_fill(last, float("-inf")), *args, **kwargs)
+
+        return elsewhere
+
+    with around(TopKRouter, "routing", wrap):
+        yield
+
+
+@bug(
+    "update *.local_experts.7.*", layout=EP2, model=MIXTURE, optimizer={"lr": 0.01}, dtype="fp32",
+    world=last_expert_idle, source="https://github.com/huggingface/transformers/pull/40530",
+)  # fmt: skip
+def idle_experts_have_no_gradient() -> Iterator[None]:
+    """An expert that no token went to has no gradient instead of zeros, so that its weights don't decay."""
+
+    def wrap(step: Callable[..., bool]) -> Callable[..., bool]:
+        def passing_over_idle(self: Any) -> bool:
+            """As a fused Adam does, which counts steps for all parameters of a group at once."""
+            every = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            idle = [p for p in every if not getattr(p, "allreduce", True) and not p.grad.any()]
+            before = [parameter.detach().clone() for parameter in idle]
+            found = step(self)
+            for parameter, weight in zip(idle, before, strict=True):
+                parameter.data.copy_(weight)
+            return found
+
+        return passing_over_idle
+
+    with around(FP32Optimizer, "step_with_ready_grads", wrap):
         yield

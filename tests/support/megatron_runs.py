@@ -62,10 +62,12 @@ def patched_training(strategy: Any, options: dict[str, Any]) -> dict[str, Any]:
     return plain_megatron.train(**{name: value for name, value in options.items() if name not in ours})
 
 
-def training_without(names: set[str], options: dict[str, Any], batch: patches.Batch = "ordered") -> dict[str, Any]:
-    """`plain_megatron` under all patches of megatron-core but those of these `names`."""
+def training_without(
+    names: set[str], options: dict[str, Any], batch: patches.Batch = "ordered", te: bool = False
+) -> dict[str, Any]:
+    """`plain_megatron` under all patches of megatron-core, with `te` of its layers, too, but those of these `names`."""
     patches.cpu.enable()
-    needed = check_versions([patch for patch in patches._all_patches() if patch.library == "megatron-core"])
+    needed = check_versions([patch for patch in patches._all_patches() if te or patch.library == "megatron-core"])
     chunks = options.pop("chunks", 1)
     contract = patches.Contract(batch=batch, chunks=chunks, attention="blockwise" if chunks > 1 else "unfused")
     REGISTRY.apply(contract, [patch for patch in needed if patch.name not in names])

@@ -54,6 +54,10 @@ EVERY = [
     for tp, ep, etp in itertools.product((1, 2, 4), (1, 2, 4, 8), (1, 2))
     if ep * etp <= 8 and (tp * max(1, ep * etp // tp)) % (ep * etp) == 0
 ]
+# Every size along each axis, each with others along the rest.
+COVERING = [
+    layout(*sizes) for sizes in ((1, 8, 1), (1, 4, 2), (2, 1, 1), (2, 2, 2), (2, 8, 1), (4, 1, 2), (4, 4, 1), (4, 4, 2))
+]
 
 
 def options_of(name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -104,7 +105,11 @@ def train(
     if global_batch:
         microbatches = global_batch // (micro_batch * parallel_state.get_data_parallel_world_size())
     if te:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
     else:
         spec = get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
@@ -203,6 +208,11 @@ def named_parameters(gpts: list[GPTModel]) -> dict[str, torch.nn.Parameter]:
                 before, _, after = name.partition(".local_experts.")
                 number, _, rest = after.partition(".")
                 first = experts * len(gpt.get_submodule(before).local_experts)
+                name = f"{before}.local_experts.{first + int(number)}.{rest}"
+                parameter.of_an_expert = True
+            elif grouped := re.fullmatch(r"(.*\.experts)\.(linear_fc\d\.weight)(\d+)", name):
+                before, rest, number = grouped.groups()
+                first = experts * gpt.get_submodule(before).num_local_experts
                 name = f"{before}.local_experts.{first + int(number)}.{rest}"
                 parameter.of_an_expert = True
             if name.startswith("decoder.layers."):

@@ -130,8 +130,8 @@ def _of_experts(config: RunConfig) -> Iterator[str]:
         yield f"experts with tp={config.tp} need sequence_parallel=true"
     if experts.bias_update_rate and experts.score != "sigmoid":
         yield f"experts.bias_update_rate={experts.bias_update_rate} is for experts.score=sigmoid"
-    if config.layers == "te":
-        yield "experts of Transformer Engine's layers are not covered: use layers=local"
+    if config.layers == "te" and config.strategy == "stock":
+        yield "stock draws other weights for experts of Transformer Engine's layers at every layout: use layers=local"
     if config.strategy != "stock":
         if not config.order_free:
             yield "every ep brings an expert other sequences: use batch=order-free, or strategy=stock"

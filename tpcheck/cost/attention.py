@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from tpcheck.config.schema import RunConfig
-from tpcheck.cost.terms import evaluate, symbols
+from tpcheck.cost.formulas import evaluate
+from tpcheck.cost.terms import symbols
 
 __all__ = ["KERNELS", "AttentionTerm", "Kernel", "Quantity", "attention_terms"]
 

@@ -17,7 +17,7 @@ from tpcheck.cost.attention import Quantity as AttentionQuantity
 from tpcheck.cost.datasheets import GPUS, NVLINK_DOMAIN, Gpu
 from tpcheck.cost.measured import Rates, measured
 from tpcheck.cost.memory import GIB, memory
-from tpcheck.cost.terms import LEGEND, STRATEGIES, Quantity, Strategy, Term, step, symbols, total
+from tpcheck.cost.terms import LEGEND, Quantity, Strategy, Term, step, strategies_of, symbols, total
 from tpcheck.errors import TpcheckError
 
 __all__ = ["command"]
@@ -32,7 +32,7 @@ def command(model: str, gpu: str, *, as_json: bool, **options: Any) -> int:
     """Print the account; the arguments are those of the command line."""
     config = _config(model, options)
     terms = step(config)
-    totals = {strategy: _totals(terms, config, strategy, GPUS[gpu]) for strategy in STRATEGIES}
+    totals = {strategy: _totals(terms, config, strategy, GPUS[gpu]) for strategy in strategies_of(config)}
     rates = measured(gpu, config.tp)
     if as_json:
         print(json.dumps({
@@ -46,7 +46,7 @@ def command(model: str, gpu: str, *, as_json: bool, **options: Any) -> int:
     return 0
 
 
-_SHOWN = {"tp", "cp", "sequence_parallel", "dtype", "recompute", "seq_length", "micro_batch_size",
+_SHOWN = {"tp", "cp", "ep", "etp", "sequence_parallel", "dtype", "recompute", "seq_length", "micro_batch_size",
           "global_batch_size", "batch", "chunks"}  # fmt: skip
 
 
@@ -58,9 +58,16 @@ def _config(model: str, options: dict[str, Any]) -> RunConfig:
     of_preset = {"tp": TP, "seq_length": length, "micro_batch_size": sequences, "global_batch_size": sequences}
     if given.get("cp", 1) > 1:  # what it takes
         given = {"batch": "order-free", "chunks": 2 * given["cp"], **given}
+    experts = _has_experts(model)
+    if experts:  # as many ranks as they take; their sums over the batch have no order
+        tp = given.get("tp", TP)
+        dp = max(1, given.get("ep", 1) * given.get("etp", tp) // tp)
+        of_preset |= {"dp": dp, "global_batch_size": dp * sequences, "sequence_parallel": tp > 1}
+        given = {"batch": "order-free", **given}
     overrides = [f"{name}={json.dumps(value)}" for name, value in given.items()]
     # A stock run is checked the least; it has no sums without an order.
-    strategy = "gather" if "batch" in given or _is_order_free(model) else "stock"
+    free = "batch" in given or _is_order_free(model)
+    strategy = "stock" if not free else "tree" if experts else "gather"
     config = load_run_or_preset(model, [f"strategy={strategy}", *overrides], of_preset)
     if config.pp > 1:
         raise TpcheckError(f"a whole model's cost is counted, not that of pp={config.pp} stages of one: use pp=1")
@@ -68,8 +75,19 @@ def _config(model: str, options: dict[str, Any]) -> RunConfig:
 
 
 def _is_order_free(model: str) -> bool:
-    settings = read_yaml(Path(model)) if Path(model).is_file() else None
-    return isinstance(settings, dict) and settings.get("batch") is not None
+    return _settings(model).get("batch") is not None
+
+
+def _has_experts(model: str) -> bool:
+    named = _settings(model).get("model", model)
+    settings = named if isinstance(named, dict) else {"preset": named}
+    return bool(settings.get("experts") or PRESETS.get(str(settings.get("preset")), {}).get("experts"))
+
+
+def _settings(model: str) -> dict[str, Any]:
+    """What a run file says; nothing of a preset."""
+    found = read_yaml(Path(model)) if model not in PRESETS and Path(model).is_file() else None
+    return found if isinstance(found, dict) else {}
 
 
 def _totals(terms: list[Term], config: RunConfig, strategy: Strategy, gpu: Gpu) -> dict[str, float]:
@@ -89,8 +107,10 @@ def _lines(
     model: str, config: RunConfig, terms: list[Term], totals: dict[Strategy, dict[str, float]], gpu: Gpu,
     rates: Rates | None,
 ) -> Iterator[str]:  # fmt: skip
-    sp = "on" if config.sequence_parallel else "off"
+    sp, strategies = "on" if config.sequence_parallel else "off", strategies_of(config)
     context = f", CP={config.cp}" if config.cp > 1 else ""
+    if config.model.experts is not None:
+        context += f", EP={config.ep}, ETP={config.expert_tp}"
     yield (
         f"{model}, TP={config.tp}{context}, sequence parallelism {sp}, {config.dtype}"
         f"{', recompute' if config.recompute else ''}: one step of {config.microbatches} x {config.micro_batch_size} x "
@@ -98,21 +118,21 @@ def _lines(
     )
     titles = {
         "flops": "products",
-        "bytes": f"sent over NVLink, in the TP {'and CP groups' if config.cp > 1 else 'group'}",
+        "bytes": f"sent over NVLink, in the {_groups(config)}",
         "memory": "memory beyond stock's during a sum",
     }
     width = max(len(term.what) for term in terms) + 2
     for quantity, (unit, scale) in UNITS.items():
         lines = [term for term in terms if term.quantity == quantity]
         yield ""
-        yield f"{f'{titles[quantity]}, {unit}':<{width}}" + _cells(STRATEGIES) + "  formula"
+        yield f"{f'{titles[quantity]}, {unit}':<{width}}" + _cells(strategies) + "  formula"
         for term in lines:
-            values = [_number(term.value / scale) if s in term.strategies else "-" for s in STRATEGIES]
+            values = [_number(term.value / scale) if s in term.strategies else "-" for s in strategies]
             yield f"  {term.what:<{width - 2}}{_cells(values)}  {term.formula}"
-        sums = [totals[s][quantity] for s in STRATEGIES]
+        sums = [totals[s][quantity] for s in strategies]
         yield f"{'largest' if quantity == 'memory' else 'total':<{width}}" + _cells(_number(x / scale) for x in sums)
         if quantity == "memory":
-            resident = [totals[s]["resident"] / GIB for s in STRATEGIES]
+            resident = [totals[s]["resident"] / GIB for s in strategies]
             yield f"{'all of a rank, about':<{width}}" + _cells(map(_number, resident))
             if config.order_free:
                 yield "in it, gradients of 8 bytes instead of stock's 4: sums over the batch without an order are"
@@ -121,23 +141,23 @@ def _lines(
             yield f"{'over stock':<{width}}" + _cells(f"{x / sums[0]:.2f}" for x in sums)
             if quantity == "flops":
                 layers = [term for term in terms if "attention" not in term.what]
-                sums = [total(layers, "flops", s) for s in STRATEGIES]
+                sums = [total(layers, "flops", s) for s in strategies]
                 yield f"{'over stock, without attention':<{width}}" + _cells(f"{x / sums[0]:.2f}" for x in sums)
     yield from _attention_lines(config, width)
     yield ""
-    yield f"{f'floor on {gpu.name}, ms':<{width}}" + _cells(STRATEGIES)
+    yield f"{f'floor on {gpu.name}, ms':<{width}}" + _cells(strategies)
     for what, key in (("products", "flops_ms"), ("NVLink", "bytes_ms")):
-        yield f"  {what:<{width - 2}}" + _cells(f"{totals[s][key]:.1f}" for s in STRATEGIES)
+        yield f"  {what:<{width - 2}}" + _cells(f"{totals[s][key]:.1f}" for s in strategies)
     yield (
         f"datasheet: {gpu.tflops:g} TFLOP/s bf16 dense, {gpu.memory_gb:g} GB ({gpu.memory_gb * 1e9 / GIB:.0f} GiB), "
         f"NVLink {gpu.nvlink_gbs:g} GB/s a direction; no GPU sustains these"
     )
     if rates:
-        yield f"{f'at rates measured on {rates.device}, ms':<{width}}" + _cells(STRATEGIES)
+        yield f"{f'at rates measured on {rates.device}, ms':<{width}}" + _cells(strategies)
         yield f"  {'products':<{width - 2}}" + _cells(
-            f"{totals[s]['flops'] / rates.tflops[s] / 1e9:.1f}" for s in STRATEGIES
+            f"{totals[s]['flops'] / rates.tflops[s] / 1e9:.1f}" for s in strategies
         )
-        yield f"of {rates.file}: " + ", ".join(f"{s} {rates.tflops[s]:.0f} TFLOP/s" for s in STRATEGIES)
+        yield f"of {rates.file}: " + ", ".join(f"{s} {rates.tflops[s]:.0f} TFLOP/s" for s in strategies)
     if config.tp > NVLINK_DOMAIN:
         between = f"between boards TP={config.tp} is slower than this floor"
         yield f"NVLink joins the {NVLINK_DOMAIN} GPUs of a board; {between}"
@@ -150,6 +170,11 @@ ATTENTION: dict[AttentionQuantity, tuple[str, float]] = {
     "flops": ("attention multiplies, TFLOP", 1e12), "moved": ("attention moves in memory, GB", 1e9),
     "saved": ("and keeps, GiB", GIB), "peak": ("and holds at once, of a layer, GiB", GIB),
 }  # fmt: skip
+
+
+def _groups(config: RunConfig) -> str:
+    others = ["CP"] * (config.cp > 1) + ["EP", "ETP"] * (config.model.experts is not None)
+    return f"{', '.join(['TP', *others[:-1]])} and {others[-1]} groups" if others else "TP group"
 
 
 def _attention_lines(config: RunConfig, width: int) -> Iterator[str]:

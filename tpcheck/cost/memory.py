@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from tpcheck.config.schema import ModelConfig, RunConfig
 
-__all__ = ["GIB", "Memory", "bytes_per_parameter", "memory", "parameters"]
+__all__ = ["GIB", "Memory", "bytes_per_parameter", "memory", "parameters", "parameters_of_experts"]
 
 GIB = 2**30
 GPU_LIBRARIES_GIB = 2.5  # CUDA's context, cuBLAS's and NCCL's buffers
@@ -82,13 +82,17 @@ def _dense_width(model: ModelConfig) -> int:
 
 def _bytes_of_experts(config: RunConfig) -> float:
     """Weights, gradients and optimizer of a rank's experts, which it shares with fewer ranks than dense layers."""
+    replicas = config.tp * config.dp / (config.ep * config.expert_tp)
+    return parameters_of_experts(config) * bytes_per_parameter(config, replicas)
+
+
+def parameters_of_experts(config: RunConfig) -> float:
+    """Parameters of one rank's experts."""
     model, experts = config.model, config.model.experts
     if experts is None:
         return 0.0
-    ranks = config.ep * config.expert_tp
     width = experts.number * experts.ffn_hidden_size * _matrices(model)
-    parameters_here = model.num_layers / config.pp * model.hidden_size * width / ranks
-    return parameters_here * bytes_per_parameter(config, config.tp * config.dp / ranks)
+    return model.num_layers / config.pp * model.hidden_size * width / (config.ep * config.expert_tp)
 
 
 def bytes_per_parameter(config: RunConfig, replicas: float | None = None) -> float:

@@ -1,6 +1,6 @@
 """What a training step costs on paper, for stock and either strategy of the patches: per rank, of its TP group.
 
-A term *is* its formula: the text that is shown is the text that is evaluated. Three quantities:
+A term *is* its formula (`cost.formulas`). Three quantities:
 
     flops     of products: a product [M, K]·[K, N] is 2·M·K·N; norms, softmax and the like are not counted
     bytes     that a rank sends, each collective at the least volume that moves its data, with ρ = (t-1)/t:
@@ -16,22 +16,17 @@ the gradient norm, the optimizer's flags.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
-from types import CodeType
 from typing import Literal
 
 from tpcheck.config.schema import ModelConfig, RunConfig
 from tpcheck.config.strategies import STRATEGIES, Strategy
-from tpcheck.errors import TpcheckError
+from tpcheck.cost import experts
+from tpcheck.cost.formulas import LOCAL, Lines, evaluate, is_small, tree_all_reduce
 
-__all__ = ["LEGEND", "STRATEGIES", "Quantity", "Strategy", "Term", "evaluate", "step", "symbols", "total"]
+__all__ = ["LEGEND", "STRATEGIES", "Quantity", "Strategy", "Term", "step", "strategies_of", "symbols", "total"]
 
 Quantity = Literal["flops", "bytes", "memory"]
-
-LOCAL: tuple[Strategy, ...] = ("stock", "tree")  # who multiplies what a rank holds, and no more
-SMALL_ROOT = 1 << 18  # bytes: patches.order.collectives.SMALL
 
 LEGEND = {
     "t": "TP size",
@@ -55,6 +50,7 @@ LEGEND = {
     "V": "padded vocabulary",
     "c": "parameters of a norm (gamma, beta)",
     "e": "bytes of an element",
+    **experts.LEGEND,
 }
 
 
@@ -70,19 +66,25 @@ class Term:
 
 
 def step(config: RunConfig) -> list[Term]:
-    """All terms of one step of `config`, whose own strategy does not matter.
+    """All terms of one step of `config`, whose own strategy does not matter."""
+    known, counted = symbols(config), strategies_of(config)
+    quantities: dict[Quantity, list[Lines]] = {
+        "flops": [_flops(config), experts.expert_flops(config)],
+        "bytes": [_bytes(config, known), experts.expert_bytes(config, known)],
+        "memory": [_memory(config, known), experts.expert_memory(config, known)],
+    }
+    return [
+        Term(quantity, what, pay, formula, evaluate(formula, known))
+        for quantity, parts in quantities.items()
+        for lines in parts
+        for what, strategies, formula in lines
+        if (pay := tuple(strategy for strategy in strategies if strategy in counted))
+    ]
 
-    Raises:
-        TpcheckError: it is a mixture of experts.
-    """
-    if config.model.experts is not None:
-        raise TpcheckError("the products and collectives of experts are not counted yet: name a dense model")
-    known = symbols(config)
-    terms: list[Term] = []
-    for quantity, lines in (("flops", _flops()), ("bytes", _bytes(config, known)), ("memory", _memory(config, known))):
-        for what, strategies, formula in lines:
-            terms.append(Term(quantity, what, strategies, formula, evaluate(formula, known)))  # type: ignore[arg-type]
-    return terms
+
+def strategies_of(config: RunConfig) -> tuple[Strategy, ...]:
+    """Those that `config` can be trained with."""
+    return STRATEGIES if config.model.experts is None else LOCAL
 
 
 def total(terms: list[Term], quantity: Quantity, strategy: Strategy) -> float:
@@ -94,6 +96,7 @@ def total(terms: list[Term], quantity: Quantity, strategy: Strategy) -> float:
 def symbols(config: RunConfig) -> dict[str, float]:
     """The values of `LEGEND`'s symbols."""
     model, tp = config.model, config.tp
+    shared = model.experts and model.experts.shared_ffn_hidden_size
     return {
         "t": tp,
         "p": config.cp,
@@ -111,39 +114,30 @@ def symbols(config: RunConfig) -> dict[str, float]:
         "P": model.num_attention_heads * max(16, 1 << (model.head_dim - 1).bit_length()),
         "l": max(1, config.leaves // model.num_query_groups) / max(1, tp // model.num_query_groups),
         "d": model.head_dim,
-        "f": model.ffn_hidden_size,
+        "f": (shared or 0) if model.experts else model.ffn_hidden_size,
         "g": 2 if model.activation == "swiglu" else 1,
         "V": model.padded_vocab_size,
         "c": 1 if model.normalization == "RMSNorm" else 2,
         "e": 2 if config.dtype == "bf16" else 4,
+        **experts.expert_symbols(config),
     }
 
 
-def evaluate(formula: str, known: dict[str, float]) -> float:
-    """The value of a formula, of the symbols of `known`."""
-    return float(eval(_compiled(formula), {"__builtins__": {}}, known))  # formulas are of this file alone
+def _every_token_meets_an_mlp(config: RunConfig) -> bool:
+    """Not in a mixture of experts, unless one expert is shared."""
+    return config.model.experts is None or config.model.experts.shared_ffn_hidden_size is not None
 
 
-@functools.cache
-def _compiled(formula: str) -> CodeType:
-    return compile(formula.replace("·", "*"), formula, "eval")
-
-
-Lines = Iterator[tuple[str, tuple[Strategy, ...], str]]
-
-
-def _flops() -> Lines:
+def _flops(config: RunConfig) -> Lines:
     """A sharded sum is the row-parallel layers' forward and the column-parallel ones' dgrad: gather does it whole."""
-    for name, layer, again, size in (
-        ("QKV", "·L", "·r", "·T·h·w"),
-        ("fc1", "·L", "·r", "·T·h·g·f"),
-        ("output layer", "", "", "·T·h·V"),
-    ):
+    mlp = _every_token_meets_an_mlp(config)
+    fc1, fc2 = (("fc1", "·L", "·r", "·T·h·g·f"),) * mlp, (("fc2", "·L·T·f·h"),) * mlp
+    for name, layer, again, size in (("QKV", "·L", "·r", "·T·h·w"), *fc1, ("output layer", "", "", "·T·h·V")):
         yield f"{name} forward", STRATEGIES, f"2·n{again}{layer}{size}/t"
         yield f"{name} dgrad", LOCAL, f"2·n{layer}{size}/t"
         yield f"{name} dgrad, whole on every rank", ("gather",), f"2·n{layer}{size}"
         yield f"{name} wgrad", STRATEGIES, f"2·n{layer}{size}/t"
-    for name, size in (("proj", "·L·T·q·h"), ("fc2", "·L·T·f·h")):
+    for name, size in (("proj", "·L·T·q·h"), *fc2):
         yield f"{name} forward", LOCAL, f"2·n·r{size}/t"
         yield f"{name} forward, whole on every rank", ("gather",), f"2·n·r{size}"
         yield f"{name} dgrad", STRATEGIES, f"2·n{size}/t"
@@ -161,11 +155,13 @@ def _bytes(config: RunConfig, known: dict[str, float]) -> Lines:
         return
     sp, model = config.sequence_parallel, config.model
     yield from _embedding_bytes(sp, model)
-    yield from _sharded_sum_bytes(sp, known)
+    mlp = _every_token_meets_an_mlp(config)
+    yield from _sharded_sum_bytes(sp, mlp, known)
     if sp:
-        yield "proj, fc2 backward: all-gather of dy", STRATEGIES, "2·n·L·ρ·T·h·e"
-        yield "QKV, fc1 forward: all-gather of x", STRATEGIES, "2·n·r·L·ρ·T·h·e"
-        yield "QKV, fc1 wgrad: all-gather of x", STRATEGIES, "2·n·L·ρ·T·h·e"
+        row, column, twice = ("proj, fc2", "QKV, fc1", "2·") if mlp else ("proj", "QKV", "")
+        yield f"{row} backward: all-gather of dy", STRATEGIES, f"{twice}n·L·ρ·T·h·e"
+        yield f"{column} forward: all-gather of x", STRATEGIES, f"{twice}n·r·L·ρ·T·h·e"
+        yield f"{column} wgrad: all-gather of x", STRATEGIES, f"{twice}n·L·ρ·T·h·e"
         yield "output layer forward, wgrad: all-gather of x", STRATEGIES, "2·n·ρ·T·h·e"
     yield from _cross_entropy_bytes(known)
     yield from _parameter_sum_bytes(sp, model, config.order_free, known)
@@ -182,25 +178,12 @@ def _embedding_bytes(sp: bool, model: ModelConfig) -> Lines:
         yield "embedding backward: all-gather", STRATEGIES, "n·ρ·T·h·e"
 
 
-def _is_small(elements: str, known: dict[str, float]) -> bool:
-    """Whether ranks send each other so small a float32 root whole, instead of adding a slice each."""
-    return evaluate(f"{elements}·4", known) <= SMALL_ROOT
-
-
-def _tree_all_reduce(name: str, count: str, elements: str, known: dict[str, float], e: str = "e") -> Lines:
-    """What the tree's sum over ranks moves, `count` times, for a root of so many `elements`."""
-    if _is_small(elements, known):
-        yield f"{name}: all-gather of float32 roots", ("tree",), f"{count}·(t-1)·{elements}·4"
-    else:
-        yield f"{name}: all-to-all of float32 roots", ("tree",), f"{count}·ρ·{elements}·4"
-        yield f"{name}: all-gather of the result", ("tree",), f"{count}·ρ·{elements}·{e}"
-
-
-def _sharded_sum_bytes(sp: bool, known: dict[str, float]) -> Lines:
+def _sharded_sum_bytes(sp: bool, mlp: bool, known: dict[str, float]) -> Lines:
     """Row-parallel forward and column-parallel dgrad: what stock all-reduces, or reduce-scatters under SP."""
+    row, column, twice = ("proj, fc2", "QKV, fc1", "2·") if mlp else ("proj", "QKV", "")
     for name, count, operands in (
-        ("proj, fc2 forward", "2·n·r·L", ("n·r·L·ρ·T·(q+f)·e", "n·r·L·ρ·(q+f)·h·e")),
-        ("QKV, fc1 dgrad", "2·n·L", ("n·L·ρ·T·(w+g·f)·e", "n·L·ρ·(w+g·f)·h·e")),
+        (f"{row} forward", f"{twice}n·r·L", ("n·r·L·ρ·T·(q+f)·e", "n·r·L·ρ·(q+f)·h·e")),
+        (f"{column} dgrad", f"{twice}n·L", ("n·L·ρ·T·(w+g·f)·e", "n·L·ρ·(w+g·f)·h·e")),
         ("output layer dgrad", "n", ("n·ρ·T·V·e", "n·ρ·V·h·e")),
     ):
         if sp:
@@ -212,7 +195,7 @@ def _sharded_sum_bytes(sp: bool, known: dict[str, float]) -> Lines:
         if sp:
             yield f"{name}: all-to-all of float32 roots", ("tree",), f"{count}·ρ·T·h·4"
         else:
-            yield from _tree_all_reduce(name, count, "T·h", known)
+            yield from tree_all_reduce(name, count, "T·h", known)
 
 
 def _cross_entropy_bytes(known: dict[str, float]) -> Lines:
@@ -220,27 +203,27 @@ def _cross_entropy_bytes(known: dict[str, float]) -> Lines:
     yield "cross-entropy: all-gather of maximum and target", ("gather", "tree"), "2·n·(t-1)·T·4"
     yield "cross-entropy: all-reduce of the sum", ("stock",), "n·2·ρ·T·4"
     yield "cross-entropy: all-gather of exponentials", ("gather",), "n·ρ·T·V·4"
-    yield from _tree_all_reduce("cross-entropy", "n", "T", known, e="4")
+    yield from tree_all_reduce("cross-entropy", "n", "T", known, e="4")
 
 
 def _parameter_sum_bytes(sp: bool, model: ModelConfig, order_free: bool, known: dict[str, float]) -> Lines:
     """Gradients that sum over spread tokens or heads: stock adds a step's float32 gradients, the patches each one.
 
-    They have one a microbatch, or one a batch leaf of it where sums over the batch have no order.
+    They have one a microbatch, or one a batch leaf of it, in float32, where sums over the batch have no order.
     """
-    each = "u·" if order_free else ""
+    each, e = ("u·", "4") if order_free else ("", "e")
     if sp:
         yield "norms: all-reduce of gradients", ("stock",), "2·ρ·(2·L+1)·c·h·4"
         yield "norms: all-gather of dy·norm(x)", ("gather",), "n·(2·L+1)·ρ·T·h·(4+(c-1)·e)"
-        yield from _tree_all_reduce("norms", "n·(2·L+1)·c", f"{each}h", known)
+        yield from tree_all_reduce("norms", "n·(2·L+1)·c", f"{each}h", known, e)
     if model.qk_layernorm:
         yield "q/k-layernorm: all-reduce of gradients", ("stock",), "2·ρ·2·L·c·d·4"
         yield "q/k-layernorm: all-gather of dy·norm(x)", ("gather",), "n·L·ρ·T·(q+k)·(4+(c-1)·e)"
-        yield from _tree_all_reduce("q/k-layernorm", "n·2·L·c", f"{each}d", known)
+        yield from tree_all_reduce("q/k-layernorm", "n·2·L·c", f"{each}d", known, e)
     if sp and model.bias:
         yield "proj, fc2 bias: all-reduce of gradients", ("stock",), "2·ρ·2·L·h·4"
         yield "proj, fc2 bias: all-gather of dy", ("gather",), "n·2·L·ρ·T·h·e"
-        yield from _tree_all_reduce("proj, fc2 bias", "n·2·L", f"{each}h", known)
+        yield from tree_all_reduce("proj, fc2 bias", "n·2·L", f"{each}h", known, e)
 
 
 def _shared_group_bytes(model: ModelConfig) -> Lines:
@@ -255,7 +238,7 @@ def _shared_group_bytes(model: ModelConfig) -> Lines:
 def _memory(config: RunConfig, known: dict[str, float]) -> Lines:
     if config.tp == 1:
         return
-    received = "(1+t)" if _is_small("T·h", known) and not config.sequence_parallel else "2"
+    received = "(1+t)" if is_small("T·h", known) and not config.sequence_parallel else "2"
     yield "float32 root of a sharded sum, roots received", ("tree",), f"{received}·T·h·4"
     yield "output layer dgrad: gathered dlogits and weight", ("gather",), "T·V·e+V·h·e"
     yield "fc1 dgrad: gathered gradients and weight", ("gather",), "T·g·f·e+g·f·h·e"

@@ -136,6 +136,7 @@ def _expert_settings(config: RunConfig) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
         "moe_shared_expert_gate": experts.shared_gate,
         "moe_token_dispatcher_type": experts.dispatcher,
+        "moe_grouped_gemm": layers_of(config) == "te",
         "expert_model_parallel_size": config.ep,
         "expert_tensor_parallel_size": config.expert_tp,
     }
@@ -162,7 +163,11 @@ def _build_piece(config: RunConfig, settings: TransformerConfig, virtual_stage: 
     stage = virtual_stage * config.pp + parallel_state.get_pipeline_model_parallel_rank()
     stages = config.pp * config.vpp
     if layers_of(config) == "te":
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=model.experts and model.experts.number,
+            moe_grouped_gemm=settings.moe_grouped_gemm,
+            qk_layernorm=model.qk_layernorm,
+        )
     else:
         spec = get_gpt_layer_local_spec(
             num_experts=model.experts and model.experts.number,

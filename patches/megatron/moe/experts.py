@@ -1,54 +1,45 @@
-"""megatron.core.transformer.moe.experts: what an expert computes on its rows.
-
-    x [R, H] ──fc1──▶ [R, F] ──activation · weight──▶ [R, F] ──fc2──▶ [R, H]      F spread over ETP ranks
-
-A row's weight is applied in fc2's forward; a contribution to a gradient is that of a run of rows (`ops.dispatch`).
-"""
+"""megatron.core.transformer.moe.experts: MLPs of one expert each, or one of all of a rank's (`patches.experts`)."""
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 
-from patches.call_site import tp_group, tp_sharded
+from patches.experts import give_weights
 from patches.megatron.moe.refusals import VERSIONS
-from patches.ops.linear import GradSink, column_parallel, row_parallel
-from patches.ops.weighted import weighted
 from patches.registry import attribute
 
-__all__ = ["PATCHES", "expert_column", "expert_row", "give_runs"]
-
-RUNS, WEIGHTS = "_patches_runs", "_patches_weights"
-
-
-def give_runs(experts: Any, runs: list[list[int]]) -> None:
-    """Tell the layers of each of a rank's `experts` the runs of the rows that it will be given next."""
-    for expert, of_expert in zip(experts.local_experts, runs, strict=True):
-        for layer in (expert.linear_fc1, expert.linear_fc2):
-            setattr(layer, RUNS, tuple(of_expert))
-
-
-def expert_column(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """The forward of a column-parallel layer of an expert, without bias: [R, tN]."""
-    sink, pieces = GradSink(runs=getattr(layer, RUNS)), getattr(weight, "partition_stride", 1)
-    return column_parallel(x, weight, None, tp_sharded(tp_group(layer)), False, sink, pieces)
-
-
-def expert_row(layer: Any, x: Tensor) -> tuple[Tensor, None]:
-    """The forward of a row-parallel layer of an expert, without bias: [R, N]."""
-    shards = tp_sharded(tp_group(layer))
-    weights = vars(layer).pop(WEIGHTS, None)
-    if weights is not None:
-        x = weighted(x, weights, shards)
-    return row_parallel(x, layer.weight, shards, False, GradSink(runs=getattr(layer, RUNS))), None
+__all__ = ["PATCHES"]
 
 
 def _mlp_forward(original: Any) -> Any:
     def forward(self: Any, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any) -> Any:
         if per_token_scale is not None:
-            setattr(self.linear_fc2, WEIGHTS, per_token_scale)
+            give_weights(self.linear_fc2, per_token_scale)
         return original(self, hidden_states, None, **kwargs)
+
+    return forward
+
+
+def _grouped_forward(original: Any) -> Any:
+    def forward(
+        self: Any, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> Any:
+        """That of one MLP, in which each layer knows its experts' rows: an activation does not ask whose they are."""
+        from megatron.core.transformer.mlp import MLP
+
+        sizes = tokens_per_expert.tolist()
+        mlp: Any = SimpleNamespace(
+            config=self.config,
+            activation_func=self.activation_func,
+            linear_fc1=partial(self.linear_fc1, m_splits=sizes),
+            linear_fc2=partial(self.linear_fc2, m_splits=sizes),
+        )
+        give_weights(self.linear_fc2, permuted_probs)
+        return MLP.forward(mlp, permuted_local_hidden_states)
 
     return forward
 
@@ -60,6 +51,15 @@ PATCHES = [
         "the gradient of a router's weight sums over an expert's width, which ETP spreads over ranks",
         _mlp_forward,
         parameters="hidden_states per_token_scale kwargs",
+        versions=VERSIONS,
+        order_free=True,
+    ),
+    attribute(
+        "grouped-expert-weights",
+        "megatron.core.transformer.moe.experts:TEGroupedMLP.forward",
+        "the same, where one layer holds all experts",
+        _grouped_forward,
+        parameters="permuted_local_hidden_states tokens_per_expert permuted_probs",
         versions=VERSIONS,
         order_free=True,
     ),

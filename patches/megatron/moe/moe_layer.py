@@ -14,7 +14,7 @@ from torch import Tensor
 
 from patches.call_site import contract, tp_group
 from patches.contract import UnsupportedError
-from patches.megatron.moe.experts import give_runs
+from patches.experts import give_runs
 from patches.megatron.moe.refusals import VERSIONS, check_experts
 from patches.ops.dispatch import route, to_experts, to_tokens, weights_to_experts
 from patches.registry import attribute

@@ -32,12 +32,19 @@ COVERED: dict[str, tuple[tuple[Any, ...], str]] = {
             "moe_router_fusion",
             "moe_permute_fusion",
             "moe_apply_probs_on_input",
+            "fine_grained_activation_offloading",
             "moe_use_legacy_grouped_gemm",
             "moe_router_padding_for_quantization",
             "moe_pad_expert_input_to_capacity",
         ),
         ((False,), "set it to False"),
     ),
+}
+
+# Experts of Megatron: what their first layer may be.
+LAYERS = {
+    "SequentialMLP": ("ColumnParallelLinear", "TEColumnParallelLinear"),
+    "TEGroupedMLP": ("TEColumnParallelGroupedLinear",),
 }
 
 # Kinds of balancing whose definition is a rank's, a micro-batch's or the number of micro-batches'.
@@ -99,13 +106,19 @@ def _check_balance(config: Any) -> None:
 
 def check_experts(experts: Any) -> None:
     """Raise `UnsupportedError` for a kind of experts whose sums are not covered."""
-    if type(experts).__name__ != "SequentialMLP":
+    kind = type(experts).__name__
+    if kind not in LAYERS:
         raise UnsupportedError(
-            f"experts in a {type(experts).__name__} are not covered: use SequentialMLP (without --moe-grouped-gemm)"
+            f"experts in a {kind} are not covered: use SequentialMLP (without --moe-grouped-gemm), or with Transformer "
+            "Engine's layers TEGroupedMLP"
         )
-    layer = type(experts.local_experts[0].linear_fc1)
-    if layer.__name__ != "ColumnParallelLinear":
+    layer = type((experts if kind == "TEGroupedMLP" else experts.local_experts[0]).linear_fc1)
+    if layer.__name__ not in LAYERS[kind]:
         raise UnsupportedError(
             f"experts made of {layer.__module__}.{layer.__name__} are not covered: build the model from "
-            "get_gpt_layer_local_spec(num_experts=…)"
+            "get_gpt_layer_local_spec(num_experts=…) or get_gpt_layer_with_transformer_engine_spec(num_experts=…)"
+        )
+    if getattr(experts, "activation_recompute", False):
+        raise UnsupportedError(
+            "'moe_act' in recompute_modules is not covered: use 'moe', which recomputes the layer (--recompute-modules)"
         )

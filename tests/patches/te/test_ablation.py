@@ -34,7 +34,8 @@ FEELS_IT: dict[str, tuple[set[str], int, dict[str, Any]]] = {
     "te-init-layernorm-column": (set(), 2, ON_DEVICE),
 }
 OTHERWISE = {"te-layernorm-mlp", "te-init-column"}  # below
-REFUSING = {"te-flash-attention", "te-fused-attention", "te-grouped-linear", "te-op-fuser", "te-cross-entropy"}
+OF_EXPERTS = {"te-grouped-linear", "te-init-grouped-row", "te-init-grouped-column"}  # test_mixture
+REFUSING = {"te-flash-attention", "te-fused-attention", "te-op-fuser", "te-cross-entropy"}
 
 
 def without(names: set[str]) -> None:
@@ -95,4 +96,4 @@ def test_column_weights_depend_on_tp_without_their_init():
 
 
 def test_every_patch_is_ablated():
-    assert {patch.name for patch in PATCHES} == FEELS_IT.keys() | OTHERWISE | REFUSING
+    assert {patch.name for patch in PATCHES} == FEELS_IT.keys() | OTHERWISE | OF_EXPERTS | REFUSING

@@ -57,6 +57,14 @@ def grouped_linear() -> None:
     te.GroupedLinear(2, 16, 16, params_dtype=torch.float32)(X, [2, 2])
 
 
+def grouped_of_experts(call: dict[str, Any], **attributes: Any) -> None:
+    import transformer_engine.pytorch as te
+
+    layer = te.GroupedLinear(2, 16, 16, bias=False, params_dtype=torch.float32)
+    vars(layer).update({"_patches_part": None, **attributes})
+    layer(X, [2, 2], **call)
+
+
 def fused_ops() -> None:
     import transformer_engine.pytorch as te
 
@@ -86,7 +94,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "delayed wgrad": (lambda: linear(delay_wgrad_compute=True)(X), "delay_wgrad_compute is not covered"),
     "float16 input": (lambda: linear()(X.half()), "float32 parameters and a torch.float16 input"),
     "unequal split": (lambda: linear(parallel_mode="column", parameters_split={"q_": 12, "k_": 4})(X), "unequal sizes"),
-    "grouped": (grouped_linear, "GroupedLinear .mixture of experts. is not covered"),
+    "grouped": (grouped_linear, "GroupedLinear: use outside of Megatron's MoELayer is not covered.*Linear"),
+    "grouped biases": (lambda: grouped_of_experts({}, use_bias=True), "GroupedLinear: bias=True is not covered"),
+    "grouped weights in one": (
+        lambda: grouped_of_experts({}, single_grouped_weight=True),
+        "single_grouped_weight=True is not covered",
+    ),
+    "grouped into a buffer": (lambda: grouped_of_experts({"out": X}), "a preallocated result is not covered"),
     "op fuser": (fused_ops, "te.ops other than norms is not covered"),
     "cross-entropy": (cross_entropy, "its cross-entropy is not covered.*'native'"),
     "flash": (lambda: attention("flash_attention"), "chose its flash-attention backend.*attention_backend=AttnBackend"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = [
     "generic_gemm", "layernorm_bwd", "layernorm_fwd", "multi_tensor_adam", "multi_tensor_l2norm", "multi_tensor_scale",
-    "multi_tensor_scale_tensor", "rmsnorm_bwd", "rmsnorm_fwd", "swap_first_dims",
+    "multi_tensor_scale_tensor", "rmsnorm_bwd", "rmsnorm_fwd", "swap_first_dims", "te_general_grouped_gemm",
 ]  # fmt: skip
 
 DTYPES = {0: torch.uint8, 2: torch.int32, 4: torch.float32, 5: torch.float16, 6: torch.bfloat16}
@@ -47,6 +47,19 @@ def generic_gemm(
     else:
         D.copy_(D.float() * (1.0 if beta is None else beta) + y.float() if accumulate else y)
     return [D, bias_grad, None, extra_output]
+
+
+def te_general_grouped_gemm(
+    A: list[Tensor], transa: bool, B: list[Tensor], transb: bool, D: list[Tensor], D_type: Any, m_splits: list[int],
+    bias: list[Tensor], bias_type: Any, single_output: bool, pre_gelu_out: Any, grad: bool, workspace: Any,
+    workspace_size: int, accumulate: bool, use_split_accumulator: bool, math_sm_count: int,
+) -> list[Tensor]:  # fmt: skip
+    """`generic_gemm` of each group, whose results are pieces of one tensor if `single_output`."""
+    if any(one.numel() for one in bias):
+        raise NotImplementedError("a grouped GEMM with biases has no stand-in on CPU")
+    for a, b, out in zip(A, B, D[0].split(m_splits) if single_output else D, strict=True):
+        generic_gemm(a, transa, b, transb, out, None, D_type, None, None, False, None, grad, None, 0, accumulate, False)
+    return bias
 
 
 def rmsnorm_fwd(

@@ -22,6 +22,7 @@ from tpcheck.trace.record.rank_layout import RankLayout
 __all__ = ["Chunk", "chunks_of"]
 
 EXPERT = re.compile(r"(.*\.local_experts)\.(\d+)(?=\.|$)")
+GROUPED = re.compile(r"(.*\.experts)\.(.*?)(\d+)")  # a parameter of one layer that holds all of a rank's experts
 LAYER = re.compile(r"(?:^|.*?\.)layers\.\d+(?=\.|$)")
 # Its output is the main hidden states and the predicted ones, one after the other in every rank's share.
 JOINED = "MultiTokenPredictionBlock"
@@ -52,7 +53,11 @@ class Chunk:
         """Parameters by canonical name; the last stage's copy of tied embeddings is the first stage's parameter."""
         numbers, found = self._numbers(), {}
         for name, parameter in self.model.named_parameters():
-            short = self._expert(_renumbered(canonical(name), numbers))
+            name = _renumbered(canonical(name), numbers)
+            grouped = None if EXPERT.match(name) else GROUPED.fullmatch(name)
+            if grouped:
+                name = f"{grouped[1]}.local_experts.{grouped[3]}.{grouped[2]}"
+            short = self._expert(name)
             tied = short == "output_layer.weight" and getattr(parameter, "shared_embedding", False)
             found["embedding.word_embeddings.weight" if tied and not self.first else short] = parameter
         return found
@@ -66,7 +71,7 @@ class Chunk:
         return f"{found[1]}.{self.ep_rank * own + int(found[2])}{name[found.end() :]}"
 
     def _experts_of_a_rank(self) -> int:
-        return next(len(m.local_experts) for m in self.model.modules() if hasattr(m, "local_experts"))  # type: ignore[arg-type]
+        return next(int(m.num_local_experts) for m in self.model.modules() if hasattr(m, "num_local_experts"))  # type: ignore[arg-type]
 
     def _foreign(self, name: str) -> bool:
         if not self.last and name in ("", "decoder"):

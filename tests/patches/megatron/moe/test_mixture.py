@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.megatron_runs import patched_training, run
-from tests.support.mixtures import CASES, EVERY, EXPERTS, SHARDED, comparable, layout, options_of, unlike
+from tests.support.mixtures import CASES, COVERING, EVERY, EXPERTS, SHARDED, comparable, layout, options_of, unlike
 from tests.support.ranks import on_ranks
 
 SOME: dict[str, list[dict[str, Any]]] = {
@@ -25,6 +25,7 @@ SOME: dict[str, list[dict[str, Any]]] = {
     "two layers, fusions": [layout(4, 2, 1), layout(1, 4, 2)],
     "equal scores, idle experts": [layout(2, 8, 1), layout(2, 4, 2)],
 }
+EVERYWHERE = ("softmax, top 2, balanced", "sigmoid, top 8, allgather")
 STOCK = "stock, drawn by name"
 ROUTER = "decoder.layers.0.mlp.router.weight"
 
@@ -40,9 +41,9 @@ def test_training_has_same_bits_at_every_layout(name):
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("name", CASES)
-def test_training_has_same_bits_at_every_combination_of_sizes(name):
+def test_training_has_same_bits_at_combinations_of_sizes(name):
     one = run("order-free", 1, **options_of(name))
-    for where in EVERY:
+    for where in EVERY if name in EVERYWHERE else COVERING:
         assert not unlike(one, "order-free", name, where), where
 
 
@@ -54,11 +55,32 @@ def test_pipeline_stages_and_the_distributed_optimizer_change_no_bit():
         assert comparable(one) == comparable(other), where
 
 
-@pytest.mark.parametrize("where", (layout(2, 1, 2), layout(1, 2, 1), layout(1, 1, 1, micro_batch=2)), ids=str)
-def test_stock_depends_on_every_axis(where):
-    name = "softmax, top 2, balanced"
-    found = unlike(run(STOCK, 1, **options_of(name)), STOCK, name, where)
-    assert any(name.startswith("final/") for name in found)
+# Two layouts that differ along one axis alone.
+AXES = {
+    "TP": (layout(1, 2, 1), {**layout(2, 2, 1), "dp": 2}),
+    "EP": ({**layout(1, 1, 1), "dp": 2}, layout(1, 2, 1)),
+    "ETP": ({**layout(2, 2, 1), "dp": 2}, layout(2, 2, 2)),
+    "DP": (layout(1, 1, 1), {**layout(1, 1, 1), "dp": 2}),
+    "micro-batches": (layout(1, 1, 1), layout(1, 1, 1, micro_batch=2)),
+}
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_stock_depends_on_every_axis(axis):
+    assert moves_weights("softmax, top 2, balanced", *AXES[axis])
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in EVERYWHERE else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_stock_depends_on_the_layout_in_every_case(name):
+    assert moves_weights(name, layout(1, 1, 1), layout(1, 2, 1))
+
+
+def moves_weights(name: str, one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether stock's case ends with other weights in one layout than in another."""
+    found = unlike(run(STOCK, **{**options_of(name), **one}), STOCK, name, other)
+    return any(name.startswith("final/") for name in found)
 
 
 def test_stock_forgets_the_tokens_of_other_tensor_parallel_ranks_where_experts_are_whole():

@@ -6,9 +6,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from packaging.specifiers import SpecifierSet
 
 import patches
-from patches.megatron.moe.refusals import check_experts, check_mixture
+from patches.megatron.moe.refusals import VERSIONS, check_experts, check_mixture
+from patches.registry import library_version
 from tests.support import plain_megatron
 from tests.support.mixtures import BATCH, EXPERTS
 from tests.support.ranks import on_ranks
@@ -26,7 +33,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         "moe_shared_expert_overlap=True",
     ),
     "fused router": ({"moe_router_fusion": True}, "moe_router_fusion=True"),
-    "weights on the input": (
+    "scaled rows": (
         {"moe_apply_probs_on_input": True, "moe_router_topk": 1, "moe_router_pre_softmax": True},
         "moe_apply_probs_on_input=True",
     ),
@@ -73,6 +80,7 @@ def test_setting_is_refused_by_name(name):
         ("moe_router_topk_limited_devices", 2),
         ("overlap_moe_expert_parallel_comm", True),
         ("context_parallel_size", 2),
+        ("fine_grained_activation_offloading", True),
     ],
 )
 def test_setting_that_megatron_itself_may_refuse_here_is_refused_by_name(setting, value):
@@ -83,16 +91,31 @@ def test_setting_that_megatron_itself_may_refuse_here_is_refused_by_name(setting
             check_mixture(SimpleNamespace(**plain, **{setting: value}))
 
 
-def test_experts_of_another_kind_are_refused():
-    class GroupedMLP:
-        pass
+def grouped_by_another_package() -> None:
+    """Megatron's older grouped experts, as they are where the package grouped_gemm is installed."""
+    from megatron.core.transformer.moe import grouped_gemm_util
 
-    with pytest.raises(patches.UnsupportedError, match="experts in a GroupedMLP .*without --moe-grouped-gemm"):
-        check_experts(GroupedMLP())
+    grouped_gemm_util.assert_grouped_gemm_is_available = lambda: None
+    patches.enable(batch="order-free")
+    parallel_state.initialize_model_parallel()
+    config = TransformerConfig(
+        **{**plain_megatron.SHARED, **plain_megatron.QWEN3, **EXPERTS}, moe_grouped_gemm=True, bf16=True,
+        calculate_per_token_loss=True, params_dtype=torch.bfloat16,
+    )  # fmt: skip
+    GPTModel(config, get_gpt_layer_local_spec(num_experts=8, moe_grouped_gemm=True), 64, 16)
+
+
+def test_experts_of_another_kind_are_refused():
+    with pytest.raises(AssertionError, match="experts in a GroupedMLP .*without --moe-grouped-gemm.*TEGroupedMLP"):
+        on_ranks(1, grouped_by_another_package)
     layer = SimpleNamespace(linear_fc1=object())
     experts = type("SequentialMLP", (), {"local_experts": [layer]})()
     with pytest.raises(patches.UnsupportedError, match="experts made of builtins.object are not covered"):
         check_experts(experts)
+    layers = {"linear_fc1": type("TEColumnParallelGroupedLinear", (), {})(), "activation_recompute": True}
+    grouped = type("TEGroupedMLP", (), layers)()
+    with pytest.raises(patches.UnsupportedError, match="'moe_act' in recompute_modules is not covered: use 'moe'"):
+        check_experts(grouped)
 
 
 def test_sums_over_the_batch_in_order_and_gathered_operands_are_refused():
@@ -113,8 +136,11 @@ def test_dense_layers_in_a_pipeline_are_refused():
 
 
 def test_other_versions_of_megatron_core_are_refused(monkeypatch):
-    monkeypatch.setattr("patches.megatron.moe.refusals.library_version", lambda name: "0.17.1")
+    found = library_version("megatron-core")
+    if SpecifierSet(VERSIONS).contains(found or ""):
+        found = "0.17.1"
+        monkeypatch.setattr("patches.megatron.moe.refusals.library_version", lambda name: found)
     with pytest.raises(
-        AssertionError, match="num_moe_experts=8 is not covered by the patches with megatron-core 0.17.1"
+        AssertionError, match=f"num_moe_experts=8 is not covered by the patches with megatron-core {found}: use >=0.16"
     ):
         on_ranks(1, train, {})

@@ -6,15 +6,18 @@ No split of K: bits depend on groups of 16 along K, counted from a leaf's start 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from patches.order.kernels.library import cublas
+from patches.order.kernels.library import cublas, specialised
 from patches.order.kernels.plans import plan
 
 __all__ = ["add_product", "product"]
 
 LIBRARY = cublas()
+TREES = specialised()
 
 
 def product(
@@ -44,11 +47,16 @@ def product(
     )  # fmt: skip
     added = None if into is None else (into.device, into.shape, into.stride(), into.dtype, into.data_ptr() % 16)
     call = plan(operands, leaves, pieces, dtype, scale != 1, beside_collective, added)
+    ours = partial(call.run, a_MK, b_KN, scale, into)
     one = leaves == pieces == 1 and scale == 1 and not beside_collective and a_MK.dim() == 2 and call.plan is not None
     if LIBRARY is not None and one and a_MK.dtype == torch.bfloat16:
-        layout = (operands, dtype, added)
-        return LIBRARY.product(layout, lambda: call.run(a_MK, b_KN, scale, into), a_MK, b_KN, dtype, into)
-    return call.run(a_MK, b_KN, scale, into)
+        return LIBRARY.product((operands, dtype, added), ours, into, a_MK, b_KN, dtype)
+    if TREES is not None and leaves > 1 and scale == 1 and into is None:
+        library, how = TREES[0], (operands, leaves, pieces, dtype, beside_collective)
+        launch = TREES[1].launch(*how)
+        if launch is not None:
+            return library.product(how, ours, None, a_MK, b_KN, launch, dtype)
+    return ours()
 
 
 def add_product(into: Tensor, a_MK: Tensor, b_KN: Tensor, beside_collective: bool = False) -> None:

@@ -71,9 +71,9 @@ def main():
             if variant.name not in checked:
                 continue
             plans.tile_of = lambda *_, tile=tile: tile
-            suits_tma, plans._suits_tma = plans._suits_tma, (plans._suits_tma if tma else lambda *_: False)
+            suits_tma, plans.suits_tma = plans.suits_tma, (plans.suits_tma if tma else lambda *_: False)
             launch(plans, dtype, layout, leaves, result)
-            plans._suits_tma = suits_tma
+            plans.suits_tma = suits_tma
             names = variant.kernel.arg_names
             constants = {(names.index(name),): value for name, value in variant.constexprs.items()}
             want = key(variant.kernel, variant.signature, constants, variant.attrs)

@@ -7,6 +7,7 @@ No split of K: bits depend on groups of 16 along K, counted from a leaf's start 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from patches.order.kernels.library import cublas, specialised
 from patches.order.kernels.plans import plan
 
-__all__ = ["add_product", "product"]
+__all__ = ["add_product", "fields_of", "product"]
 
 LIBRARY = cublas()
 TREES = specialised()
@@ -41,10 +42,7 @@ def product(
         beside_collective: leave some multiprocessors to one that is under way; the same bits.
         into: float32 [M, N] or [B, M, N] that the float32 root is added to and which is returned; `dtype` is ignored.
     """
-    operands = (
-        a_MK.device, a_MK.shape, a_MK.stride(), a_MK.dtype, a_MK.data_ptr() % 16,
-        b_KN.device, b_KN.shape, b_KN.stride(), b_KN.dtype, b_KN.data_ptr() % 16,
-    )  # fmt: skip
+    operands = fields_of(a_MK, b_KN)
     added = None if into is None else (into.device, into.shape, into.stride(), into.dtype, into.data_ptr() % 16)
     call = plan(operands, leaves, pieces, dtype, scale != 1, beside_collective, added)
     ours = partial(call.run, a_MK, b_KN, scale, into)
@@ -57,6 +55,14 @@ def product(
         if launch is not None:
             return library.product(how, ours, None, a_MK, b_KN, launch, dtype)
     return ours()
+
+
+def fields_of(a: Tensor, b: Tensor) -> tuple[Any, ...]:
+    """Those of the operands' `Layout`s."""
+    return (
+        a.device, a.shape, a.stride(), a.dtype, a.data_ptr() % 16,
+        b.device, b.shape, b.stride(), b.dtype, b.data_ptr() % 16,
+    )  # fmt: skip
 
 
 def add_product(into: Tensor, a_MK: Tensor, b_KN: Tensor, beside_collective: bool = False) -> None:

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not on the path: make test-kerne
 pytest.importorskip("patches.order.kernels.specialised", reason="this Triton's Gluon is another", exc_type=ImportError)
 
 from patches.order.kernels import specialised, specialised_kernel
-from patches.order.kernels.gemm import product
+from patches.order.kernels.gemm import fields_of, product
 from patches.order.kernels.tensor_core import K16_25
 from tests.patches.kernels.gemm_operands import operands
 from tests.support.bits import assert_same_bits
@@ -113,8 +113,7 @@ def test_zeros_of_a_root_are_positive(wgmma):
 
 def taken(a, b, leaves, pieces=1, dtype=torch.float32, beside_collective=False):
     """What the compiled kernel gives."""
-    fields = [f for x in (a, b) for f in (x.device, x.shape, x.stride(), x.dtype, x.data_ptr() % 16)]
-    launch = specialised.launch(tuple(fields), leaves, pieces, dtype, beside_collective)
+    launch = specialised.launch(fields_of(a, b), leaves, pieces, dtype, beside_collective)
     assert launch is not None
     return specialised.product(a, b, launch, dtype, None)
 

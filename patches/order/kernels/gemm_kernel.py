@@ -6,7 +6,9 @@
                               └─ k step 0 ─ 1 ─ …       each with an accumulator of its own
 
 A loop over all leaves would be one loop to fill with loads, not one per pair of leaves. But an accumulator set to
-zero within a loop makes the assembler wait for every wgmma on sm_90 (the static check looks for that).
+zero within a loop makes the assembler wait for every wgmma on sm_90 (the static check looks for that). Nothing is
+hoisted out of the loops around that over k (`disable_licm`): addresses that are kept over a tile take registers that
+pending sums and, on sm_100, four accumulators on their way out of tensor memory need.
 Legend: M, N result, K summed, B batch, R rows of an operand, be they M or N.
 """
 

@@ -24,7 +24,7 @@ from patches.order.kernels.specialised_kernel import kernel
 __all__ = ["TILE_M", "TILE_N", "WARPS", "constants", "described", "launch", "product"]
 
 TILE_M, TILE_N, TILE_K = 128, 128, 64
-STAGES = 6
+STAGES = 6  # of 32 KiB, beside 16 for the result: what shared memory holds
 ACCUMULATORS = 4  # of 128 columns each: all that a multiprocessor has of tensor memory
 WARPS = 8  # that add
 MOST_LEAVES = 8

@@ -66,7 +66,6 @@ def kernel(
         b.dtype, [STAGES, 1, TILE_N, TILE_K] if B_ALONG_K else [STAGES, 1, TILE_K, TILE_N], b.layout
     )
     operands = (a_slots, b_slots, _barriers(STAGES), _barriers(STAGES))
-    fence_async_shared()
     if WGMMA:
         fragment: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TILE_N, 16])
         gl.warp_specialize(
@@ -82,7 +81,6 @@ def kernel(
         rows: gl.constexpr = blackwell.get_tmem_reg_layout(gl.float32, (TILE_M, TILE_N), columns, WARPS)
         memory = blackwell.allocate_tensor_memory(gl.float32, [ACCUMULATORS, TILE_M, TILE_N], columns)
         leaves = (memory, _barriers(ACCUMULATORS), _barriers(ACCUMULATORS))
-        fence_async_shared()
         gl.warp_specialize(
             [
                 (_add, (out, scratch, leaves, sizes, out_M, rows, HOW, WARPS)),
@@ -96,9 +94,11 @@ def kernel(
 
 @gluon.jit
 def _barriers(COUNT: gl.constexpr):
+    """COUNT barriers of one arrival each, which TMA and the tensor core see."""
     barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(barriers.index(i), count=1)
+    fence_async_shared()
     return barriers
 
 
@@ -115,11 +115,12 @@ def _next(slot, phase, SLOTS: gl.constexpr):
 @gluon.jit
 def _place(tile, sizes, HOW: gl.constexpr):
     """First row and column of a tile: GROUP rows of tiles at a time, column by column."""
+    _, _, _, _, TILE_M, TILE_N, _, _, _, GROUP = HOW
     _, _, _, tiles_m, tiles_n, _ = sizes
-    first = tile // (HOW[9] * tiles_n) * HOW[9]
-    in_group = tile % (HOW[9] * tiles_n)
-    height = gl.minimum(tiles_m - first, HOW[9])
-    return (first + in_group % height) * HOW[4], in_group // height * HOW[5]
+    first = tile // (GROUP * tiles_n) * GROUP
+    in_group = tile % (GROUP * tiles_n)
+    height = gl.minimum(tiles_m - first, GROUP)
+    return (first + in_group % height) * TILE_M, in_group // height * TILE_N
 
 
 @gluon.jit
@@ -246,7 +247,7 @@ def _store(
     root, out, m, n, M, N, out_M,
     layout: gl.constexpr, TILE_M: gl.constexpr, TILE_N: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Rounded once, zeros as +0; whole lines at a time, which float32 has as it lies in registers on sm_90."""
+    """Rounded once, zeros as +0; by way of shared memory, so that a warp writes whole lines."""
     lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     rounded = gl.convert_layout(root.to(out.dtype.element_ty) + 0.0, lines)
     rows = m + gl.arange(0, TILE_M, gl.SliceLayout(1, lines))

@@ -4,7 +4,9 @@ Triton's interpreter does not take Gluon. Here the kernel's own functions run as
 of Gluon replaced. One thread runs at a time; where a barrier lets it wait, `Machine` draws who goes on: a partition, a
 load by TMA that is under way (in any order), or the tensor core's next product (in order). Loads and products read and
 write buffers when they are drawn, so a buffer that is filled or freed too early gives wrong numbers, and barriers that
-do not fit each other a `Stuck`. Products are those of `tensor_core`: bit by bit what the kernel has to give.
+do not fit each other a `Stuck`. Some of them are drawn a thousand times as often as others, in each run others, so that
+one is far ahead or behind as far as barriers let it. Products are those of `tensor_core`: bit by bit what the kernel
+has to give.
 
 Not modelled: layouts, registers, the order of memory operations within a partition, warps of one partition.
 """
@@ -147,13 +149,16 @@ class Machine:
         threads = [threading.Thread(target=self._live, args=(part,), daemon=True) for part in parts]
         for thread in threads:
             thread.start()
+        speeds = [10 ** self.random.uniform(-3, 0) for _ in parts]
+        of_load, of_product = (10 ** self.random.uniform(-3, 0) for _ in range(2))
         while not self.failure and not all(part.over for part in parts):
-            able: list[Any] = [part for part in parts if not part.over and part.ready()]
-            choices = [*able, *self.loads, *([self.products] if self.products else [])]
+            able = [(part, speed) for part, speed in zip(parts, speeds, strict=True) if not part.over and part.ready()]
+            choices: list[tuple[Any, float]] = [*able, *((load, of_load) for load in self.loads)]
+            choices += [(self.products, of_product)] if self.products else []
             if not choices:
                 self.failure = Stuck(f"{sum(not part.over for part in parts)} partitions wait for each other")
                 break
-            chosen = self.random.choice(choices)
+            ((chosen, _),) = self.random.choices(choices, [speed for _, speed in choices])
             if isinstance(chosen, Partition):
                 self._let(chosen)
             elif chosen is self.products:

@@ -46,7 +46,7 @@ def modelled(a_MK, b_KN, leaves, pieces, along_k, wgmma, dtype, seed, programs=2
 
 
 @pytest.mark.parametrize("wgmma", (True, False), ids=("sm_90", "sm_100"))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     leaves=st.sampled_from((2, 4, 8)),
     pieces=st.sampled_from((1, 2)),

@@ -3,6 +3,7 @@
     layers     a whole layer of Qwen3-8B, forward and backward, against stock Megatron
     attention  its attention, against flash attention's kernels
     products   the GEMMs of Qwen3-8B, one rank's share at every TP size, against torch.mm (cuBLAS), and against one leaf
+    trees      the warp-specialised kernel of PATCHES_GLUON against ours, and its bits
     tiles      the same product with other tiles, where the kernel lets them be chosen
     sums       GB/s of what has to be read and written, against a copy on the device, and against torch's own
 
@@ -161,6 +162,26 @@ def _relative(x: Tensor, want: Tensor) -> float:
     return float((x.double() - want).norm() / want.norm())
 
 
+def measure_tree(shape: Product, clock: Clock) -> dict[str, Any]:
+    """Times of one tree by the warp-specialised kernel, by ours and of torch's product; whether the bits are ours."""
+    from patches.order.kernels import gemm, specialised
+
+    a, b = operands(shape, clock.device)
+    dtype = torch.float32 if shape.sharded else torch.bfloat16
+    launch = specialised.launch(gemm.fields_of(a, b), shape.leaves, shape.pieces, dtype, False)
+    assert launch is not None, "not made for a model's product"
+    calls = {
+        "specialised": lambda: specialised.product(a, b, launch, dtype, None),
+        "ours": lambda: gemm.product(a, b, shape.leaves, shape.pieces, dtype),
+        "mm": lambda: torch.mm(a, b),
+    }
+    same = all(torch.equal(calls["specialised"](), calls["ours"]()) for _ in range(3))
+    ms = clock.times(calls)
+    return {**dataclasses.asdict(shape), "ms": ms["specialised"], "tflops": shape.flops / ms["specialised"] / 1e9,
+            "over_mm": ms["mm"] / ms["specialised"], "over_ours": ms["ours"] / ms["specialised"],
+            "same_bits": same}  # fmt: skip
+
+
 CHANGES: tuple[dict[str, int], ...] = (
     {}, {"m": 128, "n": 256, "stages": 3}, {"m": 128, "n": 128, "warps": 8, "stages": 4}, {"m": 128, "n": 64},
     {"m": 64, "n": 128, "warps": 4}, {"stages": 2}, {"register_levels": 1}, {"register_levels": 3},
@@ -245,6 +266,8 @@ def run(device: str, seconds: float, folder: Path, sections: Collection[str] = S
     each("layers", layers(device), lambda one: one.name, Measured())
     each("attention", attentions(device), lambda one: one.name, bench_attention.Measured())
     each("products", first, str, measure)
+    # Not in the interpreter, which does not take Gluon.
+    each("trees", [shape for shape in first if shape.leaves > 1 and device == "cuda"], str, measure_tree)
     each("sums", sums(device), lambda one: one.name, measure_sum)
     for row in tiles(scale, clock) if "tiles" in sections else ():
         report.add("tiles", row)

@@ -52,6 +52,17 @@ PRODUCTS: dict[str, Cell] = {
     "error": lambda r: f"{r['error']:.1e}",
     "cuBLAS's": lambda r: f"{r['mm_error']:.1e}",
 }
+TREES: dict[str, Cell] = {
+    "layer": lambda r: r["layer"],
+    "": lambda r: r["kind"],
+    "TP": lambda r: str(r["tp"]),
+    "M x K x N": lambda r: f"{r['m']} x {r['k']} x {r['n']}",
+    "leaves": lambda r: str(r["leaves"]),
+    "TFLOP/s": lambda r: f"{r['tflops']:.0f}",
+    "speed / cuBLAS": lambda r: f"{r['over_mm']:.2f}",
+    "speed / Triton kernel": lambda r: f"{r['over_ours']:.2f}",
+    "same bits": lambda r: str(r["same_bits"]),
+}
 TILES: dict[str, Cell] = {
     "layer": lambda r: r["layer"],
     "": lambda r: r["kind"],
@@ -68,7 +79,7 @@ SUMS: dict[str, Cell] = {
     "speed / copy": lambda r: f"{r['over_copy']:.2f}",
     "speed / torch's": lambda r: f"{r['over_stock']:.2f}",
 }
-TABLES = {"layers": LAYERS, "attention": ATTENTION, "products": PRODUCTS, "tiles": TILES, "sums": SUMS}
+TABLES = {"layers": LAYERS, "attention": ATTENTION, "products": PRODUCTS, "trees": TREES, "tiles": TILES, "sums": SUMS}
 
 
 def versions(device: str) -> dict[str, str]:
@@ -103,7 +114,7 @@ class Report:
         if before.get("format") != FORMAT or before.get("versions") != versions(self.device):
             return
         for section in TABLES.keys() - set(self.sections):
-            self.rows[section] = before[section]
+            self.rows[section] = before.get(section, [])
             for mine, theirs in ((self.failed, before["failed"]), (self.skipped, before["skipped"])):
                 mine |= {section: theirs[section]} if section in theirs else {}
 

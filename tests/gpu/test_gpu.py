@@ -268,7 +268,7 @@ def trained(device: str, strategy: str, layouts: str, model: dict[str, Any], opt
     command = [sys.executable, "-m", "tests.gpu.tp_on_one_device", "--device", device, "--strategy", strategy]
     command += ["--layouts", layouts, "--model", json.dumps(model), "--options", json.dumps(options)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    limit = 150 if device == "cpu" else 400  # kernels are compiled; tests/gpu/suite.py has a limit of its own
+    limit = 280 if device == "cpu" else 400  # kernels are compiled; tests/gpu/suite.py has a limit of its own
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])

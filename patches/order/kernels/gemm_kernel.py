@@ -6,7 +6,9 @@
                               └─ k step 0 ─ 1 ─ …       each with an accumulator of its own
 
 A loop over all leaves would be one loop to fill with loads, not one per pair of leaves. But an accumulator set to
-zero within a loop makes the assembler wait for every wgmma on sm_90 (the static check looks for that).
+zero within a loop makes the assembler wait for every wgmma on sm_90 (the static check looks for that). Nothing is
+hoisted out of the loops around that over k (`disable_licm`): addresses that are kept over a tile take registers that
+pending sums and, on sm_100, four accumulators on their way out of tensor memory need.
 Legend: M, N result, K summed, B batch, R rows of an operand, be they M or N.
 """
 
@@ -30,8 +32,8 @@ def kernel(
     b,
     out,
     scratch,
-    largest,
     scale,
+    largest,
     M,
     N,
     K,
@@ -77,7 +79,7 @@ def kernel(
     if LEVELS > 0:
         pending = scratch + tl.cast(tl.program_id(0), tl.int64) * (LEVELS * TILE)
         pending += tl.arange(0, TILE_M)[:, None] * TILE_N + tl.arange(0, TILE_N)[None, :]
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, disable_licm=True):
         # Tiles that run at the same time share rows and columns: GROUP rows of tiles at a time, column by column.
         batch = tile // (tiles_m * tiles_n)
         in_batch = tile % (tiles_m * tiles_n)
@@ -88,7 +90,7 @@ def kernel(
         n = in_group // height * TILE_N
         operands = (a, b, batch, m, n, M, N, K, (a_B, a_M, a_K), (b_B, b_N, b_K))
         root = tl.zeros((TILE_M, TILE_N), tl.float32)
-        for subtree in range(SUBTREES):
+        for subtree in tl.range(0, SUBTREES, disable_licm=True):
             root = _subtree(operands, steps, subtree * SUBTREE, SUBTREE, HOW)
             if LEVELS > 0:
                 # A binary counter: the trailing ones of `subtree` are the levels that this subtree completes.

@@ -1,7 +1,7 @@
 """What a product's launch needs, decided once for operands that are laid out alike, and then kept.
 
 A plan follows from shapes, strides, dtypes and alignment alone: tile, programs, loads by TMA or by pointers, Triton's
-compiled kernel. From its second launch on the host calls that kernel without asking Triton which one it is.
+compiled kernel (`launches`).
 Legend: M, N result, K summed, B batch, R rows of an operand, be they M or N.
 """
 
@@ -18,10 +18,24 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from patches.contract import UnsupportedError
 from patches.order.kernels.gemm_kernel import kernel
-from patches.order.kernels.pairs import INTERPRETED, on, rounded
+from patches.order.kernels.launches import Launch
+from patches.order.kernels.pairs import INTERPRETED, rounded
 from patches.order.kernels.tiles import Tile, tile_of
 
-__all__ = ["NAMES", "How", "Layout", "Plan", "constants", "family", "layout_of", "plan", "processors"]
+__all__ = [
+    "NAMES",
+    "How",
+    "Layout",
+    "Plan",
+    "by_leaf",
+    "constants",
+    "family",
+    "free_processors",
+    "layout_of",
+    "plan",
+    "processors",
+    "suits_tma",
+]
 
 INTERPRETED_PROCESSORS = 3
 # Multiprocessors left to a collective that is under way: NCCL's blocks do not fit on one beside a product's, and these
@@ -74,8 +88,8 @@ class How(NamedTuple):
     beside_collective: bool = False
 
 
-class Plan:
-    """A launch of the kernel, but for addresses and the scale; with the tile that suits it, or the one given."""
+class Plan(Launch):
+    """A launch of `gemm_kernel`, with the tile that suits it, or the one given; its scalar is the scale."""
 
     def __init__(
         self,
@@ -89,8 +103,8 @@ class Plan:
     ) -> None:
         B, M, N = out_BMN.shape
         parts = leaves * pieces
-        tma = _suits_tma(a_BRK, parts) and _suits_tma(b_BRK, parts)
-        free = max(1, processors(a_BRK.device) - (SPARED if how.beside_collective else 0))
+        tma = suits_tma(a_BRK, parts) and suits_tma(b_BRK, parts)
+        free = free_processors(a_BRK.device, how.beside_collective)
         tile = tile or tile_of(a_BRK.dtype, leaves, tma, (B, M, N), free)
         tiles_m, tiles_n = triton.cdiv(M, tile.m), triton.cdiv(N, tile.n)
         tiles = B * tiles_m * tiles_n
@@ -98,28 +112,23 @@ class Plan:
         levels = leaves.bit_length() - 1 - tile.register_levels
         K = a_BRK.shape[2] // pieces
         self.by_tma, self.rounds = tma, tiles / programs
-        self._device = a_BRK.device
-        self._grid = (programs, 1, 1)
-        self._scratch = programs * max(levels, 0) * tile.m * tile.n
-        self._a = _described(a_BRK, parts, tile.m, tile.k) if tma else _itself
-        self._b = _described(b_BRK, parts, tile.n, tile.k) if tma else _itself
         steps = triton.cdiv(triton.cdiv(K, leaves), tile.k)
-        self._numbers = (M, N, K, steps, tiles_m, tiles_n, tiles, *a_BRK.strides, *b_BRK.transposed.strides)
-        self._numbers += out_BMN.strides
-        self._constants = constants(tile, leaves, pieces, tma, a_BRK, b_BRK, how)
-        self._options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        self._compiled: Callable[..., None] | None = None
+        numbers = (M, N, K, steps, tiles_m, tiles_n, tiles, *a_BRK.strides, *b_BRK.transposed.strides)
+        super().__init__(
+            kernel,
+            a_BRK.device,
+            programs,
+            programs * max(levels, 0) * tile.m * tile.n,
+            (_described(a_BRK, parts, tile.m, tile.k), _described(b_BRK, parts, tile.n, tile.k))
+            if tma
+            else (_itself, _itself),
+            (*numbers, *out_BMN.strides),
+            constants(tile, leaves, pieces, tma, a_BRK, b_BRK, how),
+            {"num_warps": tile.warps, "num_stages": tile.stages},
+        )
 
     def launch(self, a: Tensor, b: Tensor, out: Tensor, scale: float, largest: Tensor | None = None) -> None:
-        scratch = torch.empty(self._scratch, dtype=torch.float32, device=self._device) if self._scratch else None
-        arguments = (self._a(a), self._b(b), out, scratch, largest, scale, *self._numbers)
-        with on(a):
-            if self._compiled is not None:
-                self._compiled(*arguments, *self._constants.values())
-                return
-            compiled = kernel[self._grid](*arguments, **self._constants, **self._options)
-        if compiled is not None:  # the interpreter compiles nothing
-            self._compiled = compiled[self._grid]
+        super().launch(a, b, out, scale, largest)
 
 
 class Call(NamedTuple):
@@ -197,16 +206,16 @@ def constants(
     }
 
 
-def _suits_tma(x_BRK: Layout, parts: int) -> bool:
+def suits_tma(x_BRK: Layout, parts: int) -> bool:
     """TMA wants tensor cores' dtypes, K in equal parts, one unit stride, others of multiples of 16 bytes."""
     if x_BRK.dtype == torch.float32 or x_BRK.shape[2] % parts or x_BRK.strides[2 if x_BRK.along_k else 1] != 1:
         return False
-    *apart, _ = _by_leaf(x_BRK, parts)[1]
+    *apart, _ = by_leaf(x_BRK, parts)[1]
     bytes_apart = [stride * x_BRK.dtype.itemsize for stride in apart]
     return not x_BRK.misaligned and all(0 < each < 1 << 40 and each % 16 == 0 for each in bytes_apart)
 
 
-def _by_leaf(x_BRK: Layout, parts: int) -> tuple[list[int], list[int]]:
+def by_leaf(x_BRK: Layout, parts: int) -> tuple[list[int], list[int]]:
     """Sizes and strides of [B, parts, R, K/parts], or with the last two swapped where rows lie side by side."""
     (B, R, K), (by_B, by_R, by_K) = x_BRK.shape, x_BRK.strides
     inside = [(R, by_R), (K // parts, by_K)]
@@ -217,7 +226,7 @@ def _by_leaf(x_BRK: Layout, parts: int) -> tuple[list[int], list[int]]:
 
 def _described(x_BRK: Layout, parts: int, rows: int, k: int) -> Callable[[Tensor], TensorDescriptor]:
     """What makes TMA descriptors of tensors laid out so: the first is checked by Triton, others are like it."""
-    sizes, strides = _by_leaf(x_BRK, parts)
+    sizes, strides = by_leaf(x_BRK, parts)
     block = [1, 1, rows, k] if x_BRK.along_k else [1, 1, k, rows]
     checked: dict[str, Any] = {}
 
@@ -250,6 +259,11 @@ def family(device: torch.device) -> int:
     if major not in FAMILIES:
         raise UnsupportedError(f"products are made for compute capability 9.x and 10.x, not {major}.{minor}")
     return 10 * major + minor
+
+
+def free_processors(device: torch.device, beside_collective: bool) -> int:
+    """Those that a product may take."""
+    return max(1, processors(device) - (SPARED if beside_collective else 0))
 
 
 @lru_cache

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from patches.order.kernels import gemm, plans
+from patches.order.kernels import gemm, launches, plans
 from tests.patches.kernels.driver import Driver
 
 _launch = plans.Plan.launch
@@ -48,7 +48,7 @@ def main() -> None:
 
     driver.set_active(Silent())
     here = nullcontext()
-    plans.on = lambda x: here
+    launches.on = lambda x: here
     plans.processors = lambda device: 132
     plans._check = lambda *_: None
     x, w = torch.empty(2048, 4096).bfloat16(), torch.empty(1024, 4096).bfloat16()

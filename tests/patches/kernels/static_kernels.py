@@ -35,8 +35,6 @@ CONTRACTIBLE = re.compile(r"\b(?:add|sub|mul)(?:\.ftz)?\.f32")
 TABLE = Path(__file__).with_name("static.json")
 SHARED_LIMIT = 227 * 1024  # bytes that a block may have on sm_90 and sm_100
 STACK_LIMIT = {90: 256}
-# Addresses, up to twenty words of them: 128 sums, 64 that are pending and tcgen05's loops leave no room for them.
-SPILLS = re.compile(r"sm_10[03] gemm .* leaves=[48] pieces=[12] tma 128x128 ")
 # Registers are given to a warp in eights, so fewer than that change nothing; stack means spills, to the byte.
 TOLERANCE = {"registers": 7, "stack": 0, "shared": 0}
 
@@ -106,7 +104,7 @@ def broken_rules(name: str, case: tuple[Variant, int], facts: Facts) -> list[str
         f"adds otherwise than the tensor core on paper: {', '.join(facts.mma)}": all(
             map(MODELLED.fullmatch, facts.mma)
         ),
-        "spills": facts.stack == 0 or variant.expects != "mma" or bool(SPILLS.search(name)),
+        "spills": facts.stack == 0 or variant.expects != "mma",
         "waits for every wgmma": facts.waits <= facts.asked,
         "may round a multiplication and an addition as one": variant.fp_fusion or not facts.contractible,
     }
@@ -136,8 +134,10 @@ def facts_of(variant: Variant, family: int) -> Facts:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
-    source = ASTSource(variant.kernel, variant.signature, variant.constexprs, variant.attrs)
+    source_of = GluonASTSource if variant.kernel.is_gluon() else ASTSource
+    source = source_of(variant.kernel, variant.signature, variant.constexprs, variant.attrs)
     compiled: Any = triton.compile(source, target=GPUTarget("cuda", family, 32), options=variant.options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:

@@ -27,7 +27,7 @@ from tests.support.bits import assert_same_bits
 def loads(request, monkeypatch):
     """Both ways to load, where the operands leave the choice."""
     if not request.param:
-        replan(monkeypatch, _suits_tma=lambda *_: False)
+        replan(monkeypatch, suits_tma=lambda *_: False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,11 +87,11 @@ def test_gated_leaves_are_gate_then_up_in_one_accumulator(device):
 @pytest.mark.parametrize("K", (512, 4 * 72))
 def test_tma_and_pointers_have_same_bits(K, layout, leaves, pieces, device, monkeypatch):
     a, b = operands(136, 264, K, device, layout=layout)
-    suits_tma, chosen = plans._suits_tma, []
-    replan(monkeypatch, _suits_tma=lambda *args: chosen.append(suits_tma(*args)) or chosen[-1])
+    suits_tma, chosen = plans.suits_tma, []
+    replan(monkeypatch, suits_tma=lambda *args: chosen.append(suits_tma(*args)) or chosen[-1])
     by_tma = product(a, b, leaves, pieces)
     assert chosen == [True, True]
-    replan(monkeypatch, _suits_tma=lambda *_: False)
+    replan(monkeypatch, suits_tma=lambda *_: False)
     assert_same_bits(product(a, b, leaves, pieces), by_tma)
 
 

@@ -54,14 +54,14 @@ def key(kernel, signature, constants, attrs):
 def main():
     from triton.runtime import driver
 
-    from patches.order.kernels import plans
+    from patches.order.kernels import launches, plans
     from patches.order.kernels.tiles import tiles_of
     from tests.patches.kernels.variants import of_product, of_products
 
     driver.set_active(Driver())
     checked = {variant.name for variant in of_products()}
     launched = plans.kernel = Compiled(plans.kernel)
-    plans.on = lambda x: nullcontext()
+    launches.on = lambda x: nullcontext()
     plans.processors = lambda device: 132
     count = 0
     for dtype, (layout, kind), leaves, tma in combinations(
@@ -74,15 +74,16 @@ def main():
             if variant.name not in checked:
                 continue
             plans.tile_of = lambda *_, tile=tile: tile
-            suits_tma, plans._suits_tma = plans._suits_tma, (plans._suits_tma if tma else lambda *_: False)
+            suits_tma, plans.suits_tma = plans.suits_tma, (plans.suits_tma if tma else lambda *_: False)
             launch(plans, dtype, layout, leaves, result)
-            plans._suits_tma = suits_tma
+            plans.suits_tma = suits_tma
             names = variant.kernel.arg_names
             constants = {(names.index(name),): value for name, value in variant.constexprs.items()}
             want = key(variant.kernel, variant.signature, constants, variant.attrs)
             assert launched.key == want, f"launched: {launched.key}\nchecked: {want}"
             count += 1
     assert count == 38
+    trees(plans)
     attention()
 
 
@@ -95,6 +96,27 @@ def launch(plans, dtype, layout, leaves, result):
     how = plans.How(result in ("added", "in units"), result == "in units", "scaled" in result)
     plan = plans.Plan(a, b.transposed, into, leaves, 1, how)
     plan.launch(a_MK, b_KN, out, 0.5, torch.zeros((), dtype=torch.int32) if how.in_units else None)
+
+
+def trees(plans):
+    """Launches of the warp-specialised kernel; those on sm_100 differ in WGMMA alone, for which it is no driver."""
+    from patches.order.kernels import specialised
+    from tests.patches.kernels.variants_of_trees import CASES, of_trees
+
+    launched = specialised.kernel = Compiled(specialised.kernel)
+    specialised.family = lambda device: 90
+    variants = [variant for variant in of_trees() if variant.families == (90,)]
+    for variant, (dtype, layout, leaves, pieces, result) in zip(variants, CASES, strict=True):
+        T, K, N = 256, 2048, 768
+        a_MK = torch.empty(T, K, dtype=dtype)
+        b_KN = torch.empty(N, K, dtype=dtype).T if "bᵀ" in layout else torch.empty(K, N, dtype=dtype)
+        fields = [field for x in (a_MK, b_KN) for field in plans.Layout(x.device, x.shape, x.stride(), dtype, 0)]
+        how = specialised.launch(tuple(fields), leaves, pieces, result, False)
+        specialised.product(a_MK, b_KN, how, result, None)
+        names = variant.kernel.arg_names
+        constants = {(names.index(name),): value for name, value in variant.constexprs.items()}
+        want = key(variant.kernel, variant.signature, constants, variant.attrs)
+        assert launched.key == want, f"{variant.name}\nlaunched: {launched.key}\nchecked: {want}"
 
 
 def attention():

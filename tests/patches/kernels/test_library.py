@@ -17,22 +17,18 @@ class StandIn:
     def __init__(self, wrong):
         self.wrong, self.calls = wrong, 0
 
-    def multiply(self, a, b, dtype):
+    def multiply(self, a, b, dtype, into):
         self.calls += 1
-        fields = (f for x in (a, b) for f in (x.device, x.shape, x.stride(), x.dtype, x.data_ptr() % 16))
-        y = gemm.plan(tuple(fields), 1, 1, dtype, False, False, None).run(a, b, 1.0, None)
+        y = gemm.plan(gemm.fields_of(a, b), 1, 1, dtype, False, False, None).run(a, b, 1.0, None)
         if y.shape[1] == self.wrong:
             y.view(-1)[3] *= 2
-        return y
-
-    def add(self, into, a, b):
-        return into.add_(self.multiply(a, b, torch.float32))
+        return y if into is None else into.add_(y)
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
     found = StandIn(wrong=24)
-    monkeypatch.setattr(gemm, "LIBRARY", library.Library(found.multiply, found.add))
+    monkeypatch.setattr(gemm, "LIBRARY", library.Library(found.multiply))
     return found
 
 
@@ -82,5 +78,47 @@ def test_trees_scaled_and_float32_products_are_never_a_librarys(device, stand_in
 
 def test_it_is_off_unless_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.delenv(library.SWITCH, raising=False)
+    monkeypatch.delenv(library.CUBLAS, raising=False)
     assert library.cublas() is None
+
+
+class Specialised:
+    """The warp-specialised kernel, as far as its bits go: ours, but one of them where N is `wrong`."""
+
+    def __init__(self, wrong):
+        self.wrong, self.calls = wrong, 0
+
+    def launch(self, operands, leaves, pieces, dtype, beside_collective):
+        return (leaves, pieces) if operands[3] == torch.bfloat16 and leaves <= 8 else None
+
+    def product(self, a, b, launch, dtype, into):
+        self.calls += 1
+        y = gemm.plan(gemm.fields_of(a, b), *launch, dtype, False, False, None).run(a, b, 1.0, None)
+        if y.shape[1] == self.wrong:
+            y.view(-1)[3] *= 2
+        return y
+
+
+@pytest.mark.parametrize(("n", "calls"), ((16, 3 + 2), (24, 3)))
+def test_trees_are_the_other_kernels_after_it_gave_our_bits_often_enough(n, calls, device, monkeypatch):
+    found = Specialised(wrong=24)
+    a, b = operands(n, device)
+    expected = gemm.product(a, b, 4)
+    monkeypatch.setattr(gemm, "TREES", (library.Library(found.product, times=3), found))
+    for _ in range(3):
+        assert_same_bits(gemm.product(a, b, 4), expected)
+    assert found.calls == calls
+    gemm.product(a, b)
+    gemm.product(a, b, 16)
+    gemm.product(a, b, 4, scale=0.5)
+    gemm.product(a, b, 4, into=torch.zeros(20, n, device=device))
+    gemm.product(a.float(), b.float(), 4)
+    assert found.calls == calls
+
+
+def test_no_tree_is_another_kernels_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(library, "INTERPRETED", False)
+    monkeypatch.delenv(library.GLUON, raising=False)
+    assert library.specialised() is None
+    monkeypatch.setenv(library.GLUON, "1")
+    assert library.specialised() is not None

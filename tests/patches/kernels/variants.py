@@ -9,14 +9,15 @@ import torch
 
 from patches.order.kernels import cross_entropy, embedding, norm, ranks, softmaxes, squares, sums
 from patches.order.kernels.gemm_kernel import COUNTS, kernel
-from patches.order.kernels.plans import NAMES, How, Layout, constants
+from patches.order.kernels.plans import NAMES, How, constants
 from patches.order.kernels.tiles import Tile, tiles_of
 from tests.patches.kernels.variant import Variant, divisible, variant
 from tests.patches.kernels.variants_of_attention import of_attention
+from tests.patches.kernels.variants_of_trees import laid_out, of_trees
 
 
 def all_variants() -> list[Variant]:
-    kinds = (of_products, of_ranks, of_sums, of_norms, of_softmaxes, of_embeddings, of_squares, of_attention)
+    kinds = (of_products, of_trees, of_ranks, of_sums, of_norms, of_softmaxes, of_embeddings, of_squares, of_attention)
     return [one for variants in kinds for one in variants()]
 
 
@@ -49,7 +50,7 @@ def of_product(
     a_along_k, b_along_k = "aᵀ" not in layout, "bᵀ" in layout
     scaled, in_units = result.startswith("scaled "), result == "in units"
     added = in_units or result == "added"
-    a_BRK, b_BRK = (_laid_out(dtype, along_k) for along_k in (a_along_k, b_along_k))
+    a_BRK, b_BRK = (laid_out(dtype, along_k) for along_k in (a_along_k, b_along_k))
     constexprs = constants(tile, leaves, pieces, tma, a_BRK, b_BRK, How(added, in_units, scaled))
     constexprs |= {"a_K" if a_along_k else "a_M": 1, "b_K" if b_along_k else "b_N": 1, "out_N": 1}
     if leaves >> tile.register_levels <= 1:
@@ -78,12 +79,6 @@ def of_product(
         expects="" if dtype == torch.float32 else "mma",
         families=(90, 100) if dtype == torch.float32 else (90, 100, 103),
     )
-
-
-def _laid_out(dtype: torch.dtype, along_k: bool) -> Layout:
-    """[1, 256, 256], with K or the rows side by side."""
-    strides = (1 << 16, 256, 1) if along_k else (1 << 16, 1, 256)
-    return Layout(torch.device("cuda"), (1, 256, 256), strides, dtype, 0)
 
 
 def of_ranks() -> Iterator[Variant]:

@@ -69,6 +69,6 @@ def _variant(title: str, kernel: Any, dtype: torch.dtype, constexprs: dict[str, 
         num_stages=tile.stages,
         maxnreg=tile.registers,
         expects="mma" if on_tensor_cores else "",
-        families=(90, 100, 103) if on_tensor_cores and constexprs["D"] in (64, 128) else (90, 100),
+        families=(90, 100, 103) if on_tensor_cores else (90, 100),
         fp_fusion=False,
     )

@@ -9,35 +9,18 @@ A row's weight is applied in fc2's forward; a contribution to a gradient is that
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from patches.call_site import tp_sharded
-from patches.ops.linear import GradSink, column_parallel, row_parallel
-from patches.ops.sharded import Shards
+from patches.ops.grouped import Grouped, grouped
 from patches.ops.weighted import weighted
 
 __all__ = ["are_experts", "expert_products", "give_runs", "give_weights"]
 
-PART, WEIGHTS = "_patches_part", "_patches_weights"
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a layer of experts has to know of the rows that it is given next.
-
-    Args:
-        column: its output features are spread over ranks, not its input features.
-        shards: how they are.
-        runs: of each of its experts, the sizes of the runs of rows.
-    """
-
-    column: bool
-    shards: Shards
-    runs: tuple[tuple[int, ...], ...]
+HOW, WEIGHTS = "_patches_grouped", "_patches_weights"
 
 
 def give_runs(experts: Any, runs: list[list[int]]) -> None:
@@ -46,8 +29,8 @@ def give_runs(experts: Any, runs: list[list[int]]) -> None:
     owners = getattr(experts, "local_experts", None)
     layers = [(experts, of_experts)] if owners is None else zip(owners, ((one,) for one in of_experts), strict=True)
     for owner, part in layers:
-        setattr(owner.linear_fc1, PART, Part(True, shards, part))
-        setattr(owner.linear_fc2, PART, Part(False, shards, part))
+        setattr(owner.linear_fc1, HOW, Grouped(True, shards, part))
+        setattr(owner.linear_fc2, HOW, Grouped(False, shards, part))
 
 
 def give_weights(fc2: Any, weights_R: Tensor) -> None:
@@ -57,7 +40,7 @@ def give_weights(fc2: Any, weights_R: Tensor) -> None:
 
 def are_experts(layer: Any) -> bool:
     """Whether `layer` was given runs."""
-    return PART in vars(layer)
+    return HOW in vars(layer)
 
 
 def expert_products(layer: Any, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -67,17 +50,8 @@ def expert_products(layer: Any, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         x: [R, K], or [R, tK].
         weights: one of each expert.
     """
-    part: Part = getattr(layer, PART)
+    how: Grouped = replace(getattr(layer, HOW), pieces=getattr(weights[0], "partition_stride", 1))
     of_rows = vars(layer).pop(WEIGHTS, None)
     if of_rows is not None:
-        x = weighted(x, of_rows, part.shards)
-    rows = x.split([sum(runs) for runs in part.runs])
-    products = [_product(part, *one) for one in zip(rows, weights, part.runs, strict=True)]
-    return products[0] if len(products) == 1 else torch.cat(products)
-
-
-def _product(part: Part, x: Tensor, weight: Tensor, runs: tuple[int, ...]) -> Tensor:
-    sink = GradSink(runs=runs)
-    if part.column:
-        return column_parallel(x, weight, None, part.shards, False, sink, getattr(weight, "partition_stride", 1))
-    return row_parallel(x, weight, part.shards, False, sink)
+        x = weighted(x, of_rows, how.shards)
+    return grouped(x, weights, how)

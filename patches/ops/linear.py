@@ -9,7 +9,7 @@ parallelism (SP) x or y is spread over tokens, dimension 0; where one rank holds
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,12 +32,10 @@ class GradSink:
     Args:
         main_grad: into `weight.main_grad` in float32 (gradient accumulation fusion), instead of to autograd.
         overwrite: replace what is in `main_grad` instead of adding to it.
-        runs: of an expert's rows, [R, ..] instead of [s, b, ..], how many make up each contribution to the `BatchSum`.
     """
 
     main_grad: bool = False
     overwrite: bool = False
-    runs: tuple[int, ...] | None = None
 
 
 def row_parallel(x: Tensor, weight: Tensor, shards: Shards, sp: bool, sink: GradSink) -> Tensor:
@@ -129,11 +127,11 @@ def _weight_gradient(
     weight: Any, dy: Tensor, x: Tensor, sink: GradSink, shards: Shards, beside_collective: bool = False
 ) -> Tensor | None:
     """dyᵀ·x in the weight's dtype, or put into `weight.main_grad`, with the placeholder Megatron's hooks expect."""
-    if shards.contract.order_free and sink.runs is not None:
-        return _add_products(weight, dy.split(sink.runs), x.split(sink.runs), beside_collective)
     if shards.contract.order_free:
-        leaves_of_dy, leaves_of_x = (batch_leaves(t, shards.chunks) for t in (dy, x))
-        return _add_products(weight, leaves_of_dy, leaves_of_x, beside_collective)
+        total = batch_sum(weight)
+        for dy_sN, x_sK in zip(batch_leaves(dy, shards.chunks), batch_leaves(x, shards.chunks), strict=True):
+            total.add_product(dy_sN.t(), x_sK, beside_collective)
+        return added(weight)
     dy_TN, x_TK = dy.flatten(0, -2), x.flatten(0, -2)
     if not sink.main_grad:
         return product(dy_TN.t(), x_TK, dtype=weight.dtype, beside_collective=beside_collective)
@@ -145,11 +143,3 @@ def _weight_gradient(
     weight.grad_added_to_main_grad = True
     make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
     return make(weight)
-
-
-def _add_products(weight: Any, dys: Iterable[Tensor], xs: Iterable[Tensor], beside_collective: bool) -> Tensor:
-    """Add dyᵀ·x of every batch leaf, [R, N] and [R, K], to the weight's `BatchSum`."""
-    total = batch_sum(weight)
-    for dy_RN, x_RK in zip(dys, xs, strict=True):
-        total.add_product(dy_RN.t(), x_RK, beside_collective)
-    return added(weight)

@@ -67,6 +67,23 @@ class Backend(Protocol):
     ) -> None:
         """total += a·b in units of the batch's `grid`, int64 [M, N]; bound += max|a·b|, a float64 scalar."""
 
+    def grouped_product(
+        self, x_RK: Tensor, matrices_KN: Sequence[Tensor], sizes: Sequence[int], leaves: int = 1, pieces: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:  # fmt: skip
+        """`product` of each run of x's rows and the matrix that belongs to it: [R, N].
+
+        Args:
+            matrices_KN: all laid out alike.
+            sizes: rows of each run, 0 or more; all of them together.
+        """
+
+    def add_grouped_products_in_units(
+        self, totals_MN: Sequence[Tensor], bounds: Sequence[Tensor], dy_RM: Tensor, x_RN: Tensor,
+        runs: Sequence[Sequence[int]],
+    ) -> None:  # fmt: skip
+        """`add_product_in_units` of dyᵀ·x of every run of rows, each total's runs one after the other."""
+
     def attention(
         self, q_SBHD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, visible: Visible, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:

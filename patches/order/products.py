@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from patches.order.backend import product_backend
 
-__all__ = ["add_product", "add_product_in_units", "product"]
+__all__ = [
+    "add_grouped_products_in_units",
+    "add_product",
+    "add_product_in_units",
+    "grouped_product",
+    "product",
+]
 
 
 def product(
@@ -33,3 +41,19 @@ def add_product_in_units(
 ) -> None:
     """`Backend.add_product_in_units`."""
     product_backend(total, a_MK, b_KN).add_product_in_units(total, bound, a_MK, b_KN, beside_collective)
+
+
+def grouped_product(
+    x_RK: Tensor, matrices_KN: Sequence[Tensor], sizes: Sequence[int], leaves: int = 1, pieces: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """`Backend.grouped_product`."""
+    compute = product_backend(x_RK, *matrices_KN)
+    return compute.grouped_product(x_RK, matrices_KN, sizes, leaves, pieces, dtype)
+
+
+def add_grouped_products_in_units(
+    totals_MN: Sequence[Tensor], bounds: Sequence[Tensor], dy_RM: Tensor, x_RN: Tensor, runs: Sequence[Sequence[int]]
+) -> None:
+    """`Backend.add_grouped_products_in_units`."""
+    product_backend(dy_RM, x_RN, *totals_MN).add_grouped_products_in_units(totals_MN, bounds, dy_RM, x_RN, runs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from patches.contract import Attention
 from patches.order.exact.attentions import attention, attention_gradient, check_attention
+from patches.order.exact.grouped import add_grouped_products_in_units, grouped_product
 from patches.order.exact.norm import input_gradient, normalised, tree_of_gamma_gradients
 from patches.order.exact.products import add_product, add_product_in_units, check, product, provenance
 from patches.order.exact.ranks import begin_reading_peers, check_symmetric_memory, rounded_tree_sum
@@ -17,6 +18,7 @@ from patches.order.exact.sums import exact_sum as row_sums
 from patches.order.exact.sums import tree_of_sums
 
 __all__ = [
+    "add_grouped_products_in_units",
     "add_product",
     "add_product_in_units",
     "attention",
@@ -29,6 +31,7 @@ __all__ = [
     "cross_entropy",
     "embedding_gradient",
     "euclidean_norm",
+    "grouped_product",
     "input_gradient",
     "normalised",
     "product",

@@ -13,6 +13,7 @@ from patches.order.kernels.bits import provenance
 from patches.order.kernels.checks import check
 from patches.order.kernels.embedding import embedding_gradient
 from patches.order.kernels.gemm import add_product, add_product_in_units, product
+from patches.order.kernels.grouped import add_grouped_products_in_units, grouped_product
 from patches.order.kernels.norm import input_gradient, normalised
 from patches.order.kernels.pairs import rounded
 from patches.order.kernels.ranks import begin_reading_peers, check_symmetric_memory, rounded_tree_sum
@@ -21,6 +22,7 @@ from patches.order.kernels.squares import euclidean_norm
 from patches.order.kernels.sums import row_sums, tree_of_gamma_gradients, tree_of_sums
 
 __all__ = [
+    "add_grouped_products_in_units",
     "add_product",
     "add_product_in_units",
     "attention",
@@ -33,6 +35,7 @@ __all__ = [
     "cross_entropy",
     "embedding_gradient",
     "euclidean_norm",
+    "grouped_product",
     "input_gradient",
     "normalised",
     "product",

@@ -34,6 +34,7 @@ def kernel(
     scratch,
     scale,
     largest,
+    products,
     M,
     N,
     K,
@@ -58,6 +59,8 @@ def kernel(
     ADD: tl.constexpr,
     IN_UNITS: tl.constexpr,
     SCALED: tl.constexpr,
+    VARIES: tl.constexpr,
+    ALIGNED: tl.constexpr,
     WIDEN: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
@@ -69,7 +72,11 @@ def kernel(
     """a, b: TMA descriptors or pointers. K: length of a piece. steps: k steps of a leaf's piece.
 
     scratch: [programs, levels above the registers', TILE_M, TILE_N].
-    largest: bits of the largest |a·b| so far, of which an int32 maximum is that of the floats, and NaN's is above all.
+    largest: bits of the largest |a·b| so far, of which an int32 maximum is that of the floats, and NaN's is above all;
+        of each of several products.
+    products: of several in one launch, int64: first tile, addresses of a, b and out, and M or K, which VARIES says; one
+        row each, and after the last the number of tiles. All else they have in common; in units, also `out` if they
+        like.
     """
     SUBTREE: tl.constexpr = min(LEAVES, 1 << REGISTER_LEVELS)
     SUBTREES: tl.constexpr = LEAVES // SUBTREE
@@ -79,19 +86,34 @@ def kernel(
     if LEVELS > 0:
         pending = scratch + tl.cast(tl.program_id(0), tl.int64) * (LEVELS * TILE)
         pending += tl.arange(0, TILE_M)[:, None] * TILE_N + tl.arange(0, TILE_N)[None, :]
+    place = 0
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, disable_licm=True):
         # Tiles that run at the same time share rows and columns: GROUP rows of tiles at a time, column by column.
-        batch = tile // (tiles_m * tiles_n)
-        in_batch = tile % (tiles_m * tiles_n)
+        a_here, b_here, out_here, M_here, K_here, steps_here, tiles_m_here = a, b, out, M, K, steps, tiles_m
+        if VARIES != "":
+            while tile >= tl.load(products + (place + 1) * 5):
+                place += 1
+            product = products + place * 5
+            a_here, b_here, out_here = _addresses(product, a, out, ALIGNED)
+            if VARIES == "M":
+                M_here = tl.load(product + 4).to(tl.int32)
+                tiles_m_here = tl.cdiv(M_here, TILE_M)
+            else:
+                K_here = tl.load(product + 4).to(tl.int32)
+                steps_here = tl.cdiv(K_here, TILE_K)
+            batch, in_batch = 0, tile - tl.load(product).to(tl.int32)
+        else:
+            batch = tile // (tiles_m * tiles_n)
+            in_batch = tile % (tiles_m * tiles_n)
         first = in_batch // (GROUP * tiles_n) * GROUP
         in_group = in_batch % (GROUP * tiles_n)
-        height = min(tiles_m - first, GROUP)
+        height = min(tiles_m_here - first, GROUP)
         m = (first + in_group % height) * TILE_M
         n = in_group // height * TILE_N
-        operands = (a, b, batch, m, n, M, N, K, (a_B, a_M, a_K), (b_B, b_N, b_K))
+        operands = (a_here, b_here, batch, m, n, M_here, N, K_here, (a_B, a_M, a_K), (b_B, b_N, b_K))
         root = tl.zeros((TILE_M, TILE_N), tl.float32)
         for subtree in tl.range(0, SUBTREES, disable_licm=True):
-            root = _subtree(operands, steps, subtree * SUBTREE, SUBTREE, HOW)
+            root = _subtree(operands, steps_here, subtree * SUBTREE, SUBTREE, HOW)
             if LEVELS > 0:
                 # A binary counter: the trailing ones of `subtree` are the levels that this subtree completes.
                 level = 0
@@ -104,9 +126,21 @@ def kernel(
         if SCALED:
             root = (root + 0.0) * scale  # a root's zeros are +0
         if IN_UNITS:
-            tl.atomic_max(largest, tl.max(tl.abs(root).to(tl.int32, bitcast=True)), sem="relaxed")
-        HOW_KEPT: tl.constexpr = (ADD, IN_UNITS, SCALED)
-        _store(root, out + tl.cast(batch, tl.int64) * out_B, m, n, M, N, out_M, out_N, HOW_KEPT, TILE_M, TILE_N)
+            tl.atomic_max(largest + place, tl.max(tl.abs(root).to(tl.int32, bitcast=True)), sem="relaxed")
+        HOW_KEPT: tl.constexpr = (ADD, IN_UNITS, SCALED, VARIES != "")
+        out_here += tl.cast(batch, tl.int64) * out_B
+        _store(root, out_here, m, n, M_here, N, out_M, out_N, HOW_KEPT, TILE_M, TILE_N)
+
+
+@triton.jit
+def _addresses(product, a, out, ALIGNED: tl.constexpr):
+    """Of a product's operands and result, in the dtypes of `a` and `out`."""
+    a_here = tl.load(product + 1).to(tl.pointer_type(a.dtype.element_ty))
+    b_here = tl.load(product + 2).to(tl.pointer_type(a.dtype.element_ty))
+    out_here = tl.load(product + 3).to(tl.pointer_type(out.dtype.element_ty))
+    if ALIGNED:
+        a_here, b_here, out_here = tl.multiple_of(a_here, 16), tl.multiple_of(b_here, 16), tl.multiple_of(out_here, 16)
+    return a_here, b_here, out_here
 
 
 @triton.jit
@@ -114,7 +148,7 @@ def _store(
     root, out, m, n, M, N, out_M, out_N, HOW: tl.constexpr, TILE_M: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Round and store, or add, some columns at a time: what addresses and old values take is registers."""
-    ADD, IN_UNITS, SCALED = HOW
+    ADD, IN_UNITS, SCALED, GROUPED = HOW
     if COLUMNS > (16 if IN_UNITS else 64):
         HALF: tl.constexpr = COLUMNS // 2
         left, right = root.reshape(TILE_M, 2, HALF).permute(0, 2, 1).split()
@@ -125,7 +159,9 @@ def _store(
         columns = n + tl.arange(0, COLUMNS)
         inside = (rows < M)[:, None] & (columns < N)[None, :]
         at = out + rows.to(tl.int64)[:, None] * out_M + columns.to(tl.int64)[None, :] * out_N
-        if IN_UNITS:
+        if IN_UNITS and GROUPED:
+            tl.atomic_add(at, _in_units(root), mask=inside, sem="relaxed")  # integers come in any order
+        elif IN_UNITS:
             tl.store(at, tl.load(at, mask=inside) + _in_units(root), mask=inside)
         elif ADD:
             tl.store(at, tl.load(at, mask=inside) + root, mask=inside)

@@ -86,6 +86,8 @@ class How(NamedTuple):
     in_units: bool = False  # of the batch's grid
     scaled: bool = False
     beside_collective: bool = False
+    varies: str = ""  # of several products in one launch: M or K
+    aligned: bool = False  # their addresses, to 16 bytes
 
 
 class Plan(Launch):
@@ -128,7 +130,7 @@ class Plan(Launch):
         )
 
     def launch(self, a: Tensor, b: Tensor, out: Tensor, scale: float, largest: Tensor | None = None) -> None:
-        super().launch(a, b, out, scale, largest)
+        super().launch(a, b, out, scale, largest, None)
 
 
 class Call(NamedTuple):
@@ -194,6 +196,8 @@ def constants(
         "ADD": how.added,
         "IN_UNITS": how.in_units,
         "SCALED": how.scaled,
+        "VARIES": how.varies,
+        "ALIGNED": how.aligned,
         "WIDEN": INTERPRETED and a_BRK.dtype == torch.bfloat16,
         "TILE_M": tile.m,
         "TILE_N": tile.n,

@@ -84,6 +84,7 @@ def main():
             count += 1
     assert count == 38
     trees(plans)
+    groups()
     attention()
 
 
@@ -113,6 +114,28 @@ def trees(plans):
         fields = [field for x in (a_MK, b_KN) for field in plans.Layout(x.device, x.shape, x.stride(), dtype, 0)]
         how = specialised.launch(tuple(fields), leaves, pieces, result, False)
         specialised.product(a_MK, b_KN, how, result, None)
+        names = variant.kernel.arg_names
+        constants = {(names.index(name),): value for name, value in variant.constexprs.items()}
+        want = key(variant.kernel, variant.signature, constants, variant.attrs)
+        assert launched.key == want, f"{variant.name}\nlaunched: {launched.key}\nchecked: {want}"
+
+
+def groups():
+    """Launches of several products at once."""
+    from patches.order.kernels import grouped
+    from tests.patches.kernels.variants import GROUPS, of_groups
+
+    launched = grouped.kernel = Compiled(grouped.kernel)
+    grouped.on = lambda x: nullcontext()
+    for variant, (dtype, layout, leaves, pieces, result) in zip(of_groups(), GROUPS, strict=True):
+        rows, weights = torch.empty(256, 1024, dtype=dtype), [torch.empty(1024, 1024, dtype=dtype) for _ in range(2)]
+        matrices = [weight.t() for weight in weights] if layout == "abᵀ" else weights
+        if result == "in units":
+            totals = [torch.zeros(1024, 1024, dtype=torch.int64) for _ in range(2)]
+            bounds = [torch.zeros((), dtype=torch.float64) for _ in range(2)]
+            grouped.add_grouped_products_in_units(totals, bounds, rows, rows, [[100, 28], [128]])
+        else:
+            grouped.grouped_product(rows, matrices, [100, 156], leaves, pieces, result)
         names = variant.kernel.arg_names
         constants = {(names.index(name),): value for name, value in variant.constexprs.items()}
         want = key(variant.kernel, variant.signature, constants, variant.attrs)

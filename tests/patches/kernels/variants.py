@@ -17,7 +17,18 @@ from tests.patches.kernels.variants_of_trees import laid_out, of_trees
 
 
 def all_variants() -> list[Variant]:
-    kinds = (of_products, of_trees, of_ranks, of_sums, of_norms, of_softmaxes, of_embeddings, of_squares, of_attention)
+    kinds = (
+        of_products,
+        of_groups,
+        of_trees,
+        of_ranks,
+        of_sums,
+        of_norms,
+        of_softmaxes,
+        of_embeddings,
+        of_squares,
+        of_attention,
+    )
     return [one for variants in kinds for one in variants()]
 
 
@@ -43,22 +54,53 @@ def of_products() -> Iterator[Variant]:
                 yield of_product(dtype, layout, leaves, pieces, tma, result, tile)
 
 
+# dtype, layout, leaves, pieces, result of several products in one launch, as a layer of experts has them.
+GROUPS = [
+    (dtype, *one)
+    for dtype in (torch.bfloat16, torch.float32)
+    for one in (
+        *(("abᵀ", leaves, 1, dtype if leaves in (1, 8) else torch.float32) for leaves in (1, 2, 4, 8)),
+        *(("ab", leaves, pieces, dtype if leaves in (1, 8) else torch.float32)
+          for leaves, pieces in combinations((1, 2, 4, 8), (1, 2))),
+        ("aᵀb", 1, 1, "in units"),
+    )
+]  # fmt: skip
+
+
+def of_groups() -> Iterator[Variant]:
+    """The variants of GROUPS."""
+    for dtype, layout, leaves, pieces, result in GROUPS:
+        tile, units = tiles_of(dtype, leaves, False)[0], result == "in units"
+        name = result if units else NAMES[result]
+        yield of_product(dtype, layout, leaves, pieces, False, name, tile, "K" if units else "M")
+
+
 def of_product(
-    dtype: torch.dtype, layout: str, leaves: int, pieces: int, tma: bool, result: str, tile: Tile
+    dtype: torch.dtype, layout: str, leaves: int, pieces: int, tma: bool, result: str, tile: Tile, varies: str = ""
 ) -> Variant:
     """A product as it is launched for operands of models' sizes; `result`: a dtype's name, scaled, added, in units."""
     a_along_k, b_along_k = "aᵀ" not in layout, "bᵀ" in layout
     scaled, in_units = result.startswith("scaled "), result == "in units"
     added = in_units or result == "added"
     a_BRK, b_BRK = (laid_out(dtype, along_k) for along_k in (a_along_k, b_along_k))
-    constexprs = constants(tile, leaves, pieces, tma, a_BRK, b_BRK, How(added, in_units, scaled))
+    constexprs = constants(
+        tile, leaves, pieces, tma, a_BRK, b_BRK, How(added, in_units, scaled, False, varies, bool(varies))
+    )
     constexprs |= {"a_K" if a_along_k else "a_M": 1, "b_K" if b_along_k else "b_N": 1, "out_N": 1}
     if leaves >> tile.register_levels <= 1:
         constexprs["scratch"] = None
     if not in_units:
         constexprs["largest"] = None
+    constexprs["b" if varies else "products"] = None
     out = "i64" if in_units else "fp32" if added else result.removeprefix("scaled ")
-    pointers = {"a": NAMES[dtype], "b": NAMES[dtype], "out": out, "scratch": "fp32", "largest": "i32"}
+    pointers = {
+        "a": NAMES[dtype],
+        "b": NAMES[dtype],
+        "out": out,
+        "scratch": "fp32",
+        "largest": "i32",
+        "products": "i64",
+    }
     signature = dict.fromkeys(kernel.arg_names, "i32") | {"scale": "fp32"}
     signature |= {argument: f"*{element}" for argument, element in pointers.items()}
     signature |= dict.fromkeys(constexprs, "constexpr")
@@ -66,7 +108,7 @@ def of_product(
         for argument, rows, along_k in (("a", tile.m, a_along_k), ("b", tile.n, b_along_k)):
             block = f"1,1,{rows},{tile.k}" if along_k else f"1,1,{tile.k},{rows}"
             signature[argument] = f"tensordesc<{NAMES[dtype]}[{block}]>"
-    how = f"{'tma' if tma else 'pointers'} {tile.m}x{tile.n}"
+    how = f"{'tma' if tma else 'grouped' if varies else 'pointers'} {tile.m}x{tile.n}"
     return Variant(
         name=f"gemm {NAMES[dtype]} {layout} leaves={leaves} pieces={pieces} {how} {result}",
         kernel=kernel,

@@ -61,7 +61,7 @@ def grouped_of_experts(call: dict[str, Any], **attributes: Any) -> None:
     import transformer_engine.pytorch as te
 
     layer = te.GroupedLinear(2, 16, 16, bias=False, params_dtype=torch.float32)
-    vars(layer).update({"_patches_part": None, **attributes})
+    vars(layer).update({"_patches_grouped": None, **attributes})
     layer(X, [2, 2], **call)
 
 

@@ -25,7 +25,7 @@ FEELS_IT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 REFUSED_WITHOUT = {
     "router-product": "router.weight, or a part of it, is summed by a module",
     "shared-expert-gate": "gate_weight, or a part of it, is summed by a module",
-    "mixture": "no attribute '_patches_part'",
+    "mixture": "no attribute '_patches_grouped'",
 }
 
 

@@ -22,6 +22,7 @@ from patches.contract import UnsupportedError
 from patches.order.grid import in_units
 from patches.order.kernels.gemm import add_product_in_units, product
 from patches.order.kernels.golden import class_of
+from patches.order.kernels.grouped import grouped_product
 from patches.order.kernels.pairs import INTERPRETED
 from patches.order.kernels.plans import How, Plan, family, layout_of, processors
 from patches.order.kernels.tiles import Tile, tiles_of
@@ -106,6 +107,8 @@ def _results(a_MK: Tensor, b_KN: Tensor) -> Iterator[Try]:
     scaled = plain.mul(0.3).bfloat16().float()
     yield "a scaled result", lambda: product(a_MK, b_KN, dtype=torch.bfloat16, scale=0.3).float(), scaled
     halves = a_MK.unflatten(0, (2, -1)), torch.stack([b_KN.T, b_KN.T]).mT
+    rows = [1, len(a_MK) - 1]
+    yield "several products in one launch", lambda: grouped_product(a_MK, [b_KN, b_KN], rows), plain
     yield "a batch", lambda: product(*halves).flatten(0, 1), plain
 
 

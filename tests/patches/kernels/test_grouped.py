@@ -50,7 +50,7 @@ def test_runs_are_added_to_their_totals_as_one_by_one(dtype, strided, device):
 def test_no_rows_at_all(device):
     x, weight = torch.randn(0, 32, device=device), torch.randn(48, 32, device=device)
     assert grouped_product(x, [weight.t()] * 2, [0, 0]).shape == (0, 48)
-    totals, bounds = [torch.zeros(48, 32, dtype=torch.int64, device=device)], [torch.zeros((), dtype=torch.float64)]
+    totals, bounds = [torch.zeros(48, 32, dtype=torch.int64, device=device)], [torch.zeros((), device=device).double()]
     add_grouped_products_in_units(totals, bounds, torch.randn(0, 48, device=device), x, [[]])
     assert not totals[0].any() and not bounds[0]
 

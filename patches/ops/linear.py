@@ -128,8 +128,9 @@ def _weight_gradient(
 ) -> Tensor | None:
     """dyᵀ·x in the weight's dtype, or put into `weight.main_grad`, with the placeholder Megatron's hooks expect."""
     if shards.contract.order_free:
+        leaves = zip(batch_leaves(dy, shards.chunks), batch_leaves(x, shards.chunks), strict=True)
         total = batch_sum(weight)
-        for dy_sN, x_sK in zip(batch_leaves(dy, shards.chunks), batch_leaves(x, shards.chunks), strict=True):
+        for dy_sN, x_sK in leaves:
             total.add_product(dy_sN.t(), x_sK, beside_collective)
         return added(weight)
     dy_TN, x_TK = dy.flatten(0, -2), x.flatten(0, -2)

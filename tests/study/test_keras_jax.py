@@ -13,7 +13,7 @@ import torch
 from patches.order.exact.products import product
 from tests.support.studies import by_claim, check_page, run_quick
 from tpcheck.study.keras_jax import STUDY
-from tpcheck.study.keras_jax.findings import LOOKED_AT, SEEN, findings, kinds_of_bits, tests_that_see
+from tpcheck.study.keras_jax.findings import LOOKED_AT, SEEN, findings, kinds_of_bits, which_tests_see
 from tpcheck.study.keras_jax.mutants import MUTANTS
 from tpcheck.study.keras_jax.operands import operands
 from tpcheck.study.keras_jax.processes import on_devices
@@ -61,9 +61,9 @@ def test_a_row_layer_reduces_forward_a_column_layer_backward(results: Results) -
 
 
 def test_gradients_with_random_biases_see_every_mutant_and_nothing_else(results: Results) -> None:
-    assert not any(tests_that_see(results["rules"], "", biases) for biases in ("zero", "random"))
+    assert not any(which_tests_see(results["rules"], "", biases) for biases in ("zero", "random"))
     for mutant in MUTANTS:
-        assert "gradients" in tests_that_see(results["rules"], mutant, "random"), mutant
+        assert "gradients" in which_tests_see(results["rules"], mutant, "random"), mutant
 
 
 @pytest.mark.parametrize(("mutant", "biases", "blind"), [
@@ -75,7 +75,7 @@ def test_gradients_with_random_biases_see_every_mutant_and_nothing_else(results:
     ("vocabulary not masked", "zero", set()),
 ])  # fmt: skip
 def test_what_misses_a_mutant(results: Results, mutant: str, biases: str, blind: set[str]) -> None:
-    assert set(LOOKED_AT) - set(tests_that_see(results["rules"], mutant, biases)) == blind
+    assert set(LOOKED_AT) - set(which_tests_see(results["rules"], mutant, biases)) == blind
     (row,) = [row for row in results["rules"]["mutants"] if (row["mutant"], row["biases"]) == (mutant, biases)]
     assert row["later loss"] > SEEN
 

@@ -9,7 +9,7 @@ from tpcheck.study.keras_jax.hlo import summary
 from tpcheck.study.keras_jax.mutants import MUTANTS
 from tpcheck.study.study import Finding, Results
 
-__all__ = ["SEEN", "all_bits", "findings", "kinds_of_bits", "tests_that_see"]
+__all__ = ["SEEN", "all_bits", "findings", "kinds_of_bits", "which_tests_see"]
 
 SEEN = 1e-9  # in float64, where rounding is at most 1e-11 and a mistake at least 1e-4
 LOOKED_AT = ("loss", "forward", "gradients")
@@ -63,7 +63,7 @@ def _of_keras(results: Results) -> list[Finding]:
     ]  # fmt: skip
 
 
-def tests_that_see(rules: dict[str, Any], mutant: str, biases: str) -> list[str]:
+def which_tests_see(rules: dict[str, Any], mutant: str, biases: str) -> list[str]:
     """What of a loss, the output and gradients, with such biases, tells the mutant from the right program."""
     row = next(row for row in rules["mutants"] if row["mutant"] == mutant and row["biases"] == biases)
     return [name for name in LOOKED_AT if row[name] > SEEN]
@@ -73,17 +73,17 @@ def _of_rules(rules: dict[str, Any]) -> list[Finding]:
     right = max(row[name] for row in rules["mutants"] if not row["mutant"] for name in LOOKED_AT)
     found = []
     for mutant, rule in MUTANTS.items():
-        seen = tests_that_see(rules, mutant, "random")
+        seen = which_tests_see(rules, mutant, "random")
         missed = [
             f"{', '.join(blind)} with {biases} biases" for biases in ("zero", "random")
-            if (blind := [name for name in LOOKED_AT if name not in tests_that_see(rules, mutant, biases)])
+            if (blind := [name for name in LOOKED_AT if name not in which_tests_see(rules, mutant, biases)])
         ]  # fmt: skip
         row = next(row for row in rules["mutants"] if row["mutant"] == mutant and row["biases"] == "random")
         worst = max(row[name] for name in LOOKED_AT)
         text = f"“{mutant}” is {worst:.1e} off where the right program is {right:.0e}; "
         text += f"not seen by {'; nor by '.join(missed)}" if missed else "every test sees it"
         found.append(Finding(rule, "holds" if seen and right < SEEN else "does not hold", text))
-    blind = [mutant for mutant in MUTANTS if "loss" not in tests_that_see(rules, mutant, "zero")]
+    blind = [mutant for mutant in MUTANTS if "loss" not in which_tests_see(rules, mutant, "zero")]
     found.append(Finding(
         "equal losses of freshly initialised models show that a layer is right",
         "does not hold" if blind else "holds",

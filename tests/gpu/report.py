@@ -40,7 +40,7 @@ ATTENTION: dict[str, Cell] = {
     "memory, GiB": lambda r: f"{r['gib']:.3f}" if "gib" in r else "",
     "error": lambda r: f"{r['error']:.1e}" if "error" in r else "",
 }
-PRODUCTS: dict[str, Cell] = {
+OF_A_PRODUCT: dict[str, Cell] = {
     "layer": lambda r: r["layer"],
     "": lambda r: r["kind"],
     "TP": lambda r: str(r["tp"]),
@@ -48,18 +48,13 @@ PRODUCTS: dict[str, Cell] = {
     "leaves": lambda r: str(r["leaves"]),
     "TFLOP/s": lambda r: f"{r['tflops']:.0f}",
     "speed / cuBLAS": lambda r: f"{r['over_mm']:.2f}",
+}
+PRODUCTS: dict[str, Cell] = OF_A_PRODUCT | {
     "speed / one leaf": lambda r: f"{r['over_one_leaf']:.2f}" if "over_one_leaf" in r else "",
     "error": lambda r: f"{r['error']:.1e}",
     "cuBLAS's": lambda r: f"{r['mm_error']:.1e}",
 }
-TREES: dict[str, Cell] = {
-    "layer": lambda r: r["layer"],
-    "": lambda r: r["kind"],
-    "TP": lambda r: str(r["tp"]),
-    "M x K x N": lambda r: f"{r['m']} x {r['k']} x {r['n']}",
-    "leaves": lambda r: str(r["leaves"]),
-    "TFLOP/s": lambda r: f"{r['tflops']:.0f}",
-    "speed / cuBLAS": lambda r: f"{r['over_mm']:.2f}",
+TREES: dict[str, Cell] = OF_A_PRODUCT | {
     "speed / Triton kernel": lambda r: f"{r['over_ours']:.2f}",
     "same bits": lambda r: str(r["same_bits"]),
 }

@@ -93,10 +93,10 @@ class Estimate:
     def untold(self, key: Key) -> bool:
         """Whether `key` follows from a LayerNorm's gradient in bfloat16, and tokens are missing to tell what it should
         be."""
-        module, _, which = key.name.rpartition(".")
-        of_norm = "norm" in module.rpartition(".")[2] and which in ("weight", "bias") and key.kind in POWERS
-        centered = any((kind, name) == ("start", f"{module}.bias") for _, kind, name in self.reference.order)
-        return self.reference.sample > 1 and self.reference.dtype == "bfloat16" and of_norm and centered
+        if self.reference.sample == 1 or self.reference.dtype != "bfloat16" or not _of_a_norm(key):
+            return False
+        bias = f"{key.name.rpartition('.')[0]}.bias"
+        return any((kind, name) == ("start", bias) for _, kind, name in self.reference.order)
 
     def runs(self, key: Key, a: Logical | None = None) -> list[Distance]:
         """How far each nudged run is from the reference."""
@@ -157,10 +157,9 @@ class Estimate:
 
     def _kernel(self, key: Key) -> Iterator[Distance]:
         """What a norm's gradients, and what follows from them, are off by from the sums that they should be."""
-        power = POWERS.get(key.kind)
-        module, _, which = key.name.rpartition(".")
-        if power is None or "norm" not in module.rpartition(".")[2] or which not in ("weight", "bias"):
+        if not _of_a_norm(key):
             return
+        power, (module, _, which) = POWERS[key.kind], key.name.rpartition(".")
         for step in {key.step} if key.kind == "grad" else {one for one in self.reference.steps if one <= key.step}:
             due = self._norm_gradient(step, module, which)
             a = self.reference.logical_or_none(Key(step, "grad", key.name))
@@ -222,6 +221,12 @@ class Estimate:
         scaled = Distance(self.clipped * update.overall, self.clipped * update.peak)
         every = (turned, past, scaled)
         return Distance(max(one.overall for one in every), max(one.peak for one in every))
+
+
+def _of_a_norm(key: Key) -> bool:
+    """Whether this is the gradient of a norm's parameter, or made of it."""
+    module, _, which = key.name.rpartition(".")
+    return key.kind in POWERS and "norm" in module.rpartition(".")[2] and which in ("weight", "bias")
 
 
 def _independent(part: Blocks) -> Array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -268,8 +269,15 @@ def forward_masked(iterator: Any, model: Any) -> Any:
     # Of every sequence another number of tokens counts.
     mask = (torch.arange(x.shape[1], device=x.device) > y[:, :1] % (x.shape[1] - 1)) & (y % 5 != 0)
     positions = torch.arange(x.shape[1], device=x.device).expand_as(x)
-    own = get_batch_on_this_cp_rank({"x": x, "positions": positions, "y": y, "mask": mask})
+    own = of_this_cp_rank({"x": x, "positions": positions, "y": y, "mask": mask})
     return model(own["x"], own["positions"], None, labels=own["y"]), partial(masked_loss, own["mask"])
+
+
+def of_this_cp_rank(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Megatron's cut; before 0.16 it takes no group, and from 0.18 on without one it cuts for all ranks."""
+    settings = {"cp_group": parallel_state.get_context_parallel_group(), "is_hybrid_cp": False}
+    known = inspect.signature(get_batch_on_this_cp_rank).parameters
+    return get_batch_on_this_cp_rank(batch, **{name: value for name, value in settings.items() if name in known})
 
 
 def masked_loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

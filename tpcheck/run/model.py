@@ -11,6 +11,7 @@ alike.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -290,8 +291,18 @@ def _forward(loss: Any, batches: Iterator[torch.Tensor], model: torch.nn.Module)
     tokens = next(batches).cuda()
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
-    own = get_batch_on_this_cp_rank({"inputs": inputs, "positions": positions, "labels": labels})
+    own = _of_this_cp_rank({"inputs": inputs, "positions": positions, "labels": labels})
     return model(own["inputs"], own["positions"], None, labels=own["labels"]), loss
+
+
+def _of_this_cp_rank(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Megatron's cut; before 0.16 it takes no group, and from 0.18 on without one it cuts for all ranks."""
+    settings = {"cp_group": parallel_state.get_context_parallel_group(), "is_hybrid_cp": False}
+    known = inspect.signature(get_batch_on_this_cp_rank).parameters
+    own: dict[str, torch.Tensor] = get_batch_on_this_cp_rank(
+        batch, **{name: value for name, value in settings.items() if name in known}
+    )
+    return own
 
 
 def _mean_loss(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

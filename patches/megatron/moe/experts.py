@@ -6,8 +6,10 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from patches.contract import UnsupportedError
 from patches.experts import give_weights
 from patches.megatron.moe.refusals import VERSIONS
 from patches.registry import attribute
@@ -26,22 +28,40 @@ def _mlp_forward(original: Any) -> Any:
 
 def _grouped_forward(original: Any) -> Any:
     def forward(
-        self: Any, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+        self: Any,
+        permuted_local_hidden_states: Tensor,
+        tokens_per_expert: Tensor,
+        permuted_probs: Tensor,
+        output_buffer: Tensor | None = None,
+        grad_input_buffer: Tensor | None = None,
     ) -> Any:
         """That of one MLP, in which each layer knows its experts' rows: an activation does not ask whose they are."""
         from megatron.core.transformer.mlp import MLP
 
+        if output_buffer is not None or grad_input_buffer is not None:
+            raise UnsupportedError("experts that write into given buffers (moe_ncclep_zero_copy) are not covered")
         sizes = tokens_per_expert.tolist()
         mlp: Any = SimpleNamespace(
             config=self.config,
             activation_func=self.activation_func,
-            linear_fc1=partial(self.linear_fc1, m_splits=sizes),
-            linear_fc2=partial(self.linear_fc2, m_splits=sizes),
+            linear_fc1=_OfRows(self.linear_fc1, sizes),
+            linear_fc2=_OfRows(self.linear_fc2, sizes),
         )
         give_weights(self.linear_fc2, permuted_probs)
         return MLP.forward(mlp, permuted_local_hidden_states)
 
     return forward
+
+
+class _OfRows(torch.nn.Module):
+    """A layer of all experts that knows how many rows each has: a module, as MLPs from 0.17 on want theirs to be."""
+
+    def __init__(self, layer: Any, sizes: list[int]) -> None:
+        super().__init__()
+        self.call = partial(layer, m_splits=sizes)  # no submodule
+
+    def forward(self, x: Tensor) -> Any:
+        return self.call(x)
 
 
 PATCHES = [
@@ -59,7 +79,7 @@ PATCHES = [
         "megatron.core.transformer.moe.experts:TEGroupedMLP.forward",
         "the same, where one layer holds all experts",
         _grouped_forward,
-        parameters="permuted_local_hidden_states tokens_per_expert permuted_probs",
+        parameters="permuted_local_hidden_states tokens_per_expert permuted_probs output_buffer grad_input_buffer",
         versions=VERSIONS,
         order_free=True,
     ),

@@ -80,7 +80,7 @@ PATCHES = [
         f"{TARGET}.__init__",
         "at EP=1 stock sums the gradients of experts over data-parallel ranks alone",
         _init,
-        parameters="config submodules layer_number pg_collection",
+        parameters="config submodules layer_number pg_collection is_mtp_layer name",
         versions=VERSIONS,
         order_free=True,
     ),

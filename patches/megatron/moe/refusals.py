@@ -12,7 +12,7 @@ from patches.registry import library_version
 
 __all__ = ["VERSIONS", "check_experts", "check_mixture"]
 
-VERSIONS = ">=0.16,<0.17"  # of megatron-core, whose mixtures of experts are covered
+VERSIONS = ">=0.16"  # of megatron-core, whose mixtures of experts are covered
 
 # setting: (what is covered besides None, the way out); Megatron-LM's flag is named after the setting
 COVERED: dict[str, tuple[tuple[Any, ...], str]] = {

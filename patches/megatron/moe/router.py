@@ -60,13 +60,24 @@ def _routing(original: Any) -> Any:
 
 def _with_loss(self: Any, x: Tensor, loss: Tensor, name: str, scale: float) -> Tensor:
     """`x`, whose backward begins that of `loss` as well; `loss / scale` is logged."""
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, save_to_aux_losses_tracker
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
     group = {"reduce_group": self.tp_cp_group} if name != "z_loss" else {"avg_group": self.tp_cp_group}
-    save_to_aux_losses_tracker(name, loss / scale, self.layer_number, layers, **group)
+    _recorder()(name, loss / scale, self.layer_number, layers, **group)
     with_loss: Tensor = MoEAuxLossAutoScaler.apply(x, loss)
     return with_loss
+
+
+def _recorder() -> Any:
+    """What keeps a layer's loss until it is logged."""
+    try:
+        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    except ModuleNotFoundError:  # before 0.18
+        from megatron.core.transformer.moe.moe_utils import save_to_aux_losses_tracker
+
+        return save_to_aux_losses_tracker
+    return get_moe_metrics_tracker().record
 
 
 def _within_capacity(self: Any, weights: Tensor, chosen: Tensor, sequences: int) -> Tensor:
@@ -93,7 +104,9 @@ def _scores_for_balance(self: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _updated_bias(original: Any) -> Any:
     @torch.no_grad()
-    def get_updated_expert_bias(tokens_per_expert: Tensor, expert_bias: Tensor, expert_bias_update_rate: float) -> Any:
+    def get_updated_expert_bias(
+        tokens_per_expert: Tensor, expert_bias: Tensor, expert_bias_update_rate: float, tp_dp_cp_group: Any = None
+    ) -> Any:
         """Stock's, counted in integers."""
         from megatron.core import parallel_state
 
@@ -104,8 +117,8 @@ def _updated_bias(original: Any) -> Any:
                 f"are exact below {EXACT_COUNTS} alone: use more ranks or a smaller global batch"
             )
         counts = tokens_per_expert.long()
-        group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-        torch.distributed.all_reduce(counts, group=group)
+        every = tp_dp_cp_group or parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(counts, group=every)
         tokens_per_expert.copy_(counts)
         missing = counts.sum(-1, keepdim=True) - counts * counts.shape[-1]
         return expert_bias + missing.sign() * expert_bias_update_rate
@@ -137,7 +150,7 @@ PATCHES = [
         "megatron.core.distributed.finalize_model_grads:get_updated_expert_bias",
         "tokens of the global batch are counted in float32, over ranks",
         _updated_bias,
-        parameters="tokens_per_expert expert_bias expert_bias_update_rate",
+        parameters="tokens_per_expert expert_bias expert_bias_update_rate tp_dp_cp_group",
         versions=VERSIONS,
         order_free=True,
     ),

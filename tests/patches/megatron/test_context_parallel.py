@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.utils import get_batch_on_this_cp_rank
 
 import patches
 from patches.ops.bias import bias_per_token
@@ -188,7 +187,7 @@ def with_mask(options: dict[str, Any], spoilt: bool) -> dict[str, Any]:
         mask = torch.ones(1, 1, x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
         mask[..., -1, 0] |= spoilt
         batch = {"x": x, "y": y, "positions": torch.arange(x.shape[1]).expand_as(x), "attention_mask": mask}
-        own = get_batch_on_this_cp_rank({**batch, "loss": torch.ones(x.shape)})
+        own = plain_megatron.of_this_cp_rank({**batch, "loss": torch.ones(x.shape)})
         loss = lambda losses: plain_megatron.masked_loss(own["loss"], losses)  # noqa: E731
         return model(own["x"], own["positions"], own["attention_mask"], labels=own["y"]), loss
 

@@ -197,7 +197,7 @@ def _megatron_lm_starts() -> None:
     _answer_megatron("get_device_capability", (0, 0), "megatron.training")
     _answer_megatron("get_device_properties", properties, "megatron.training")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # asked for, if tensor parallel
-    with contextlib.suppress(ModuleNotFoundError):  # comes with Megatron-LM before 0.17
+    with contextlib.suppress(ImportError):  # comes with Megatron-LM before 0.17
         from megatron.legacy import fused_kernels
 
         fused_kernels.load = _nothing

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from patches.contract import UnsupportedError
 from patches.ops.sequences import add_leaves, batch_leaves
@@ -21,7 +22,18 @@ from patches.ops.sharded import Shards
 from patches.order.collectives import all_gather
 from patches.order.products import product
 
-__all__ = ["Choice", "balance_loss", "chosen_experts", "router_product", "top_k", "within_capacity", "z_losses"]
+__all__ = [
+    "Choice",
+    "balance_loss",
+    "chosen_experts",
+    "router_product",
+    "separate_scores",
+    "top_k",
+    "within_capacity",
+    "z_losses",
+]
+
+ScoreFunction = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ class Choice:
     """
 
     k: int
-    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    score_function: ScoreFunction = "softmax"
     pre_softmax: bool = False
     groups: int | None = None
     group_topk: int | None = None
@@ -54,10 +66,10 @@ def chosen_experts(logits_TE: Tensor, choice: Choice, bias_E: Tensor | None = No
     """Weights [T, E], 0 where an expert is not chosen, and whether it is.
 
     Args:
-        bias_E: added to sigmoid scores where experts are chosen, not to weights.
+        bias_E: added to an expert's own scores where experts are chosen, not to weights.
     """
-    if choice.score_function == "sigmoid":
-        scores = logits_TE.float().sigmoid().type_as(logits_TE)
+    if choice.score_function != "softmax":
+        scores = separate_scores(logits_TE.float(), choice.score_function).type_as(logits_TE)
         places = _best(scores if bias_E is None else scores + bias_E, choice)[1]
         found = scores.gather(1, places).type_as(logits_TE)
         weights = found / (found.sum(-1, keepdim=True) + 1e-20) if choice.k > 1 else found
@@ -70,6 +82,11 @@ def chosen_experts(logits_TE: Tensor, choice: Choice, bias_E: Tensor | None = No
         weights = weights * choice.scaling
     chosen = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, places, True)
     return torch.zeros_like(logits_TE).scatter(1, places, weights), chosen
+
+
+def separate_scores(logits: Tensor, score_function: ScoreFunction) -> Tensor:
+    """Scores that each follow from one logit."""
+    return logits.sigmoid() if score_function == "sigmoid" else softplus(logits).sqrt()
 
 
 def _best(scores_TE: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from packaging.version import Version
+
+from patches.registry import library_version
 from tests.support.megatron_runs import FULL_RECOMPUTE, differences, run
 
 SHARDED = {"use_distributed_optimizer": True}
@@ -42,6 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
     "two layers, fusions": {"model": {"num_layers": 2, "bias_activation_fusion": True, "bias_dropout_fusion": True}},
     "equal scores, idle experts": {"equal_scores": True},
 }
+if Version(library_version("megatron-core") or "0") >= Version("0.18"):
+    CASES["sqrtsoftplus, balanced"] = {"model": {**SIGMOID, **BALANCED, "moe_router_score_function": "sqrtsoftplus"}}
 
 
 def layout(tp: int, ep: int, etp: int, **options: Any) -> dict[str, Any]:

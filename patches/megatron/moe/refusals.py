@@ -20,10 +20,15 @@ COVERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "context_parallel_size": ((1,), "set it to 1"),
     "moe_token_dispatcher_type": (("allgather", "alltoall"), "use 'allgather' or 'alltoall'"),
     "moe_router_dtype": (("fp32",), "use 'fp32', or None"),
+    "moe_router_score_function": (("softmax", "sigmoid", "sqrtsoftplus"), "use one of these three"),
     "moe_input_jitter_eps": ((), "it is random: set it to None"),
     "moe_router_force_load_balancing": ((False,), "it is random: set it to False"),
+    "moe_router_force_biased": ((), "it is random: set it to None"),
     "moe_router_topk_limited_devices": ((), "use moe_router_num_groups"),
     "moe_latent_size": ((), "set it to None"),
+    "moe_mlp_glu_interleave_size": ((), "set it to None"),
+    "moe_expert_rank_capacity_factor": ((), "it drops what is too much for a rank: set it to None"),
+    "expert_gtp_weight_remat_size": ((1,), "set it to 1"),
     **dict.fromkeys(
         (
             "moe_enable_routing_replay",
@@ -36,6 +41,10 @@ COVERED: dict[str, tuple[tuple[Any, ...], str]] = {
             "moe_use_legacy_grouped_gemm",
             "moe_router_padding_for_quantization",
             "moe_pad_expert_input_to_capacity",
+            "moe_single_grouped_weight",
+            "moe_paged_stash",
+            "use_grouped_gemm_for_shared_expert",
+            "overlap_dispatch_backward_with_experts_wgrad",
         ),
         ((False,), "set it to False"),
     ),
@@ -48,10 +57,12 @@ LAYERS = {
 }
 
 # Kinds of balancing whose definition is a rank's, a micro-batch's or the number of micro-batches'.
+LOSSES = ("aux_loss", "global_aux_loss")  # nothing where their coefficient is 0
 BALANCE = {
     "aux_loss": "is that of one micro-batch's tokens, so that their number has a say",
     "global_aux_loss": "takes the average over the micro-batches that a rank has seen, so that their number has a say",
     "sinkhorn": "normalises over the tokens of one rank",
+    "quantile_balancing": "takes quantiles of one micro-batch's logits",
 }
 
 
@@ -96,7 +107,7 @@ def _check_balance(config: Any) -> None:
     if not isinstance(kinds, list):
         kinds, coefficients = [kinds], [coefficients]
     for kind, coefficient in zip(kinds, coefficients, strict=True):
-        if kind in BALANCE and (coefficient or kind == "sinkhorn"):
+        if kind in BALANCE and (coefficient or kind not in LOSSES):
             raise UnsupportedError(
                 f"moe_router_load_balancing_type={kind!r} is not covered: it {BALANCE[kind]}; use 'seq_aux_loss', a "
                 "loss of every sequence, 'none' with moe_router_enable_expert_bias, or moe_aux_loss_coeff=0 "

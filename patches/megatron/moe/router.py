@@ -5,13 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from patches.call_site import contract, mark_grad_reduced, replicated, tp_group, tp_sharded
 from patches.contract import UnsupportedError
 from patches.megatron.moe.refusals import VERSIONS
-from patches.ops.routing import Choice, balance_loss, chosen_experts, router_product, top_k, within_capacity, z_losses
-from patches.registry import attribute
+from patches.ops.routing import (
+    Choice,
+    balance_loss,
+    chosen_experts,
+    router_product,
+    separate_scores,
+    top_k,
+    within_capacity,
+    z_losses,
+)
+from patches.registry import attribute, library_version
 
 __all__ = ["PATCHES"]
 
@@ -43,7 +53,8 @@ def _routing(original: Any) -> Any:
             self.topk, self.score_function, config.moe_router_pre_softmax,
             config.moe_router_num_groups, config.moe_router_group_topk, config.moe_router_topk_scaling_factor,
         )  # fmt: skip
-        weights, chosen = chosen_experts(logits, choice, self.expert_bias)
+        weights, chosen = chosen_experts(_wide(logits, "0.18"), choice, self.expert_bias)
+        weights = weights.type_as(logits)
         if config.moe_expert_capacity_factor is not None:
             chosen = _within_capacity(self, weights, chosen, sequences)
             weights = weights * chosen
@@ -96,10 +107,16 @@ def _scores_for_balance(self: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
     if self.score_function == "softmax":
         scores = logits.softmax(-1, dtype=torch.float32)
     else:
-        scores = logits.sigmoid()
+        scores = separate_scores(_wide(logits, "0.17"), self.score_function)
         scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
     places = top_k(scores.detach(), self.topk)[1]
     return scores, torch.zeros_like(scores, dtype=torch.bool).scatter(1, places, True)
+
+
+def _wide(logits: Tensor, since: str) -> Tensor:
+    """`logits` as Megatron reads them: in float32 since a version, before in their own dtype."""
+    found = library_version("megatron-core")
+    return logits.float() if found is not None and Version(found) >= Version(since) else logits
 
 
 def _updated_bias(original: Any) -> Any:

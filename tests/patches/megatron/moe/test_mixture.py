@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
+from patches.registry import library_version
 from tests.support.megatron_runs import patched_training, run
 from tests.support.mixtures import CASES, COVERING, EVERY, EXPERTS, SHARDED, comparable, layout, options_of, unlike
 from tests.support.ranks import on_ranks
@@ -28,6 +30,7 @@ SOME: dict[str, list[dict[str, Any]]] = {
 EVERYWHERE = ("softmax, top 2, balanced", "sigmoid, top 8, allgather")
 STOCK = "stock, drawn by name"
 ROUTER = "decoder.layers.0.mlp.router.weight"
+MENDED = Version(library_version("megatron-core") or "0") >= Version("0.19")
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -83,6 +86,7 @@ def moves_weights(name: str, one: dict[str, Any], other: dict[str, Any]) -> bool
     return any(name.startswith("final/") for name in found)
 
 
+@pytest.mark.skipif(MENDED, reason="megatron-core 0.19 sums them over the experts' own ranks wherever ETP < TP")
 def test_stock_forgets_the_tokens_of_other_tensor_parallel_ranks_where_experts_are_whole():
     """The bug that `patches.megatron.moe.moe_layer` mends: ranks that hold the same expert end with other weights."""
     with pytest.raises(AssertionError):
@@ -111,7 +115,7 @@ def test_gradients_are_stocks_but_for_rounding(name):
     ],
     ids=str,
 )
-def test_stock_halves_losses_of_the_router_that_the_patches_keep(loss, where):
+def test_stock_before_0_19_halves_losses_of_the_router_that_the_patches_keep(loss, where):
     """With so large a coefficient, all else that the router learns from is rounding."""
 
     def gradient(strategy: str, **layout: Any) -> float:
@@ -121,7 +125,7 @@ def test_stock_halves_losses_of_the_router_that_the_patches_keep(loss, where):
         return records[0]["step0 gradients"][ROUTER].norm().item()
 
     one = gradient(STOCK, tp=1)
-    assert gradient(STOCK, **where) == pytest.approx(one / 2, rel=1e-3)
+    assert gradient(STOCK, **where) == pytest.approx(one if MENDED else one / 2, rel=1e-3)
     assert gradient("order-free", tp=1) == gradient("order-free", **where) == pytest.approx(one, rel=1e-3)
 
 

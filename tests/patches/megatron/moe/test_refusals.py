@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 import patches
 from patches.megatron.moe.refusals import VERSIONS, check_experts, check_mixture
@@ -19,6 +20,8 @@ from patches.registry import library_version
 from tests.support import plain_megatron
 from tests.support.mixtures import BATCH, EXPERTS
 from tests.support.ranks import on_ranks
+
+FOUND = Version(library_version("megatron-core") or "0")
 
 # what is set: what the message says
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
@@ -55,6 +58,21 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         "'aux_loss' is not covered",
     ),
     "sinkhorn": ({"moe_router_load_balancing_type": "sinkhorn"}, "'sinkhorn' is not covered: it normalises over"),
+    **(
+        {"biased logits": ({"moe_router_force_biased": 0.1}, "moe_router_force_biased=0.1 .* it is random")}
+        if FOUND >= Version("0.17")
+        else {}
+    ),
+    **(
+        {
+            "quantiles": (
+                {"moe_router_load_balancing_type": "quantile_balancing"},
+                "'quantile_balancing' is not covered: it takes quantiles of one micro-batch's logits",
+            )
+        }
+        if FOUND >= Version("0.19")
+        else {}
+    ),
     "latent attention": ({"multi_latent_attention": True}, "multi_latent_attention=True is not covered"),
 }  # fmt: skip
 
@@ -81,13 +99,21 @@ def test_setting_is_refused_by_name(name):
         ("overlap_moe_expert_parallel_comm", True),
         ("context_parallel_size", 2),
         ("fine_grained_activation_offloading", True),
+        ("moe_router_score_function", "tanh"),
+        ("moe_mlp_glu_interleave_size", 32),
+        ("moe_expert_rank_capacity_factor", 1.5),
+        ("expert_gtp_weight_remat_size", 2),
+        ("moe_single_grouped_weight", True),
+        ("moe_paged_stash", True),
+        ("use_grouped_gemm_for_shared_expert", True),
+        ("overlap_dispatch_backward_with_experts_wgrad", True),
     ],
 )
 def test_setting_that_megatron_itself_may_refuse_here_is_refused_by_name(setting, value):
     plain = {"num_moe_experts": 8, "moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
     with patches.enabled(batch="order-free"):
         check_mixture(SimpleNamespace(**plain, moe_layer_freq=1))
-        with pytest.raises(patches.UnsupportedError, match=f"{setting}={value} of a mixture of experts is not covered"):
+        with pytest.raises(patches.UnsupportedError, match=f"{setting}={value!r} of a mixture of experts is not covered"):
             check_mixture(SimpleNamespace(**plain, **{setting: value}))
 
 
@@ -105,9 +131,15 @@ def grouped_by_another_package() -> None:
     GPTModel(config, get_gpt_layer_local_spec(num_experts=8, moe_grouped_gemm=True), 64, 16)
 
 
-def test_experts_of_another_kind_are_refused():
+@pytest.mark.skipif(FOUND >= Version("0.17"), reason="megatron-core 0.17 has no GroupedMLP any more")
+def test_older_grouped_experts_are_refused():
     with pytest.raises(AssertionError, match="experts in a GroupedMLP .*without --moe-grouped-gemm.*TEGroupedMLP"):
         on_ranks(1, grouped_by_another_package)
+
+
+def test_experts_of_another_kind_are_refused():
+    with pytest.raises(patches.UnsupportedError, match="experts in a InferenceGroupedMLP are not covered"):
+        check_experts(type("InferenceGroupedMLP", (), {})())
     layer = SimpleNamespace(linear_fc1=object())
     experts = type("SequentialMLP", (), {"local_experts": [layer]})()
     with pytest.raises(patches.UnsupportedError, match="experts made of builtins.object are not covered"):
@@ -136,9 +168,9 @@ def test_dense_layers_in_a_pipeline_are_refused():
 
 
 def test_other_versions_of_megatron_core_are_refused(monkeypatch):
-    found = library_version("megatron-core")
-    if SpecifierSet(VERSIONS).contains(found or ""):
-        found = "0.17.1"
+    found = str(FOUND)
+    if SpecifierSet(VERSIONS).contains(found):
+        found = "0.15.3"
         monkeypatch.setattr("patches.megatron.moe.refusals.library_version", lambda name: found)
     with pytest.raises(
         AssertionError, match=f"num_moe_experts=8 is not covered by the patches with megatron-core {found}: use >=0.16"

@@ -8,12 +8,14 @@ from __future__ import annotations
 import ast
 import functools
 import os
+import re
 from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
 
 import patches
+from patches.megatron.moe.refusals import COVERED
 from patches.registry import SUPPORTED, Patch
 
 FOLDERS = [Path(folder) for folder in os.environ.get("MEGATRON_SOURCES", "").split(":") if folder]
@@ -74,6 +76,45 @@ def test_call_site_is_where_the_patch_looks_and_takes_known_parameters(folder: P
         spec = definition.args
         taken = [*spec.posonlyargs, *spec.args, *spec.kwonlyargs, *filter(None, (spec.vararg, spec.kwarg))]
         assert {arg.arg for arg in taken} <= {*patch.parameters, "self", "cls", "ctx"}
+
+
+# Settings of mixtures that are covered at any value or checked with others, of what is refused itself (flex
+# dispatchers, paged stashes, quantiles), of inference or of logs.
+SETTLED = set(
+    """
+    expert_model_parallel_size expert_tensor_parallel_size expert_tensor_parallel_num_weight_shards num_moe_experts
+    moe_aux_loss_coeff moe_expert_capacity_factor moe_ffn_hidden_size moe_grad_scale_func moe_grouped_gemm
+    moe_layer_freq moe_layer_recompute moe_router_bias_update_rate moe_router_enable_expert_bias moe_router_group_topk
+    moe_router_load_balancing_type moe_router_num_groups moe_router_padding_for_fp8 moe_router_pre_softmax
+    moe_router_topk moe_router_topk_scaling_factor moe_shared_expert_gate moe_shared_expert_intermediate_size
+    moe_single_grouped_bias moe_token_drop_policy moe_token_dropping moe_z_loss_coeff
+    moe_deepep_num_sms moe_enable_deepep moe_flex_dispatcher_backend moe_flex_dispatcher_num_sms
+    moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute moe_hybridep_num_sms
+    moe_hybridep_num_sms_preprocessing moe_hybridep_pad_uneven_dispatch_inputs moe_ncclep_static_shape
+    moe_ncclep_zero_copy moe_permute_fusion_into_hybridep moe_paged_stash_buffer_size_factor_cpu
+    moe_paged_stash_buffer_size_factor_cuda moe_paged_stash_page_size moe_router_quantile_balancing_ema
+    moe_shared_expert_glu_interleave_size
+    inference_moe_disable_fused_quant_kernels inference_moe_token_dispatcher_type
+    moe_pad_experts_for_cuda_graph_inference moe_per_layer_logging
+    """.split()
+)
+CONFIGS = {
+    "megatron.core.transformer.transformer_config": "TransformerConfig",
+    "megatron.core.model_parallel_config": "ModelParallelConfig",
+}
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=version_in)
+def test_every_setting_of_mixtures_of_experts_is_refused_or_known(folder: Path):
+    settings = {
+        node.target.id
+        for module, name in CONFIGS.items()
+        for node in ast.iter_child_nodes(find(folder, module, [name]))
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    of_mixtures = {name for name in settings if re.search("moe|expert", name)}
+    assert len(of_mixtures) > 40
+    assert of_mixtures <= COVERED.keys() | SETTLED
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=version_in)

@@ -10,6 +10,7 @@ from typing import Any
 
 import megatron.core
 import pytest
+from packaging.version import Version
 
 from tests.megatron_lm.runs import Case, Ended, cases, run_script
 from tpcheck.checkpoint.digest import digest_checkpoint
@@ -96,6 +97,31 @@ def test_bits_are_the_same_at_every_context_parallel_size(tmp_path: Path) -> Non
                (1, 1, "--context-parallel-size 4 --pipeline-model-parallel-size 2 --micro-batch-size 1")]  # fmt: skip
     one, *others = (
         trained(tmp_path / str(number), tp, f"--calculate-per-token-loss {flags}", "--batch order-free --chunks 8", dp)
+        for number, (tp, dp, flags) in enumerate(layouts)
+    )
+    for other in others:
+        assert [norm for _, norm in other["steps"]] == [norm for _, norm in one["steps"]]
+        assert other["model"] == one["model"]
+    # As the script saves it by default, the distributed optimizer has no digest.
+    assert [other["optimizer"] for other in others] == [*[one["optimizer"]] * 2, None, one["optimizer"]]
+
+
+MIXTURE = (
+    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 48 --moe-token-dispatcher-type alltoall "
+    "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.01 --disable-bias-linear --swiglu "
+    "--normalization RMSNorm --position-embedding-type rope --no-rope-fusion --untie-embeddings-and-output-weights "
+    "--calculate-per-token-loss"
+)
+
+
+@pytest.mark.skipif(Version(megatron.core.__version__) < Version("0.16"), reason="mixtures are for megatron-core >=0.16")
+def test_bits_of_a_mixture_of_experts_are_the_same_at_every_layout(tmp_path: Path) -> None:
+    layouts = [(1, 1, ""), (2, 1, "--sequence-parallel --expert-tensor-parallel-size 1"),
+               (1, 2, "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1 --micro-batch-size 1"),
+               (1, 2, "--expert-tensor-parallel-size 2 --use-distributed-optimizer"),
+               (2, 2, "--sequence-parallel --expert-model-parallel-size 4 --expert-tensor-parallel-size 1")]  # fmt: skip
+    one, *others = (
+        trained(tmp_path / str(number), tp, f"{MIXTURE} {flags}", "--batch order-free", dp)
         for number, (tp, dp, flags) in enumerate(layouts)
     )
     for other in others:

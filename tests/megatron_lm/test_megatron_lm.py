@@ -114,12 +114,15 @@ MIXTURE = (
 )
 
 
-@pytest.mark.skipif(Version(megatron.core.__version__) < Version("0.16"), reason="mixtures are for megatron-core >=0.16")
+@pytest.mark.skipif(Version(megatron.core.__version__) < Version("0.16"), reason="for megatron-core >=0.16")
 def test_bits_of_a_mixture_of_experts_are_the_same_at_every_layout(tmp_path: Path) -> None:
-    layouts = [(1, 1, ""), (2, 1, "--sequence-parallel --expert-tensor-parallel-size 1"),
-               (1, 2, "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1 --micro-batch-size 1"),
-               (1, 2, "--expert-tensor-parallel-size 2 --use-distributed-optimizer"),
-               (2, 2, "--sequence-parallel --expert-model-parallel-size 4 --expert-tensor-parallel-size 1")]  # fmt: skip
+    layouts = [
+        (1, 1, ""),
+        (2, 1, "--sequence-parallel --expert-tensor-parallel-size 1"),
+        (1, 2, "--expert-model-parallel-size 2 --micro-batch-size 1"),
+        (1, 2, "--expert-tensor-parallel-size 2 --use-distributed-optimizer"),
+        (2, 2, "--sequence-parallel --expert-model-parallel-size 4 --expert-tensor-parallel-size 1"),
+    ]
     one, *others = (
         trained(tmp_path / str(number), tp, f"{MIXTURE} {flags}", "--batch order-free", dp)
         for number, (tp, dp, flags) in enumerate(layouts)

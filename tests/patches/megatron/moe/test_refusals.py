@@ -58,23 +58,15 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         "'aux_loss' is not covered",
     ),
     "sinkhorn": ({"moe_router_load_balancing_type": "sinkhorn"}, "'sinkhorn' is not covered: it normalises over"),
-    **(
-        {"biased logits": ({"moe_router_force_biased": 0.1}, "moe_router_force_biased=0.1 .* it is random")}
-        if FOUND >= Version("0.17")
-        else {}
-    ),
-    **(
-        {
-            "quantiles": (
-                {"moe_router_load_balancing_type": "quantile_balancing"},
-                "'quantile_balancing' is not covered: it takes quantiles of one micro-batch's logits",
-            )
-        }
-        if FOUND >= Version("0.19")
-        else {}
-    ),
     "latent attention": ({"multi_latent_attention": True}, "multi_latent_attention=True is not covered"),
 }  # fmt: skip
+if FOUND.release >= (0, 17):
+    SETTINGS["biased logits"] = ({"moe_router_force_biased": 0.1}, "moe_router_force_biased=0.1 .* it is random")
+if FOUND.release >= (0, 19):
+    SETTINGS["quantiles"] = (
+        {"moe_router_load_balancing_type": "quantile_balancing"},
+        "'quantile_balancing' is not covered: it takes quantiles of one micro-batch's logits",
+    )
 
 
 def train(options: dict[str, Any], strategy: Any = "tree", batch: Any = "order-free") -> None:
@@ -113,7 +105,7 @@ def test_setting_that_megatron_itself_may_refuse_here_is_refused_by_name(setting
     plain = {"num_moe_experts": 8, "moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
     with patches.enabled(batch="order-free"):
         check_mixture(SimpleNamespace(**plain, moe_layer_freq=1))
-        with pytest.raises(patches.UnsupportedError, match=f"{setting}={value!r} of a mixture of experts is not covered"):
+        with pytest.raises(patches.UnsupportedError, match=f"{setting}={value!r} of a mixture of experts is not"):
             check_mixture(SimpleNamespace(**plain, **{setting: value}))
 
 
@@ -131,7 +123,7 @@ def grouped_by_another_package() -> None:
     GPTModel(config, get_gpt_layer_local_spec(num_experts=8, moe_grouped_gemm=True), 64, 16)
 
 
-@pytest.mark.skipif(FOUND >= Version("0.17"), reason="megatron-core 0.17 has no GroupedMLP any more")
+@pytest.mark.skipif(FOUND.release >= (0, 17), reason="megatron-core 0.17 has no GroupedMLP any more")
 def test_older_grouped_experts_are_refused():
     with pytest.raises(AssertionError, match="experts in a GroupedMLP .*without --moe-grouped-gemm.*TEGroupedMLP"):
         on_ranks(1, grouped_by_another_package)

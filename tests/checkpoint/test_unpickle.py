@@ -88,6 +88,7 @@ def test_ordinary_structures_are_kept_and_foreign_objects_are_inert() -> None:
     assert found["size"] == (2, 3)
     assert isinstance(found["args"], Inert)
     assert found["args"].get("lr") == 0.1
+    assert found["args"].args == () and found["args"].items == []  # though made without a call
     assert found["default"].items == [("a", [1])]
     assert found["dtype"].qualname == "torch.bfloat16"
 

@@ -90,11 +90,15 @@ class Inert:
     """Stands for an object or a call that a pickle asked for; keeps its arguments and state, does nothing."""
 
     qualname = ""
+    args: tuple[Any, ...]
+    state: Any
+    items: list[Any]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.args = args
-        self.state: Any = kwargs
-        self.items: list[Any] = []
+    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+        """Not `__init__`, which a pickle of a plain object does not call."""
+        made = super().__new__(cls)
+        made.args, made.state, made.items = args, kwargs, []
+        return made
 
     def __setstate__(self, state: Any) -> None:
         self.state = state

@@ -57,13 +57,13 @@ LAYERS = {
 }
 
 # Kinds of balancing whose definition is a rank's, a micro-batch's or the number of micro-batches'.
-LOSSES = ("aux_loss", "global_aux_loss")  # nothing where their coefficient is 0
 BALANCE = {
     "aux_loss": "is that of one micro-batch's tokens, so that their number has a say",
     "global_aux_loss": "takes the average over the micro-batches that a rank has seen, so that their number has a say",
     "sinkhorn": "normalises over the tokens of one rank",
     "quantile_balancing": "takes quantiles of one micro-batch's logits",
 }
+LOSSES = ("aux_loss", "global_aux_loss")  # those of them that are nothing where their coefficient is 0
 
 
 def check_mixture(config: Any) -> None:

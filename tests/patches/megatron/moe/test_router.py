@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "softmax": {},
     "softmax before the choice": {"use_pre_softmax": True, "scaling_factor": 1.3},
     "sigmoid": {"score_function": "sigmoid", "scaling_factor": 2.5, "expert_bias": torch.linspace(0.3, -0.3, EXPERTS)},
+    "groups of experts": {"score_function": "sigmoid", "num_groups": 4, "group_topk": 2},
 }
 if Version(library_version("megatron-core") or "0") >= Version("0.18"):
     SETTINGS["sqrtsoftplus"] = {**SETTINGS["sigmoid"], "score_function": "sqrtsoftplus"}
@@ -45,7 +46,7 @@ def unequal_logits(dtype: torch.dtype) -> torch.Tensor:
 def router(settings: dict[str, Any]) -> Any:
     config = SimpleNamespace(
         moe_z_loss_coeff=None, moe_router_pre_softmax=settings.get("use_pre_softmax", False),
-        moe_router_num_groups=None, moe_router_group_topk=None,
+        moe_router_num_groups=settings.get("num_groups"), moe_router_group_topk=settings.get("group_topk"),
         moe_router_topk_scaling_factor=settings.get("scaling_factor"), moe_expert_capacity_factor=None,
     )  # fmt: skip
     return SimpleNamespace(

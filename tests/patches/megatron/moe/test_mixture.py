@@ -27,6 +27,8 @@ SOME: dict[str, list[dict[str, Any]]] = {
     "two layers, fusions": [layout(4, 2, 1), layout(1, 4, 2)],
     "equal scores, idle experts": [layout(2, 8, 1), layout(2, 4, 2)],
 }
+if "sqrtsoftplus, balanced" in CASES:
+    SOME["sqrtsoftplus, balanced"] = [layout(2, 2, 2), layout(1, 4, 1, micro_batch=2)]
 EVERYWHERE = ("softmax, top 2, balanced", "sigmoid, top 8, allgather")
 STOCK = "stock, drawn by name"
 ROUTER = "decoder.layers.0.mlp.router.weight"

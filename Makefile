@@ -6,7 +6,7 @@ VENV ?= .venv
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 # Versions that the patches cover, besides the one in constraints.txt: older ones run; newer ones, which may be for a
-# newer Python, are read.
+# newer Python, are read, and run by test-newer-megatron.
 MEGATRON_VERSIONS ?= 0.14.0 0.15.3
 NEWER_MEGATRON_VERSIONS ?= 0.17.1 0.18.2 0.19.2
 # Transformer Engine versions whose Python code the tests run: the oldest and newest supported, one in between.

@@ -1,4 +1,4 @@
-"""Call sites in versions of megatron-core that this Python cannot install: they are read, not run.
+"""Call sites in versions of megatron-core that this Python cannot install: here they are read, not run.
 
 `make test-megatron` unpacks their wheels and names the folders, separated by colons, in MEGATRON_SOURCES.
 """

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from tests.silent_bugs.case import QWEN3, around, bug
+from tests.silent_bugs.case import FOUR, QWEN3, TP2, around, bug
 from tpcheck.run import checkpointing, train
 
-TP1, TP2 = {"tp": 1}, {"tp": 2}
-FOUR = {"steps": 4, "trace": {"steps": [0, 1, 2, 3]}}
+TP1 = {"tp": 1}
 
 
 def loading(change: Callable[[Any], None]) -> Any:

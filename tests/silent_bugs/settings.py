@@ -10,11 +10,8 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-from tests.silent_bugs.case import GPT2, QWEN3, around, bug, tp_rank
+from tests.silent_bugs.case import DP2, DROPOUT, GPT2, QWEN3, TIGHT, TP2, around, bug, tp_rank
 from tpcheck.run import checkpointing, model, train
-
-TP2, DP2 = {"tp": 2}, {"dp": 2}
-TIGHT = {"clip_grad": 0.05}
 
 
 def with_groups(change: Callable[[dict[str, Any]], None]) -> Any:
@@ -297,7 +294,7 @@ def whole_weight_marked_as_sharded() -> Iterator[None]:
 
 
 @bug(
-    "settings dropout*", "settings p *", "settings *dropout*", "mask *", layout=TP2, model={**QWEN3, "dropout": 0.1},
+    "settings dropout*", "settings p *", "settings *dropout*", "mask *", layout=TP2, model=DROPOUT,
     kind="dropout probability",
 )  # fmt: skip
 def dropout_probability_of_another_run() -> Iterator[None]:

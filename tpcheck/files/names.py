@@ -32,3 +32,4 @@ CODE = "code.json"  # in such a copy: what it was made from
 RANK = "rank.json"
 RECORDS = "records.jsonl"
 SETTINGS = "settings.jsonl"
+NUDGED = "noise-"  # and a seed: folders of the same run with every rounding nudged, beside the ranks' or in the result

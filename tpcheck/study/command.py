@@ -20,6 +20,7 @@ from tpcheck.config.load import override, validated
 from tpcheck.config.schema import directory
 from tpcheck.errors import TpcheckError
 from tpcheck.files import lock
+from tpcheck.files.names import LOCK
 from tpcheck.study import record
 from tpcheck.study.display import Display
 from tpcheck.study.html import to_html
@@ -29,7 +30,6 @@ from tpcheck.study.study import Settings, Study
 __all__ = ["command", "run_study"]
 
 RESULTS = Path("results/studies")
-LOCK = ".lock"
 
 
 def command(name: str, overrides: Sequence[str], output: Path | None, quick: bool) -> int:

@@ -243,7 +243,7 @@ def test_status_without_an_answer_from_slurm_shows_the_files_and_says_so(
     assert cell_states(submitted)["stock-tp1"] == "complete"
     assert cell_states(submitted)["tree-tp1"] == "unknown"
     assert main(["status", str(submitted.output)]) == 0
-    assert "nothing is known of the jobs" in capsys.readouterr().out
+    assert "Unable to contact slurm controller" in capsys.readouterr().out
 
 
 def test_watch_ends_when_nothing_can_change_and_prints_a_line_per_change(

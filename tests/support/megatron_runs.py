@@ -84,6 +84,19 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[
     return sorted(found)
 
 
+def comparable(record: dict[str, Any]) -> dict[str, Any]:
+    """What ranks of the distributed optimizer have, too: their shards are no whole gradients or main parameters."""
+    return {key: value for key, value in record.items() if key != "final" and "gradients" not in key}
+
+
+def unlike(one: dict[str, Any], strategy: str, options: dict[str, Any], layout: dict[str, Any]) -> list[str]:
+    """Where the run in another layout differs from `one`."""
+    other = run(strategy, **{"tp": 1, **options, **layout})
+    if layout.get("ddp", {}).get("use_distributed_optimizer"):
+        return differences(comparable(one), comparable(other))
+    return differences(one, other)
+
+
 def of_the_run(record: dict[str, Any]) -> dict[str, Any]:
     """What does not name a tensor: TE's layers keep their norms elsewhere than the local ones."""
     return {name: value for name, value in record.items() if "loss" in name or "norm" in name}

@@ -11,7 +11,7 @@ import torch
 
 import patches
 from tests.support import plain_megatron
-from tests.support.megatron_runs import FULL_RECOMPUTE, differences, run
+from tests.support.megatron_runs import FULL_RECOMPUTE, differences, run, unlike
 from tests.support.ranks import on_ranks
 
 FOUR = {"num_layers": 4}
@@ -65,18 +65,6 @@ EVERY = [
     and 12 % (sizes[3] * sizes[4]) == 0
     and (sizes[2] == 1 or 12 // (sizes[3] * sizes[4]) % sizes[1] == 0)
 ]
-
-
-def comparable(record: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
-    """Shards of the distributed optimizer hold neither whole gradients nor whole main parameters."""
-    if not layout.get("ddp", {}).get("use_distributed_optimizer"):
-        return record
-    return {key: value for key, value in record.items() if key != "final" and "gradients" not in key}
-
-
-def unlike(one: dict[str, Any], strategy: str, options: dict[str, Any], layout: dict[str, Any]) -> list[str]:
-    other = run(strategy, **{"tp": 1, **options, **layout})
-    return differences(comparable(one, layout), comparable(other, layout))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -17,7 +17,7 @@ from tests.support.traces import TINY as QWEN3
 
 __all__ = [
     "BUGS", "DP2", "DROPOUT", "FINALIZE", "FOUR", "GPT2", "MIXTURE", "OUTPUT_LAYER_ROWS", "PP2", "QWEN3", "SP2",
-    "TIGHT", "TP2", "Bug", "Clean", "Context", "around", "bug", "during", "tp_rank", "tp_size",
+    "TIGHT", "TP2", "Bug", "Clean", "Context", "around", "bug", "during", "parts_of", "tp_rank", "tp_size",
 ]  # fmt: skip
 
 MIXTURE = {**QWEN3, "preset": "qwen3-moe-tiny"}
@@ -109,6 +109,11 @@ def during(owner: Any, name: str, target: Any, attribute: str, value: Any) -> An
         return call
 
     return around(owner, name, wrap)
+
+
+def parts_of(optimizer: Any) -> list[Any]:
+    """Megatron's optimizers that it chains, or itself."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def tp_rank() -> int:

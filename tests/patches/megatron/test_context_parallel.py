@@ -22,7 +22,7 @@ from patches.order.batch_sum import BatchSum
 from patches.order.chunks import own_tokens, tree_order
 from tests.support import plain_megatron
 from tests.support.bits import assert_same_bits
-from tests.support.megatron_runs import FULL_RECOMPUTE, differences, run, unlike
+from tests.support.megatron_runs import FULL_RECOMPUTE, assert_same_order_free, differences, run
 from tests.support.ranks import on_ranks
 
 TWO = {"num_layers": 2}
@@ -73,29 +73,20 @@ SLOW = [
 @pytest.mark.parametrize("name", CASES)
 def test_training_has_same_bits_at_every_layout(name):
     options, layouts = CASES[name]
-    options = {**BATCH, **options}
-    one = run("order-free", 1, **options)
-    assert float.fromhex(one["step1 gradient norm"]) and one["step1 gradients"]
-    for layout in layouts:
-        assert not unlike(one, "order-free", options, layout), layout
+    assert_same_order_free({**BATCH, **options}, layouts)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("shape", ({"tied": True}, {"shape": "gpt2", "dtype": "fp32", "tied": True}), ids=str)
 def test_training_has_same_bits_at_every_combination_of_sizes(shape):
-    options = {**BATCH, **shape, "model": TWO, "steps": 2}
-    one = run("order-free", 1, **options)
-    for layout in SLOW:
-        assert not unlike(one, "order-free", options, layout), layout
+    assert_same_order_free({**BATCH, **shape, "model": TWO, "steps": 2}, SLOW)
 
 
 @pytest.mark.slow
 def test_more_chunks_than_ranks_need_have_same_bits():
-    options = {**BATCH, "seq": 64, "chunks": 32, "steps": 2}
-    one = run("order-free", 1, **options)
-    for layout in ({"cp": 2}, {"cp": 4, "tp": 2, "sp": True}, {"tp": 8, "sp": True}, {"cp": 8}):
-        assert not unlike(one, "order-free", options, layout), layout
+    layouts = ({"cp": 2}, {"cp": 4, "tp": 2, "sp": True}, {"tp": 8, "sp": True}, {"cp": 8})
+    assert_same_order_free({**BATCH, "seq": 64, "chunks": 32, "steps": 2}, layouts)
 
 
 def test_chunks_are_part_of_the_contract():

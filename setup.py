@@ -1,6 +1,6 @@
 """Packaging of tpcheck: ranges only, so that it installs into an existing environment without touching its torch.
 
-The exact versions that CI and the README install stand in constraints.txt; tool settings in pyproject.toml.
+The exact versions that CI and the README install are in constraints.txt; tool settings in pyproject.toml.
 """
 
 from setuptools import find_packages, setup

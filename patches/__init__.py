@@ -14,11 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from patches import cpu
 from patches.contract import Attention, Batch, Contract, Strategy, UnsupportedError
-from patches.order.backend import backend
+from patches.order.backend import backend, training_device
 from patches.registry import REGISTRY, Patch, Row, check_versions
 
 __all__ = ["Batch", "Contract", "Status", "UnsupportedError", "cpu", "disable", "enable", "enabled", "status"]
@@ -52,7 +50,7 @@ def enable(
         UnsupportedError: megatron-core is missing, a library of an unknown version, or no symmetric memory here.
         RuntimeError: already enabled with another contract.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = training_device()
     attention = attention or ("blockwise" if chunks != 1 else backend(device).attention_unless_named)
     contract = Contract(strategy, leaves, attention, symmetric_memory, batch, chunks)
     if REGISTRY.contract == contract:

@@ -6,12 +6,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
-__all__ = ["DTYPES", "WITHOUT_SYMMETRIC_MEMORY", "Attention", "Batch", "Contract", "Strategy", "UnsupportedError"]
+__all__ = [
+    "DTYPES", "WITHOUT_SYMMETRIC_MEMORY", "Attention", "Batch", "Contract", "Strategy", "UnsupportedError",
+    "refuse_first",
+]  # fmt: skip
 
 Strategy = Literal["tree", "gather"]
 Attention = Literal["blockwise", "unfused", "flash", "fused"]
@@ -22,6 +26,13 @@ WITHOUT_SYMMETRIC_MEMORY = "leave symmetric_memory=False, which gives the same b
 
 class UnsupportedError(RuntimeError):
     """A setting that the promise does not cover; the message names it and the way out."""
+
+
+def refuse_first(settings: Iterable[tuple[object, str, str]], who: str = "", by: str = "") -> None:
+    """Raise `UnsupportedError` for the first of `settings` that is found: whether it is, what it is, the way out."""
+    for found, setting, way_out in settings:
+        if found:
+            raise UnsupportedError(f"{who}{setting} is not covered{by}: {way_out}")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from patches.call_site import tp_group
+from patches.order.backend import training_device
 from patches.registry import REGISTRY
 
 __all__ = ["WHY", "Noted", "drawn_by_name", "is_building", "note"]
@@ -107,7 +108,7 @@ def is_building() -> bool:
 @contextlib.contextmanager
 def drawn_by_name(model: torch.nn.Module) -> Iterator[None]:
     """Draw the weights of `model`, which is built inside, by name when it is complete."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = training_device()
     seeds = {kind: _seed(torch.device(kind)) for kind in sorted({"cpu", device.type})}
     token = _building.set(True)
     try:

@@ -66,7 +66,7 @@ def _active(every: Sequence[Submission], cells: Collection[str]) -> dict[str, _E
     """The pending and running jobs of `cells`, as Slurm's commands call them."""
     known = job_states(every, waiting=lambda why: print(f"{why}; asking again", file=sys.stderr))
     return {
-        f"{state.job}_{place}" if len(each.cells) > 1 else state.job: _Element(cell, state.name)
+        each.element_of(state.job, cell): _Element(cell, state.name)
         for each in every
         for place, cell in enumerate(each.cells)
         if (state := known.get((each.job_name, place))) and state.active and cell in cells

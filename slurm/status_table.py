@@ -99,7 +99,7 @@ def explain(rows: Sequence[Row], output: Path, console: Console) -> None:
 
 
 def _columns(rows: Sequence[Row], output: Path, reasons: bool) -> dict[str, tuple[str, ...]]:
-    """What stands in each column."""
+    """The texts of each column."""
     cells = (_cells(row, output, _state(row) if reasons else row.state) for row in rows)
     return dict(zip(HEADINGS, zip(*cells, strict=True), strict=True))
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tpcheck.errors import TpcheckError
-from tpcheck.files.json_files import append_line, readable_lines
+from tpcheck.files.json_files import append_line, readable_lines, require_format
 from tpcheck.files.names import ATTEMPTS, SUBMISSIONS
 from tpcheck.files.records import AttemptRecord, Record
 
@@ -48,9 +48,11 @@ class Submission:
 
     def element(self, cell: str) -> str | None:
         """What Slurm's commands call the job of `cell`: `123_4`, or `123` for a single cell."""
-        if self.job is None:
-            return None
-        return self.job if len(self.cells) == 1 else f"{self.job}_{self.cells.index(cell)}"
+        return None if self.job is None else self.element_of(self.job, cell)
+
+    def element_of(self, job: str, cell: str) -> str:
+        """`element`, where Slurm's number of the array is `job`."""
+        return job if len(self.cells) == 1 else f"{job}_{self.cells.index(cell)}"
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,7 @@ def read(output: Path) -> list[Submission]:
     """
     found: dict[str, Submission] = {}
     for line in readable_lines(output / SUBMISSIONS, Record):
-        if line.get("format") != FORMAT:
-            raise TpcheckError(
-                f"{output / SUBMISSIONS} has format {line.get('format')!r}, this tpcheck reads format {FORMAT}"
-            )
+        require_format(line, FORMAT, str(output / SUBMISSIONS))
         try:
             submission = _submission(line)
         except (KeyError, TypeError, ValueError) as error:

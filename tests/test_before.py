@@ -97,7 +97,7 @@ def test_cells_are_told_apart_or_not_as_they_were(old: Path, capsys: pytest.Capt
     assert main(["diff", str(cells / "tree-tp1"), str(cells / "tree-tp2")]) == 0
     assert capsys.readouterr().out.endswith("\nidentical\n")
     assert main(["diff", str(cells / "stock-tp1"), str(cells / "tree-tp1")]) == 1
-    assert "\nstep 1 is the first that differs\n" in capsys.readouterr().out
+    assert "\nstep 1 " in capsys.readouterr().out
 
 
 def test_the_stopped_run_goes_on_at_another_tp(old: Path) -> None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-import torch
-
 from patches.aten.overrides import LocalInvariance
 from patches.contract import Contract
-from patches.order.backend import pin_device
+from patches.order.backend import pin_device, training_device
 from patches.registry import Patch, Undo
 
 __all__ = ["PATCHES"]
 
 
 def _install(contract: Contract) -> Undo:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = training_device().type
     with ExitStack() as undo:
         pin_device(device)  # its kernels, when they are imported, may keep some of ATen's own
         undo.callback(pin_device, None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from patches.call_site import context_group, contract, tp_sharded
-from patches.contract import UnsupportedError
+from patches.contract import UnsupportedError, refuse_first
 from patches.ops.attention import blockwise_attention, repeat_for_heads
 from patches.ops.norm import HEADS
 from patches.order.chunks import own_tokens
@@ -107,17 +107,14 @@ def _blockwise(original: Any) -> Any:
 
 def _refuse_blockwise(module: Any, bias: Tensor | None) -> None:
     softmax = getattr(module.config, "softmax_type", "vanilla")
-    for found, setting, way_out in (
-        (softmax != "vanilla", f"softmax_type={softmax!r}", "use 'vanilla'"),
+    dropout = module.training and module.attention_dropout.p > 0
+    refuse_first(
         (
-            module.training and module.attention_dropout.p > 0,
-            "attention dropout",
-            "set it to 0 (--attention-dropout 0)",
-        ),
-        (bias is not None, "an attention bias", "leave it out"),
-    ):
-        if found:
-            raise UnsupportedError(f"{setting} is not covered: {way_out}")
+            (softmax != "vanilla", f"softmax_type={softmax!r}", "use 'vanilla'"),
+            (dropout, "attention dropout", "set it to 0 (--attention-dropout 0)"),
+            (bias is not None, "an attention bias", "leave it out"),
+        )
+    )
 
 
 def _packed(params: Any) -> Packed | None:

@@ -9,6 +9,7 @@ import torch
 
 from patches.contract import UnsupportedError
 from patches.megatron.moe.refusals import VERSIONS
+from patches.order.backend import training_device
 from patches.order.grad_norm import gradient_norm
 from patches.registry import attribute
 
@@ -25,8 +26,7 @@ def _get_grad_norm(original: Any) -> Any:
             return original(grads_for_norm, norm_type, grad_stats_parallel_group)
         if norm_type != 2:
             raise UnsupportedError(f"gradient norm of type {norm_type} is not covered: use 2 or inf")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return gradient_norm(grads, [grad_stats_parallel_group], device)
+        return gradient_norm(grads, [grad_stats_parallel_group], training_device())
 
     return get_grad_norm_fp32
 
@@ -56,8 +56,7 @@ def _count_zeros(original: Any) -> Any:
         from megatron.core.optimizer.clip_grads import param_is_not_shared, param_is_not_tensor_parallel_duplicate
 
         group = {} if tp_group is None else {"tp_group": tp_group}
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        total = torch.zeros((), dtype=torch.int64, device=device)
+        total = torch.zeros((), dtype=torch.int64, device=training_device())
         for parameter in [parameters] if isinstance(parameters, torch.Tensor) else parameters:
             grad = getattr(parameter, "decoupled_grad" if use_decoupled_grad else "grad", None)
             own = param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, **group)

@@ -19,7 +19,8 @@ from patches.order import exact
 from patches.order.handle import AsyncResult
 from patches.order.visible import Visible
 
-__all__ = ["Backend", "CrossEntropy", "attention_backend", "backend", "check", "pin_device", "product_backend"]
+__all__ = ["Backend", "CrossEntropy", "attention_backend", "backend", "check", "pin_device",
+           "product_backend", "training_device"]  # fmt: skip
 
 
 class CrossEntropy(Protocol):
@@ -193,6 +194,11 @@ def backend(device: torch.device) -> Backend:
         UnsupportedError: it is a GPU, and Triton is missing.
     """
     return _BACKENDS.get(device.type, _BACKENDS["cpu"])()
+
+
+def training_device() -> torch.device:
+    """Where this process trains: on its GPU where torch sees one, else on the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pin_device(kind: str | None) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from patches.call_site import contract
-from patches.contract import Attention, UnsupportedError
+from patches.contract import Attention, UnsupportedError, refuse_first
 from patches.ops.attention import repeat_for_heads
 from patches.order.head_invariance import find_head_dependence
 from patches.registry import REGISTRY
-from patches.te.blockwise import blockwise
+from patches.te.blockwise import WHO, blockwise, uncovered
 from patches.te.context import te_attribute, tp_sharded
 
 __all__ = ["PATCHES"]
@@ -98,20 +98,17 @@ def _refuse(module: Any, query: Tensor, kwargs: dict[str, Any]) -> None:
     bias = kwargs.get("core_attention_bias_type", "no_bias")
     groups = module.cp_group if isinstance(module.cp_group, list) else [module.cp_group]
     context_parallel = any(group is not None and group.size() > 1 for group in groups)
-    for found, setting, way_out in (
-        (getattr(module, "softmax_type", "vanilla") != "vanilla", "softmax_type", "use 'vanilla'"),
-        (module.training and module.attention_dropout > 0, "attention dropout", "set it to 0"),
+    settings = (
+        *uncovered(module, kwargs),
         (qkv_format == "thd", "qkv_format='thd' (packed sequences)", "use 'sbhd' or 'bshd'"),
         (bias != "no_bias", f"core_attention_bias_type={bias!r}", "use 'no_bias'"),
         (kwargs.get("fp8_output"), "fp8_output", "set it to False"),
         (kwargs.get("score_mod"), "score_mod", "set it to None"),
         (kwargs.get("qkv_layer") is not None or kwargs.get("kv_layer") is not None, "packed qkv_layer", "pass q, k, v"),
         (kwargs.get("inference_params"), "inference_params", "call patches.disable() for inference"),
-        (kwargs.get("num_splits", 1) not in (None, 1), "num_splits > 1", "leave it 1"),
         (context_parallel, "context parallelism", "set context_parallel_size=1"),
-    ):
-        if found:
-            raise UnsupportedError(f"transformer_engine DotProductAttention: {setting} is not covered: {way_out}")
+    )
+    refuse_first(settings, WHO)
 
 
 def _unfused_forward(original: Any) -> Any:

@@ -6,6 +6,7 @@ Every argument of the call is either acted upon here or must have its default: w
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 
 from patches.call_site import context_group
-from patches.contract import UnsupportedError
+from patches.contract import UnsupportedError, refuse_first
 from patches.ops.attention import blockwise_attention
 from patches.order.visible import Packed, Visible
 from patches.te.context import tp_sharded
 
-__all__ = ["blockwise"]
+__all__ = ["WHO", "blockwise", "uncovered"]
+
+WHO = "transformer_engine DotProductAttention: "
 
 ACTED_UPON = {
     "self", "query_layer", "key_layer", "value_layer", "qkv_format", "cu_seqlens_q", "cu_seqlens_kv",
@@ -102,21 +105,24 @@ def _visible(module: Any, given: dict[str, Any], queries: int, keys: int, packed
 def _refuse(original: Any, module: Any, given: dict[str, Any]) -> None:
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-    settings = [
-        (getattr(module, "softmax_type", "vanilla") != "vanilla", "softmax_type", "use 'vanilla'"),
-        (module.training and module.attention_dropout > 0, "attention dropout", "set it to 0"),
+    settings: list[tuple[object, str, str]] = [
+        *uncovered(module, given),
         (isinstance(module.cp_group, list), "cp_comm_type='a2a+p2p'", "use another, which changes nothing"),
         (getattr(module, "softcap", None), "softcap", "leave it 0"),
         (FP8GlobalStateManager.is_fp8_enabled(), "FP8", "train in bf16 or fp32"),
-        (given.get("num_splits", 1) not in (None, 1), "num_splits > 1", "leave it 1"),
     ]
     for name, parameter in inspect.signature(original).parameters.items():
         value = given.get(name, parameter.default)
         if name not in ACTED_UPON | WITHOUT_EFFECT and not _is(value, parameter.default):
             settings.append((True, name, f"leave it {parameter.default!r}"))
-    for found, setting, way_out in settings:
-        if found:
-            raise UnsupportedError(f"transformer_engine DotProductAttention: {setting} is not covered: {way_out}")
+    refuse_first(settings, WHO)
+
+
+def uncovered(module: Any, given: Mapping[str, Any]) -> Iterator[tuple[object, str, str]]:
+    """What no attention of the patches' covers, their own or one of TE's, as `refuse_first` takes it."""
+    yield getattr(module, "softmax_type", "vanilla") != "vanilla", "softmax_type", "use 'vanilla'"
+    yield module.training and module.attention_dropout > 0, "attention dropout", "set it to 0"
+    yield given.get("num_splits", 1) not in (None, 1), "num_splits > 1", "leave it 1"
 
 
 def _is(value: Any, default: Any) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from patches.call_site import context_group, contract, replicated
-from patches.contract import DTYPES, UnsupportedError
+from patches.contract import DTYPES, UnsupportedError, refuse_first
 from patches.ops.sharded import Shards
 from patches.registry import attribute
 
@@ -39,9 +39,7 @@ def one_leaf() -> Shards:
 
 def refuse_uncovered(module: Any, x: Tensor, parameters: list[Tensor]) -> None:
     """Raise `UnsupportedError` for the first setting of a TE module that the promise does not cover."""
-    for found, setting, way_out in _uncovered(module, x):
-        if found:
-            raise UnsupportedError(f"{_name(module)}: {setting} is not covered by the patches: {way_out}")
+    refuse_first(_uncovered(module, x), f"{_name(module)}: ", " by the patches")
     for parameter in parameters:
         if type(parameter) not in (Tensor, torch.nn.Parameter):
             raise UnsupportedError(f"{_name(module)} has a {type(parameter).__name__} parameter: keep plain ones")

@@ -123,7 +123,7 @@ def test_columns_stand_below_their_heading_within_120_columns(tp: str, capsys: A
     assert main(["cost", "qwen3-8b", "--tp", tp, "--sp"]) == 0
     text = capsys.readouterr().out
     headings = [line for line in text.splitlines() if "gather     tree" in line]
-    assert len(headings) == 4 and len({line.index("tree") for line in headings}) == 1
+    assert len(headings) == 4 + ("at measured rates" in text) and len({line.index("tree") for line in headings}) == 1
     assert not any(unicodedata.combining(letter) for letter in text)
     assert max(map(len, text.splitlines())) <= 120
     assert ("NVLink joins the 8 GPUs of a board; between boards TP=16 is slower" in text) == (tp == "16")
@@ -209,7 +209,7 @@ def test_rates_that_a_gpu_was_measured_at_are_used(
     assert found and found.tflops == pytest.approx({"stock": 800, "tree": 400, "gather": 500})
     assert measured("b300", 8) is None and measured("h100", 4) is None
     assert main(["cost", "qwen3-8b", "--tp", "8", "--gpu", "h100"]) == 0
-    assert "at rates measured on NVIDIA H100 80GB HBM3, ms" in capsys.readouterr().out
+    assert "measured on NVIDIA H100 80GB HBM3, " in capsys.readouterr().out
     (folder / "bench.json").write_text(json.dumps({**bench, "products": [{"tp": 8}]}))
     assert main(["cost", "qwen3-8b", "--tp", "8", "--gpu", "h100"]) == 2
     assert "not what `make gpu` writes" in capsys.readouterr().err

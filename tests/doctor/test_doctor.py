@@ -108,7 +108,7 @@ def test_attention_that_depends_on_tp_is_a_no_unless_the_run_is_stock(strategy, 
     config = parse_run({**TINY, "strategy": strategy})
     found = attention._judged(config, "spoilt", spoilt, True, patched=True)
     assert (found.found, found.verdict) == ("depends on TP", verdict)
-    assert found.why == "the output of a head differs when 4 heads are computed instead of 8"
+    assert found.why.startswith("the output ") and " 4 heads " in found.why
     monkeypatch.setattr(command, "examine", lambda config: [found])
     monkeypatch.setattr(command, "_config", lambda target, overrides: config)
     assert command.command(None, (), as_json=False) == code

@@ -118,7 +118,7 @@ def operands(shape: Product, device: str) -> tuple[Tensor, Tensor]:
 
 
 def measure(shape: Product, clock: Clock, alone: bool = False) -> dict[str, Any]:
-    """Times of one GEMM: ours, unless `alone` ours with one leaf, torch's; and both errors."""
+    """Times of one GEMM: ours, unless `alone` ours with one leaf, torch's; both errors; of one leaf, if bits agree."""
     a, b = operands(shape, clock.device)
     # A rank's root stays float32 for the sum over ranks; wgrad is added into main_grad.
     dtype = torch.float32 if shape.sharded else torch.bfloat16
@@ -136,6 +136,8 @@ def measure(shape: Product, clock: Clock, alone: bool = False) -> dict[str, Any]
            "over_mm": ms["mm"] / ms["ours"]}  # fmt: skip
     if "one leaf" in ms:
         row["over_one_leaf"] = ms["one leaf"] / ms["ours"]
+    if shape.leaves == 1:
+        row["same_bits"] = products.product(a, b, dtype=torch.bfloat16).equal(torch.mm(a, b))
     return row | _errors(shape, a, b, dtype)
 
 

@@ -51,8 +51,9 @@ OF_A_PRODUCT: dict[str, Cell] = {
 }
 PRODUCTS: dict[str, Cell] = OF_A_PRODUCT | {
     "speed / one leaf": lambda r: f"{r['over_one_leaf']:.2f}" if "over_one_leaf" in r else "",
+    "cuBLAS's bits": lambda r: {True: "the same", False: "others", None: ""}[r.get("same_bits")],
     "error": lambda r: f"{r['error']:.1e}",
-    "cuBLAS's": lambda r: f"{r['mm_error']:.1e}",
+    "cuBLAS's error": lambda r: f"{r['mm_error']:.1e}",
 }
 TREES: dict[str, Cell] = OF_A_PRODUCT | {
     "speed / Triton kernel": lambda r: f"{r['over_ours']:.2f}",

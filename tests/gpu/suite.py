@@ -4,14 +4,16 @@ Missing modules come from wheels that `make wheels` fetched elsewhere. Then, eac
 of its own, so that one that fails, hangs or leaves the GPU in an error does not cost the others' results:
 
     doctor      tpcheck doctor: what is here, of which class of bits, and which attention keeps heads apart
-    layers      a layer against stock                                       ┐
-    attention   attention against flash attention's kernels                 │ tests.gpu.bench
-    products    against cuBLAS; trees in Gluon; other tiles                 │
-    sums        sums against copies                                         ┘
     kernels     tests/patches/kernels, compiled instead of interpreted
     tests       what is marked `gpu`: the bits
+    layers      a layer against stock                                       ┐
+    attention   attention against flash attention's kernels                 │ tests.gpu.bench
+    products    against cuBLAS; other tiles                                 │
+    sums        sums against copies                                         │
+    trees       the warp-specialised kernel against ours                    ┘
 
-The table of layers is printed last, where one looks. Logs, bench.json, bench.md and summary.json go to a folder named
+The first three time nothing and run at once: most of their time, processors compile what the others launch later. The
+table of layers is printed last, where one looks. Logs, bench.json, bench.md and summary.json go to a folder named
 after the device. Imports nothing but Python's own.
 """
 
@@ -26,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,16 +41,19 @@ NEEDED = """
     submitit xdist yaml
 """.split()
 MARGIN = 20  # seconds that a part has to end by itself, and to be ended
-WORKERS = {"cuda": 6, "cpu": 2}  # share the GPU; most of the time goes to compiling
-# Seconds of a part, where all have SECONDS: it may take them and what earlier ones left, in proportion. The README of
-# the tests says how long they are expected to take.
+WORKERS = {"cuda": {"kernels": 10, "tests": 4}, "cpu": {"kernels": 2, "tests": 2}}  # they share the GPU
+# What runs at once, and its seconds where all have SECONDS: it may take them and what earlier ones left, in proportion.
+# The README of the tests says how long they take.
 SECONDS = 570
-BUDGETS = {"doctor": 80, "layers": 75, "attention": 45, "products": 85, "sums": 35, "kernels": 130, "tests": 120}
+STAGES = {("doctor", "kernels", "tests"): 250, ("layers",): 90, ("attention",): 50, ("products",): 100, ("sums",): 40,
+          ("trees",): 40}  # fmt: skip
+PARTS = [name for stage in STAGES for name in stage]
 SECTIONS = {
     "layers": ("layers",),
     "attention": ("attention",),
-    "products": ("products", "trees", "tiles"),
+    "products": ("products", "tiles"),
     "sums": ("sums",),
+    "trees": ("trees",),
 }
 # The interpreter is slower than any GPU.
 SECONDS_OF_A_REHEARSAL = 3600
@@ -62,7 +68,7 @@ def main() -> int:
         "--seconds", type=float, help=f"of everything together: {SECONDS}, of a rehearsal {SECONDS_OF_A_REHEARSAL}"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal at tiny shapes")
-    parser.add_argument("--only", choices=list(BUDGETS), action="append", help="these parts alone")
+    parser.add_argument("--only", choices=PARTS, action="append", help="these parts alone")
     options = parser.parse_args()
     began = time.monotonic()
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
@@ -71,7 +77,7 @@ def main() -> int:
         environment["PYTHONPATH"] = _path(install(options.wheels, options.site), environment["PYTHONPATH"])
     folder = options.results / device_name(options.device, environment)
     outcomes = run_parts(
-        [name for name in BUDGETS if not options.only or name in options.only],
+        [name for name in PARTS if not options.only or name in options.only],
         options.device,
         folder,
         began + (options.seconds or (SECONDS if options.device == "cuda" else SECONDS_OF_A_REHEARSAL)),
@@ -88,18 +94,28 @@ def main() -> int:
 def run_parts(
     parts: list[str], device: str, folder: Path, end: float, environment: dict[str, str]
 ) -> dict[str, dict[str, object]]:
-    """Run parts one after the other, so that all are over at `end`; summary.json has those that are."""
+    """Run parts stage by stage, so that all are over at `end`; summary.json has those that are."""
     folder.mkdir(parents=True, exist_ok=True)
     if set(parts) >= SECTIONS.keys():  # all is measured anew: nothing of an earlier run may look like this one's
         for name in ("bench.json", "bench.md", "summary.json"):
             (folder / name).unlink(missing_ok=True)
     outcomes: dict[str, dict[str, object]] = {}
-    for i, name in enumerate(parts):
-        seconds = (end - time.monotonic()) * BUDGETS[name] / sum(BUDGETS[later] for later in parts[i:])
+
+    def run(name: str, seconds: float) -> None:
         try:
-            outcomes[name] = run_part(name, device, folder, max(1.0, seconds), environment)
+            outcomes[name] = run_part(name, device, folder, seconds, environment)
         except OSError as error:  # a full disk, no memory for a process
             outcomes[name] = {"outcome": f"not run: {error}", "seconds": 0.0}
+
+    left = sum(seconds for stage, seconds in STAGES.items() if set(stage) & set(parts))
+    for stage, share in STAGES.items():
+        now = [name for name in stage if name in parts]
+        if not now:
+            continue
+        seconds = max(1.0, (end - time.monotonic()) * share / left)
+        left -= share
+        with ThreadPoolExecutor(len(now)) as at_once:
+            list(at_once.map(run, now, [seconds] * len(now)))
         with contextlib.suppress(OSError):
             (folder / "summary.json").write_text(json.dumps(outcomes, indent=1) + "\n")
     return outcomes
@@ -143,23 +159,17 @@ def command(name: str, device: str, folder: Path, seconds: float) -> list[str]:
     if name == "doctor":
         shape = ["qwen3-8b", "seq_length=4096", "micro_batch_size=1", "global_batch_size=1"]
         return [sys.executable, "-m", "tpcheck", "doctor", *(shape if device == "cuda" else ["qwen3-tiny"])]
-    pytest = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--timeout={max(30.0, seconds / 2):.0f}",  # of one test: it ends a worker, and another takes its place
-        "--durations=10",
-    ]
-    junit = [f"--junitxml={folder / name}.xml"]
-    pytest += ["-n", str(WORKERS[device]), "--dist", "worksteal"]
+    pytest = [sys.executable, "-m", "pytest", "-v", "--durations=10", "-p", "tests.gpu.at_once"]
+    pytest += ["-p", "no:cacheprovider", "-p", "no:benchmark"]
+    # Of one test: it ends a worker, and another takes its place. A signal would wait for the GPU, as the test does.
+    pytest += [f"--timeout={max(30.0, seconds / 3):.0f}", "--timeout-method=thread"]
+    if name in ("kernels", "tests"):
+        pytest += [f"--junitxml={folder / name}.xml", "-n", str(WORKERS[device][name]), "--dist", "worksteal"]
     if name == "kernels":
-        return [*pytest, *junit, str(KERNELS)]
+        return [*pytest, str(KERNELS)]
     if name == "tests":
         marked = "gpu" if device == "cuda" else "not gpu and not slow"
-        return [*pytest, *junit, "-m", marked, *map(str, sorted(TESTS.rglob("test_gpu.py")))]
+        return [*pytest, "-m", marked, *map(str, sorted(TESTS.rglob("test_gpu.py")))]
     bench = [sys.executable, "-W", "ignore", "-m", "tests.gpu.bench", "--device", device, "--out", str(folder)]
     sections = [argument for section in SECTIONS[name] for argument in ("--only", section)]
     return [*bench, *sections, "--seconds", f"{max(0.0, seconds - MARGIN):.0f}"]

@@ -24,7 +24,6 @@ from tpcheck.order.fprev import (
     formula,
     from_lists,
     lca_sizes,
-    reveal,
     reveal_each,
     to_lists,
 )
@@ -32,6 +31,10 @@ from tpcheck.order.setting import TARGETS, Setting
 from tpcheck.order.targets import SUMS, trees
 
 F32 = np.float32
+
+
+def reveal(function: Callable[[list[float]], float], n: int) -> Tree:
+    return reveal_each(lambda x: [function(x)], n)[0]
 
 
 def sequential(x: Sequence[float]) -> float:

@@ -1,6 +1,6 @@
 """A benchmark of `tpcheck compare`: silent bugs put into real megatron-core runs, and clean runs beside them.
 
-    python -m silent_bugs [NAME …]      from tests/; `make silent-bugs` runs all and writes results/silent_bugs/
+    python -m tests.silent_bugs [NAME …]      `make silent-bugs` runs all and writes results/silent_bugs/
 
 A bug changes numbers and nothing else: no exception, no NaN, no shape. Each is a context manager around the launch of
 a run, whose ranks are forked inside it, and leaves nothing behind (`case.py`). What is known of bugs like it in public
@@ -11,7 +11,7 @@ from patches import cpu
 
 cpu.enable()  # what it replaces in megatron-core has to be there before bugs replace it
 
-from tests.silent_bugs import backward, experts, forward, gradients, losses, resumes, settings, small, updates  # noqa: E402, F401  # noqa: E402, F401
+from tests.silent_bugs import backward, experts, forward, gradients, groups, losses, resumes, settings, small, updates  # noqa: E402, F401
 from tests.silent_bugs.case import BUGS, Bug, Clean  # noqa: E402
 from tests.silent_bugs.clean import CLEAN  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""`python -m silent_bugs`: the whole benchmark, or the cases whose names contain one of the arguments."""
+"""`python -m tests.silent_bugs`: the whole benchmark, or the cases whose names contain one of the arguments."""
 
 from __future__ import annotations
 

@@ -11,12 +11,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import layers, mappings
 from torch import Tensor
 
-from tests.silent_bugs.case import QWEN3, around, bug, during, tp_rank, tp_size
+from tests.silent_bugs.case import OUTPUT_LAYER_ROWS, QWEN3, SP2, TP2, around, bug, during, tp_rank, tp_size
 from tests.support.traces import replaced
 
-TP2, SP2 = {"tp": 2}, {"tp": 2, "sequence_parallel": True}
 LINEAR = layers.LinearWithGradAccumulationAndAsyncCommunication
-OUTPUT_LAYER_ROWS = 192  # of a padded vocabulary of 384 at TP=2
 
 
 class Done:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,10 +16,17 @@ from tests.support.traces import GPT2, replaced
 from tests.support.traces import TINY as QWEN3
 
 __all__ = [
-    "BUGS", "GPT2", "MIXTURE", "QWEN3", "Bug", "Clean", "Context", "around", "bug", "during", "tp_rank", "tp_size",
+    "BUGS", "DP2", "DROPOUT", "FINALIZE", "FOUR", "GPT2", "MIXTURE", "OUTPUT_LAYER_ROWS", "PP2", "QWEN3", "SP2",
+    "TIGHT", "TP2", "Bug", "Clean", "Context", "around", "bug", "during", "parts_of", "tp_rank", "tp_size",
 ]  # fmt: skip
 
 MIXTURE = {**QWEN3, "preset": "qwen3-moe-tiny"}
+DROPOUT = {**QWEN3, "dropout": 0.1}
+OUTPUT_LAYER_ROWS = 192  # of a padded vocabulary of 384 at TP=2, as in the embedding before it
+TP2, SP2, DP2, PP2 = {"tp": 2}, {"tp": 2, "sequence_parallel": True}, {"dp": 2}, {"pp": 2}
+TIGHT = {"clip_grad": 0.05}  # so that clipping is at work
+FOUR = {"steps": 4, "trace": {"steps": [0, 1, 2, 3]}}
+FINALIZE = importlib.import_module("megatron.core.distributed.finalize_model_grads")  # a function of its name hides it
 Context = Callable[[], contextlib.AbstractContextManager[None]]
 
 
@@ -101,6 +109,11 @@ def during(owner: Any, name: str, target: Any, attribute: str, value: Any) -> An
         return call
 
     return around(owner, name, wrap)
+
+
+def parts_of(optimizer: Any) -> list[Any]:
+    """Megatron's optimizers that it chains, or itself."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def tp_rank() -> int:

@@ -10,7 +10,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from tests.silent_bugs.case import GPT2, MIXTURE, QWEN3, Clean, around
+from tests.silent_bugs.case import DROPOUT, FOUR, GPT2, MIXTURE, QWEN3, TIGHT, Clean, around, parts_of
 from tests.silent_bugs.losses import masked, smoothed, with_z_loss
 from tests.support.traces import replaced
 from tpcheck.run import model, train
@@ -32,7 +32,7 @@ def parameter_gathering_overlapped() -> Iterator[None]:
     def told(build: Callable[..., Any]) -> Callable[..., Any]:
         def build_and_tell(config: Any, pieces: Any) -> Any:
             optimizer = build(config, pieces)
-            for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+            for one in parts_of(optimizer):
                 one.config.overlap_param_gather = one.ddp_config.overlap_param_gather = True
             return optimizer
 
@@ -112,10 +112,6 @@ FP32 = {"dtype": "fp32"}
 SP = {"sequence_parallel": True}
 ZERO = {"distributed_optimizer": True}
 SIGMOID = {"number": 8, "per_token": 2, "ffn_hidden_size": 72, "score": "sigmoid", "shared_ffn_hidden_size": 48}
-
-DROPOUT = {**QWEN3, "dropout": 0.1}
-TIGHT = {"clip_grad": 0.05}
-FOUR = {"steps": 4, "trace": {"steps": [0, 1, 2, 3]}}
 
 CASES = [
     Clean("tp 2", {"tp": 2}),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,13 +16,11 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from torch import Tensor
 
 from patches import initial_weights
-from tests.silent_bugs.case import MIXTURE, around, bug, tp_size
+from tests.silent_bugs.case import FINALIZE, MIXTURE, TIGHT, around, bug, tp_size
 from tests.support.traces import replaced
 
-FINALIZE = importlib.import_module("megatron.core.distributed.finalize_model_grads")  # a function of its name hides it
 EP2, EP2_OF_4 = {"dp": 2, "ep": 2}, {"dp": 4, "ep": 2, "micro_batch_size": 1}
 SP2 = {"tp": 2, "sequence_parallel": True, "ep": 2, "etp": 1}
-TIGHT = {"clip_grad": 0.05}  # so that clipping is at work
 BALANCED = {**MIXTURE, "experts": {"number": 8, "per_token": 2, "ffn_hidden_size": 72, "balance_loss": 1.0}}
 
 

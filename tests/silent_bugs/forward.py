@@ -17,10 +17,9 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch import Tensor
 
-from tests.silent_bugs.case import GPT2, QWEN3, around, bug, during, tp_rank, tp_size
+from tests.silent_bugs.case import GPT2, QWEN3, SP2, TP2, around, bug, during, tp_rank, tp_size
 from tests.support.traces import replaced
 
-TP2, SP2 = {"tp": 2}, {"tp": 2, "sequence_parallel": True}
 REDUCE = "reduce_from_tensor_model_parallel_region"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,12 +15,8 @@ from megatron.core.optimizer import optimizer
 from megatron.core.pipeline_parallel import schedules
 from torch import Tensor
 
-from tests.silent_bugs.case import GPT2, around, bug
+from tests.silent_bugs.case import DP2, FINALIZE, GPT2, SP2, TIGHT, TP2, around, bug
 from tests.support.traces import replaced
-
-TP2, SP2, DP2 = {"tp": 2}, {"tp": 2, "sequence_parallel": True}, {"dp": 2}
-FINALIZE = importlib.import_module("megatron.core.distributed.finalize_model_grads")  # a function of its name hides it
-TIGHT = {"clip_grad": 0.05}  # so that clipping is at work
 
 
 def finalizing_with(**changes: Any) -> Any:

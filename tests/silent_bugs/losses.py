@@ -13,12 +13,10 @@ from megatron.core.models.common.language_module import language_module
 from megatron.core.tensor_parallel import cross_entropy
 from torch import Tensor
 
-from tests.silent_bugs.case import QWEN3, around, bug, during, tp_rank, tp_size
+from tests.silent_bugs.case import DP2, DROPOUT, TP2, around, bug, during, tp_rank, tp_size
 from tests.support.traces import replaced
 from tpcheck.run import model, train
 
-TP2, DP2 = {"tp": 2}, {"dp": 2}
-FINALIZE = importlib.import_module("megatron.core.distributed.finalize_model_grads")
 SMOOTHING, Z = 0.1, 0.01
 SPACE = 32  # tokens that a masked loss leaves out: in text, every fifth or so, unevenly
 
@@ -265,7 +263,7 @@ def every_step_reads_the_first_batch() -> Iterator[None]:
 
 
 @bug(
-    "mask *", layout=TP2, model={**QWEN3, "dropout": 0.1}, kind="generator states",
+    "mask *", layout=TP2, model=DROPOUT, kind="generator states",
     source="https://github.com/NVIDIA/Megatron-LM/pull/6858",
 )  # fmt: skip
 def hidden_dropout_from_the_ranks_generator() -> Iterator[None]:

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from tests.silent_bugs.case import QWEN3, around, bug
+from tests.silent_bugs.case import FOUR, QWEN3, TP2, around, bug, parts_of
 from tpcheck.run import checkpointing, train
 
-TP1, TP2 = {"tp": 1}, {"tp": 2}
-FOUR = {"steps": 4, "trace": {"steps": [0, 1, 2, 3]}}
+TP1 = {"tp": 1}
 
 
 def loading(change: Callable[[Any], None]) -> Any:
@@ -29,7 +28,7 @@ def loading(change: Callable[[Any], None]) -> Any:
 
 def _inner(optimizer: Any) -> list[torch.optim.Optimizer]:
     """The torch optimizers within Megatron's."""
-    return [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer])]
+    return [one.optimizer for one in parts_of(optimizer)]
 
 
 def _moments(optimizer: Any) -> Iterator[torch.Tensor]:
@@ -76,7 +75,7 @@ def main_parameters_rebuilt_from_rounded_weights() -> Iterator[None]:
     """Main parameters are the model's bf16 weights, widened."""
 
     def rebuild(optimizer: Any) -> None:
-        for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for one in parts_of(optimizer):
             one.reload_model_params()
 
     with loading(rebuild):

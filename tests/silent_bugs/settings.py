@@ -10,11 +10,8 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-from tests.silent_bugs.case import GPT2, QWEN3, around, bug, tp_rank
+from tests.silent_bugs.case import DP2, DROPOUT, GPT2, QWEN3, TIGHT, TP2, around, bug, parts_of, tp_rank
 from tpcheck.run import checkpointing, model, train
-
-TP2, DP2 = {"tp": 2}, {"dp": 2}
-TIGHT = {"clip_grad": 0.05}
 
 
 def with_groups(change: Callable[[dict[str, Any]], None]) -> Any:
@@ -140,7 +137,7 @@ def optimizer_misses_query_and_key_norms() -> Iterator[None]:
         def whole(output: Any, step: int, bare: Any, optimizer: Any) -> Any:
             for put in put_back:  # a checkpoint has to have them
                 put()
-            for inner in (one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer])):
+            for inner in (one.optimizer for one in parts_of(optimizer)):
                 count = next(iter(inner.state.values()))["step"]
                 for p in (p for group in inner.param_groups for p in group["params"] if p not in inner.state):
                     zeros = torch.zeros_like(p)
@@ -172,7 +169,7 @@ def clip_threshold_of_another_run() -> Iterator[None]:
     """Gradients are clipped to twice the norm that was asked for."""
 
     def loosen(optimizer: Any, pieces: Any) -> None:
-        for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for one in parts_of(optimizer):
             one.config.clip_grad *= 2
 
     with built_optimizer(loosen):
@@ -184,7 +181,7 @@ def gradients_not_clipped() -> Iterator[None]:
     """Clipping is off, where the gradient's norm is above the threshold."""
 
     def off(optimizer: Any, pieces: Any) -> None:
-        for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for one in parts_of(optimizer):
             one.config.clip_grad = 0.0
 
     with built_optimizer(off):
@@ -297,7 +294,7 @@ def whole_weight_marked_as_sharded() -> Iterator[None]:
 
 
 @bug(
-    "settings dropout*", "settings p *", "settings *dropout*", "mask *", layout=TP2, model={**QWEN3, "dropout": 0.1},
+    "settings dropout*", "settings p *", "settings *dropout*", "mask *", layout=TP2, model=DROPOUT,
     kind="dropout probability",
 )  # fmt: skip
 def dropout_probability_of_another_run() -> Iterator[None]:

@@ -13,13 +13,9 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.tensor_parallel import random as mcore_random
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
-from tests.silent_bugs.case import GPT2, QWEN3, around, bug, tp_rank
+from tests.silent_bugs.case import DP2, DROPOUT, GPT2, OUTPUT_LAYER_ROWS, TP2, around, bug, tp_rank
 from tests.support.traces import replaced
 from tpcheck.run import train
-
-TP2, DP2 = {"tp": 2}, {"dp": 2}
-OUTPUT_LAYER_ROWS = 192  # of a padded vocabulary of 384 at TP=2, as in the embedding before it
-DROPOUT = {**QWEN3, "dropout": 0.1}
 
 
 def built(change: Callable[[Any], None]) -> Any:

@@ -243,7 +243,7 @@ def test_status_without_an_answer_from_slurm_shows_the_files_and_says_so(
     assert cell_states(submitted)["stock-tp1"] == "complete"
     assert cell_states(submitted)["tree-tp1"] == "unknown"
     assert main(["status", str(submitted.output)]) == 0
-    assert "nothing is known of the jobs" in capsys.readouterr().out
+    assert "Unable to contact slurm controller" in capsys.readouterr().out
 
 
 def test_watch_ends_when_nothing_can_change_and_prints_a_line_per_change(
@@ -270,7 +270,7 @@ def test_verdict_on_partial_results_names_what_is_missing(submitted: Sweep, caps
     assert main(["verdict", str(submitted.output)]) == 2
     out = capsys.readouterr().out
     assert "missing: tree-tp2" in out
-    assert "no verdict yet: 1 of 4 cells are missing" in out
+    assert "1 of 4 cells" in out
     finish(submitted.cells[3])
     assert main(["verdict", str(submitted.output)]) == 0
     assert "HELD: tree" in capsys.readouterr().out

@@ -87,7 +87,7 @@ def test_a_cell_that_something_else_trains_is_left_alone(site: Site, capsys: Any
         main(["status", str(site.out)])
     assert [each.cells for each in site.recorded] == [("stock-tp1", "tree-tp1"), ("stock-tp2",)]
     out = capsys.readouterr().out
-    assert "1 are pending or running" in out and re.search(r"tree-tp2 .* running", out)
+    assert "1 are pending" in out and re.search(r"tree-tp2 .* running", out)
 
 
 @pytest.mark.parametrize("word", ["FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "COMPLETED"])
@@ -123,7 +123,7 @@ def test_a_slurm_that_does_not_answer_submits_nothing(site: Site, capsys: Any) -
     site.submit()
     (site.folder / "down").touch()
     assert site.submit() == 2
-    assert "squeue does not answer" in capsys.readouterr().err
+    assert "error: squeue " in capsys.readouterr().err
     assert len(site.submitted) == 2
 
 
@@ -173,7 +173,8 @@ def test_an_output_that_a_script_cannot_hold_is_refused_before_anything_is_writt
 def test_a_cell_made_with_other_settings_is_refused_before_anything_is_submitted(site: Site, capsys: Any) -> None:
     begin(site.cells["stock-tp1"])
     assert main(["sweep", str(site.sweep), "--cluster", str(site.folder / "cluster.yaml"), "seed=7"]) == 2
-    assert "seed: 1234 there, 7 now" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "stock-tp1 was made" in error and "seed" in error
     assert site.submitted == []
 
 
@@ -183,7 +184,7 @@ def test_a_cell_that_is_queued_with_other_settings_is_refused(site: Site, capsys
     site.queue(site.recorded[0], "PENDING")
     assert site.submit("seed=7") == 2
     error = capsys.readouterr().err
-    assert "cell stock-tp1 is pending or running with other settings (seed: " in error
+    assert "cell stock-tp1 " in error and "(seed: " in error
     assert len(site.submitted) == 2 and (site.out / "sweep.json").read_bytes() == planned
 
 
@@ -231,7 +232,7 @@ def test_nobody_is_told_to_remove_what_is_being_trained(site: Site, capsys: Any)
         assert main(["sweep", str(site.sweep), "seed=7"]) == 2
     assert capsys.readouterr().err.count("wait for what is training it, or end that, or add output=DIR") == 2
     assert site.submit("--dry-run", "seed=7") == 2
-    assert "remove it, or add output=DIR" in capsys.readouterr().err
+    assert "remove it" in capsys.readouterr().err
 
 
 def test_a_mark_of_tpcheck_cancel_goes_when_the_cell_is_submitted_again(site: Site) -> None:

@@ -101,7 +101,7 @@ def test_the_page_shows_it(results: Results, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not INSTALLED, reason="transformers and DeepSpeed are not installed")
 @pytest.mark.parametrize(("override", "message"), [
-    ("vocabulary=2000000000", "GiB of memory and"),
+    ("vocabulary=2000000000", "GiB of memory"),
     ("heads=5", "heads=5 must divide half of hidden_size=896"),
     ("kv_heads=4", "kv_heads=4 must be even and divide heads=14"),
 ])  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,9 +32,14 @@ class LiveBytes(TorchDispatchMode):
             storage = x.untyped_storage()
             if storage._cdata not in given:
                 self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._alive = {key: kept for key, kept in self._alive.items() if not kept[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        if self._count() > self.peak:
+            gc.collect()  # Triton's interpreter leaves its arguments in cycles
+            self.peak = max(self.peak, self._count())
         return result
+
+    def _count(self) -> int:
+        self._alive = {key: kept for key, kept in self._alive.items() if not kept[0].expired()}
+        return sum(size for _, size in self._alive.values())
 
 
 def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import patches
@@ -82,6 +83,28 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[
         elif a[key] != b[key]:
             found.append(f"{prefix}{key}")
     return sorted(found)
+
+
+def comparable(record: dict[str, Any]) -> dict[str, Any]:
+    """What ranks of the distributed optimizer have, too: their shards are no whole gradients or main parameters."""
+    return {key: value for key, value in record.items() if key != "final" and "gradients" not in key}
+
+
+def unlike(one: dict[str, Any], strategy: str, options: dict[str, Any], layout: dict[str, Any]) -> list[str]:
+    """Where the run in another layout differs from `one`."""
+    other = run(strategy, **{"tp": 1, **options, **layout})
+    if layout.get("ddp", {}).get("use_distributed_optimizer"):
+        return differences(comparable(one), comparable(other))
+    return differences(one, other)
+
+
+def assert_same_order_free(options: dict[str, Any], layouts: Iterable[dict[str, Any]]) -> None:
+    """The run of `options` with `batch="order-free"` has the same bits in these layouts as on a single rank."""
+    one = run("order-free", 1, **options)
+    last = f"step{options['steps'] - 1}"
+    assert float.fromhex(one[f"{last} gradient norm"]) and one[f"{last} gradients"]
+    for layout in layouts:
+        assert not unlike(one, "order-free", options, layout), layout
 
 
 def of_the_run(record: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -86,11 +87,17 @@ def test_gpus_that_are_not_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) 
         visible_gpus()
 
 
-def test_stop_asks_politely_and_waits_for_the_answer(tmp_path: Path) -> None:
-    script = f"trap 'echo saved > {tmp_path}/saved; exit 0' TERM; touch {tmp_path}/ready; while :; do sleep 0.1; done"
+def running(tmp_path: Path, script: str) -> tuple[LocalRunner, Iterator[Job | None]]:
+    """A runner of `script`, which has made the file `ready`, and its looks at the clock."""
     runner = LocalRunner(tmp_path / "jobs", ONE_CPU)
     jobs = runner.run([task(tmp_path, "t", script)], lambda job: None)
     wait_for(lambda: next(jobs) or (tmp_path / "ready").exists())
+    return runner, jobs
+
+
+def test_stop_asks_politely_and_waits_for_the_answer(tmp_path: Path) -> None:
+    script = f"trap 'echo saved > {tmp_path}/saved; exit 0' TERM; touch {tmp_path}/ready; while :; do sleep 0.1; done"
+    runner, _ = running(tmp_path, script)
     runner.stop(grace=20)
     assert (tmp_path / "saved").read_text() == "saved\n"
     assert not is_locked(tmp_path / "t.lock")
@@ -98,9 +105,7 @@ def test_stop_asks_politely_and_waits_for_the_answer(tmp_path: Path) -> None:
 
 def test_stop_kills_what_does_not_answer_with_all_its_children(tmp_path: Path) -> None:
     script = f"trap '' TERM; (while :; do sleep 0.1; done) & touch {tmp_path}/ready; wait"
-    runner = LocalRunner(tmp_path / "jobs", ONE_CPU)
-    jobs = runner.run([task(tmp_path, "t", script)], lambda job: None)
-    wait_for(lambda: next(jobs) or (tmp_path / "ready").exists())
+    runner, _ = running(tmp_path, script)
     runner.stop(grace=1)
     wait_for(lambda: not is_locked(tmp_path / "t.lock"), 5)
 
@@ -135,9 +140,7 @@ def test_two_jobs_cannot_run_the_same_cell(tmp_path: Path) -> None:
 
 def test_ctrl_c_in_a_terminal_leaves_it_to_the_sweep_what_becomes_of_a_cell(tmp_path: Path) -> None:
     script = f"trap 'touch {tmp_path}/interrupted' INT; touch {tmp_path}/ready; sleep 3; touch {tmp_path}/done"
-    runner = LocalRunner(tmp_path / "jobs", ONE_CPU)
-    jobs = runner.run([task(tmp_path, "t", script)], lambda job: None)
-    wait_for(lambda: next(jobs) or (tmp_path / "ready").exists())
+    runner, jobs = running(tmp_path, script)
     os.kill(int(runner.running[0].submitted.job_id), signal.SIGINT)  # the whole foreground group hears Ctrl-C
     ended = [job for job in jobs if job]
     assert [job.task.name for job in ended] == ["t"]

@@ -246,7 +246,7 @@ class TestBadInput:
 
     def test_missing_ranks_and_files(self, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         a, b = runs.reference(), tmp_path / "b"
-        self.refused(a, b, "no such folder", capsys)
+        self.refused(a, b, f"{b}: ", capsys)
         b.mkdir()
         self.refused(a, b, "is not a trace", capsys)
         shutil.rmtree(b)

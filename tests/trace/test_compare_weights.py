@@ -109,7 +109,7 @@ def test_what_a_trace_shows_by_itself_is_suspect_from_other_weights_too(referenc
     tensors = load_file(file)
     save_file({**tensors, f"{position}.1": 2 * tensors[f"{position}.0"]}, file)
     found = compare(reference, b)
-    assert found.first is not None and "unequal replicas in B" in found.first.why
+    assert found.first is not None and "down.bias" in found.first.key.name and "replicas" in found.first.why
 
 
 def test_vocabularies_padded_differently_are_compared_up_to_the_smaller(

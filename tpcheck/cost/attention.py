@@ -68,7 +68,7 @@ def attention_terms(config: RunConfig) -> list[AttentionTerm]:
         ("peak", "forward: scores, twice in float32", "unfused", f"12·T·s·q/d/t+s·s{repeated}"),
         ("peak", "backward: gradients of scores", "unfused", "8·T·s·q/d/t+T·q·e/t"),
         ("peak", "forward: output, two numbers a row", "blockwise", "T·(q·e+8·q/d)/t"),
-        ("peak", "backward: gradients, of every head", "blockwise", "T·((e+8)·q+(8·l+2)·k)/t"),
+        ("peak", "backward: gradients, of every head", "blockwise", "T·((e+8)·q+(4·l+4·i+2)·k)/t"),
     ]
     if config.recompute:  # of one layer at a time
         lines = [(quantity, what, kernel, f.replace("L·T", "T") if quantity == "saved" else f)

@@ -153,11 +153,12 @@ def _lines(
         f"NVLink {gpu.nvlink_gbs:g} GB/s a direction; no GPU sustains these"
     )
     if rates:
-        yield f"{f'at rates measured on {rates.device}, ms':<{width}}" + _cells(strategies)
+        yield f"{'at measured rates, ms':<{width}}" + _cells(strategies)
         yield f"  {'products':<{width - 2}}" + _cells(
             f"{totals[s]['flops'] / rates.tflops[s] / 1e9:.1f}" for s in strategies
         )
-        yield f"of {rates.file}: " + ", ".join(f"{s} {rates.tflops[s]:.0f} TFLOP/s" for s in strategies)
+        yield f"measured on {rates.device}, {rates.file}:"
+        yield "  " + ", ".join(f"{s} {rates.tflops[s]:.0f} TFLOP/s" for s in strategies)
     if config.tp > NVLINK_DOMAIN:
         between = f"between boards TP={config.tp} is slower than this floor"
         yield f"NVLink joins the {NVLINK_DOMAIN} GPUs of a board; {between}"

@@ -17,6 +17,7 @@ the gradient norm, the optimizer's flags.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log2
 from typing import Literal
 
 from tpcheck.config.schema import ModelConfig, RunConfig
@@ -44,6 +45,7 @@ LEGEND = {
     "w": "width of QKV",
     "P": "width of all queries, each head filled up to a power of two",
     "l": "leaves of a group's heads on a rank",
+    "i": "their sums that are held at once",
     "d": "width of a head",
     "f": "feed-forward width",
     "g": "its pieces in fc1 (2: gate and up)",
@@ -97,6 +99,7 @@ def symbols(config: RunConfig) -> dict[str, float]:
     """The values of `LEGEND`'s symbols."""
     model, tp = config.model, config.tp
     shared = model.experts and model.experts.shared_ffn_hidden_size
+    leaves = max(1, config.leaves // model.num_query_groups) / max(1, tp // model.num_query_groups)
     return {
         "t": tp,
         "p": config.cp,
@@ -112,7 +115,8 @@ def symbols(config: RunConfig) -> dict[str, float]:
         "k": max(model.num_query_groups, tp) * model.head_dim,
         "w": (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim,
         "P": model.num_attention_heads * max(16, 1 << (model.head_dim - 1).bit_length()),
-        "l": max(1, config.leaves // model.num_query_groups) / max(1, tp // model.num_query_groups),
+        "l": leaves,
+        "i": 1 + log2(leaves) if leaves > 2 else 1,
         "d": model.head_dim,
         "f": (shared or 0) if model.experts else model.ffn_hidden_size,
         "g": 2 if model.activation == "swiglu" else 1,

@@ -26,7 +26,7 @@ from tpcheck.config.schema import RunConfig
 from tpcheck.doctor.findings import Finding, unless_stock
 from tpcheck.errors import TpcheckError
 
-__all__ = ["attention"]
+__all__ = ["TE_BACKENDS", "attention"]
 
 MOST_TOKENS_ON_CPU = 128
 TE_BACKENDS = ("unfused", "flash", "fused")

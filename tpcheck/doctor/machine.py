@@ -14,12 +14,12 @@ import patches
 from patches.order.backend import backend, check
 from patches.registry import SUPPORTED
 from tpcheck.config.schema import RunConfig
+from tpcheck.doctor.attention import TE_BACKENDS
 from tpcheck.doctor.findings import Finding, Verdict, unless_stock
 from tpcheck.run import provenance
 
 __all__ = ["devices", "settings", "sums", "versions"]
 
-TE_BACKENDS = ("unfused", "flash", "fused")
 FIRST_TORCH = "2.9"  # torch.library.get_kernel
 
 # Variables that change nothing in a patched run, and why not.

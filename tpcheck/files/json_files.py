@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tpcheck.errors import TpcheckError, shown
-from tpcheck.files.records import Record
+from tpcheck.files.records import Json, Record
 
-__all__ = ["Json", "append_line", "read_lines", "read_object", "readable_lines", "sync", "write_lines", "write_object"]
-
-Json = dict[str, Any]
+__all__ = ["append_line", "read_lines", "read_object", "readable_lines", "require_format", "sync", "write_lines",
+           "write_object"]  # fmt: skip
 
 
 def write_object(file: Path, value: Mapping[str, Any]) -> None:
@@ -30,12 +29,17 @@ def read_object(file: Path, format: int, record: type[Record]) -> Json:
     if not file.exists():
         raise TpcheckError(f"{file.parent} has no {file.name}: not a result directory, or a run that never started")
     value = _parse(_bytes(file), str(file))
+    require_format(value, format, str(file))
+    return record.require(value, str(file))
+
+
+def require_format(value: Json, format: int, where: str) -> None:
+    """Raise `TpcheckError` where `value`, which is in `where`, was written in another format."""
     if value.get("format") != format:
         raise TpcheckError(
-            f"{file} has format {shown(value.get('format'))}, this tpcheck reads format {format}: "
+            f"{where} has format {shown(value.get('format'))}, this tpcheck reads format {format}: "
             "use the tpcheck that wrote it, or train the run again"
         )
-    return record.require(value, str(file))
 
 
 def append_line(file: Path, value: Mapping[str, Any]) -> None:

@@ -28,7 +28,11 @@ SLURM_JOBS = "slurm"  # submitted scripts and what jobs print
 SNAPSHOTS = "code"  # copies of the packages that jobs run
 CODE = "code.json"  # in such a copy: what it was made from
 
+# A study's folder, beside a record of each of its parts (`tpcheck.study.record`).
+STUDY_PAGE, STUDY_PICTURE, STUDY_README = "page.html", "picture.png", "README.md"
+
 # A trace's rank-00000 (`tpcheck.trace`).
 RANK = "rank.json"
 RECORDS = "records.jsonl"
 SETTINGS = "settings.jsonl"
+NUDGED = "noise-"  # and a seed: folders of the same run with every rounding nudged, beside the ranks' or in the result

@@ -17,6 +17,7 @@ __all__ = [
     "CodeRecord",
     "DigestsRecord",
     "EndRecord",
+    "Json",
     "ManifestRecord",
     "Record",
     "StepRecord",

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tpcheck.errors import TpcheckError
-from tpcheck.files.json_files import Json, append_line, read_lines, read_object, write_lines, write_object
+from tpcheck.files.json_files import append_line, read_lines, read_object, write_lines, write_object
 from tpcheck.files.names import CHECKPOINTS, DIGESTS, MANIFEST, STEPS
-from tpcheck.files.records import DigestsRecord, ManifestRecord, StepRecord
+from tpcheck.files.records import DigestsRecord, Json, ManifestRecord, StepRecord
 
 __all__ = [
     "append_step",

@@ -35,7 +35,6 @@ __all__ = [
     "formula",
     "from_lists",
     "lca_sizes",
-    "reveal",
     "reveal_each",
     "to_lists",
 ]
@@ -61,13 +60,12 @@ class Node(NamedTuple):
 Tree: TypeAlias = int | Node  # a summand's number, or a node
 
 
-def reveal(function: Callable[[list[float]], float], n: int) -> Tree:
-    """The tree by which `function` adds its `n` arguments, at most `MAX_SUMMANDS`; one call for a pair asked about."""
-    return reveal_each(lambda x: [function(x)], n)[0]
-
-
 def reveal_each(function: Callable[[list[float]], Sequence[float]], n: int) -> list[Tree]:
-    """The trees of a function with several results, each a sum of the same `n` arguments."""
+    """The trees by which `function` adds its `n` arguments, one for each of its results; a call for a pair asked about.
+
+    Raises:
+        TpcheckError: there are more than `MAX_SUMMANDS` of them, or none.
+    """
     if not 1 <= n <= MAX_SUMMANDS:
         raise TpcheckError(f"the order of {n} summands cannot be revealed: use 1 to {MAX_SUMMANDS}")
     known: dict[tuple[int, int], list[int]] = {}

@@ -36,11 +36,11 @@ from patches.order.collectives import all_gather, tree_all_reduce
 from tpcheck.errors import TpcheckError
 from tpcheck.order.fprev import Tree, from_lists, reveal_each, to_lists
 from tpcheck.order.setting import Setting
+from tpcheck.run.dtypes import DTYPES
 
 __all__ = ["check", "trees"]
 
 Sum = Callable[[list[float]], Sequence[float]]
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FINALIZE = importlib.import_module("megatron.core.distributed.finalize_model_grads")  # a function of its name hides it
 TIMEOUT = timedelta(seconds=300)
 

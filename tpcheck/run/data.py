@@ -86,6 +86,11 @@ def _checked(tokens: np.ndarray[Any, Any], vocab_size: int, step: int) -> torch.
     return torch.from_numpy(tokens.astype(np.int64))
 
 
+def _require_a_sample(path: str | None, tokens: int, length: int) -> None:
+    if tokens <= length:
+        raise TpcheckError(f"{path} has {tokens} tokens, one sample needs {length + 1}")
+
+
 class Text(Source):
     """The bytes of a file, of all files in a folder, or of Python's standard library."""
 
@@ -101,8 +106,7 @@ class Text(Source):
         self.stream = np.concatenate(parts) if parts else end
         self.tokens = len(self.stream)
         self.windows = (self.tokens - 1) // self.length
-        if self.windows < 1:
-            raise TpcheckError(f"{self.path} has {self.tokens} tokens, one sample needs {self.length + 1}")
+        _require_a_sample(self.path, self.tokens, self.length)
 
     @cached_property
     def digest(self) -> str:
@@ -174,8 +178,7 @@ class Megatron(Source):
         except Exception as error:
             raise TpcheckError(f"{prefix}.idx is not an index that megatron-core reads: {error}") from error
         self.tokens = int(np.sum(self.corpus.sequence_lengths))
-        if self.tokens <= config.seq_length:
-            raise TpcheckError(f"{prefix} has {self.tokens} tokens, one sample needs {config.seq_length + 1}")
+        _require_a_sample(prefix, self.tokens, config.seq_length)
 
     @cached_property
     def digest(self) -> str:

@@ -12,7 +12,6 @@ import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tpcheck.config.check import check
 from tpcheck.config.load import load_run
 from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
@@ -46,10 +45,10 @@ def launch(config: RunConfig, resume: bool = False, place: Place | None = None) 
     """Train `config` and return an exit code; bad input is a `TpcheckError`, raised before any rank starts.
 
     Args:
+        config: as `parse_run` and `load_run` have checked it.
         resume: go on from the last complete checkpoint of the output.
         place: which rank this process is, where somebody else started them.
     """
-    check(config)
     # A request to save may come while a busy node is still importing torch: it then waits until ranks can hear it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     try:

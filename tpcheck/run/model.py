@@ -42,6 +42,7 @@ from patches.megatron import initial_weights
 from patches.order.chunks import begin_gather
 from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
+from tpcheck.run.dtypes import DTYPES
 
 __all__ = [
     "attention_backend",
@@ -55,8 +56,6 @@ __all__ = [
     "train_step",
     "transformer_config",
 ]
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def layers_of(config: RunConfig) -> Literal["te", "local"]:

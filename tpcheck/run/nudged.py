@@ -13,9 +13,9 @@ from typing import Any
 from tpcheck.config.load import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
-from tpcheck.files.names import CHECKPOINTS
+from tpcheck.files.names import CHECKPOINTS, NUDGED
 from tpcheck.run.launch import launch
-from tpcheck.trace.record.noise import REDRAWN
+from tpcheck.trace.record.noise import REDRAWN, nudged_folder, nudged_folders
 
 __all__ = ["make_nudged_runs"]
 
@@ -24,14 +24,19 @@ def make_nudged_runs(path: Path, redrawn: bool = False, *, seeds: int) -> None:
     """Train the run at `path` again in its folders `noise-1` to `noise-<seeds>`, unless it has so many; a mere trace
     is left alone. `redrawn` ones, whose dropout drops other elements, are numbered from 101."""
     first = REDRAWN if redrawn else 1
-    found = {folder for folder in path.glob("noise-*") if folder.is_dir()}
-    alike = [folder for folder in found if (len(folder.name) > len("noise-99")) == redrawn]
+    found = nudged_folders(path)
+    alike = [folder for folder in found if (_seed(folder) >= REDRAWN) == redrawn]
     if len(alike) >= seeds or not result_dir.is_result(path):
         return
     for seed in range(first, first + seeds):
-        folder = path / f"noise-{seed}"
+        folder = nudged_folder(path, seed)
         if folder not in found:
             _run_again(path, folder, seed)
+
+
+def _seed(folder: Path) -> int:
+    text = folder.name.removeprefix(NUDGED)
+    return int(text) if text.isdecimal() else 0
 
 
 def _run_again(path: Path, folder: Path, seed: int) -> None:

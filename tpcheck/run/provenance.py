@@ -77,9 +77,9 @@ def _products(config: RunConfig) -> dict[str, Any]:
     """What the bits of this run's products depend on; runs where it differs were never promised to be equal."""
     import torch
 
-    from patches.order.backend import backend
+    from patches.order.backend import backend, training_device
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = training_device()
     products = dict(backend(device).provenance(device))
     if config.attention in ("flash", "fused") and device.type == "cuda":  # no class of bits describes these kernels
         products["attention"] = f"{config.attention} on {torch.cuda.get_device_name()}"

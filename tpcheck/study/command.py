@@ -20,6 +20,7 @@ from tpcheck.config.load import override, validated
 from tpcheck.config.schema import directory
 from tpcheck.errors import TpcheckError
 from tpcheck.files import lock
+from tpcheck.files.names import LOCK, STUDY_PAGE, STUDY_PICTURE, STUDY_README
 from tpcheck.study import record
 from tpcheck.study.display import Display
 from tpcheck.study.html import to_html
@@ -29,7 +30,6 @@ from tpcheck.study.study import Settings, Study
 __all__ = ["command", "run_study"]
 
 RESULTS = Path("results/studies")
-LOCK = ".lock"
 
 
 def command(name: str, overrides: Sequence[str], output: Path | None, quick: bool) -> int:
@@ -39,7 +39,7 @@ def command(name: str, overrides: Sequence[str], output: Path | None, quick: boo
         warnings.simplefilter("ignore")
         study: Study = importlib.import_module(f"tpcheck.study.{name.replace('-', '_')}").STUDY
         run_study(study, overrides, folder, quick)
-    print(f"page  {folder / record.PAGE}")
+    print(f"page  {folder / STUDY_PAGE}")
     return 0
 
 
@@ -108,6 +108,6 @@ def _write_page(study: Study, settings: Settings, records: Mapping[str, Mapping[
     results = {name: found["result"] for name, found in records.items()}
     page, findings = study.page(settings, results), study.findings(results)
     footer = record.footer(study, settings, records)
-    (output / record.PICTURE).write_bytes(page.picture.png)
-    (output / record.PAGE).write_text(to_html(study, page, findings, footer), encoding="utf-8")
-    (output / record.README).write_text(to_markdown(study, page, findings, footer), encoding="utf-8")
+    (output / STUDY_PICTURE).write_bytes(page.picture.png)
+    (output / STUDY_PAGE).write_text(to_html(study, page, findings, footer), encoding="utf-8")
+    (output / STUDY_README).write_text(to_markdown(study, page, findings, footer), encoding="utf-8")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tpcheck.files.names import STUDY_PAGE, STUDY_PICTURE
 from tpcheck.study.page import Block, Heading, Page, Paragraph, Picture, Table
-from tpcheck.study.record import PAGE, PICTURE, Footer
+from tpcheck.study.record import Footer
 from tpcheck.study.study import Finding, Study
 
 __all__ = ["to_markdown"]
@@ -17,8 +18,8 @@ def to_markdown(study: Study, page: Page, findings: Sequence[Finding], footer: F
     lines = [
         f"# {study.question}",
         page.answer,
-        f"![{page.picture.caption}]({PICTURE})",
-        f"Every table and picture: [{PAGE}]({PAGE}).",
+        f"![{page.picture.caption}]({STUDY_PICTURE})",
+        f"Every table and picture: [{STUDY_PAGE}]({STUDY_PAGE}).",
         _block(claims),
         *(_block(block) for block in page.summary),
         f"    {footer.command}",

@@ -22,10 +22,10 @@ from torch import Tensor
 import patches
 from tpcheck.config.schema import RunConfig
 from tpcheck.config.strategies import Strategy
+from tpcheck.run.dtypes import DTYPES
 
-__all__ = ["DTYPES", "begin", "drawn", "layer", "layer_config", "own_share", "random_tokens", "share"]
+__all__ = ["begin", "drawn", "layer", "layer_config", "own_share", "random_tokens", "share"]
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CUT = {"column": 0, "row": 1}  # the dimension of W that ranks share
 Kind = Literal["column", "row"]
 

@@ -15,9 +15,8 @@ from tpcheck.files.records import Record
 from tpcheck.run import provenance
 from tpcheck.study.study import Part, Settings, Study
 
-__all__ = ["PAGE", "PICTURE", "README", "Footer", "footer", "read", "versions", "write"]
+__all__ = ["Footer", "footer", "read", "versions", "write"]
 
-PAGE, PICTURE, README = "page.html", "picture.png", "README.md"
 FORMAT = 1
 
 

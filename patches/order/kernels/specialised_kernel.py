@@ -113,6 +113,12 @@ def _next(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
+def _before(slot, SLOTS: gl.constexpr):
+    """The slot before this one. Not kept in a variable: Triton's loops do not carry one that began as `slot` itself."""
+    return (slot + SLOTS - 1) % SLOTS
+
+
+@gluon.jit
 def _place(tile, sizes, HOW: gl.constexpr):
     """First row and column of a tile: GROUP rows of tiles at a time, column by column."""
     _, _, _, _, TILE_M, TILE_N, _, _, _, GROUP = HOW
@@ -190,17 +196,15 @@ def _leaf(source, steps, slot, phase, layout: gl.constexpr, HOW: gl.constexpr):
     if WGMMA:
         a_slots, b_slots, ready, free = source
         acc = warpgroup_mma_init(gl.zeros((TILE_M, TILE_N), gl.float32, layout))
-        before = slot
         for step in range(PIECES * steps):
             mbarrier.wait(ready.index(slot), phase)
             x_MK, y_KN = _blocks(a_slots, b_slots, slot, HOW)
             acc = warpgroup_mma(x_MK, y_KN, acc, use_acc=step > 0, is_async=True)
             acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
-            mbarrier.arrive(free.index(before), pred=step > 0)
-            before = slot
+            mbarrier.arrive(free.index(_before(slot, STAGES)), pred=step > 0)
             slot, phase = _next(slot, phase, STAGES)
         root = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(free.index(before))
+        mbarrier.arrive(free.index(_before(slot, STAGES)))
     else:
         memory, done, taken = source
         mbarrier.wait(done.index(slot), phase)

@@ -166,4 +166,5 @@ def test_a_device_that_has_no_answer_yet_is_tried_once_for_each_kind(device, mon
         q, k, v = (torch.randn(5, 1, 2, width, device=device).bfloat16() for _ in range(3))
         blockwise_attention(q, k, v, visible, 0.5, 2, Shards(Contract()))
     backend._check_attention.cache_clear()
-    assert tried == [(device, 16, BF16, False, False), (device, 8, BF16, False, False), (device, 16, BF16, False, True)]
+    here = q.device  # a GPU with its number
+    assert tried == [(here, 16, BF16, False, False), (here, 8, BF16, False, False), (here, 16, BF16, False, True)]

@@ -11,7 +11,7 @@ import torch
 
 import patches
 from tests.support import plain_megatron
-from tests.support.megatron_runs import FULL_RECOMPUTE, differences, run
+from tests.support.megatron_runs import FULL_RECOMPUTE, assert_same_order_free, differences, run, unlike
 from tests.support.ranks import on_ranks
 
 FOUR = {"num_layers": 4}
@@ -67,37 +67,18 @@ EVERY = [
 ]
 
 
-def comparable(record: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
-    """Shards of the distributed optimizer hold neither whole gradients nor whole main parameters."""
-    if not layout.get("ddp", {}).get("use_distributed_optimizer"):
-        return record
-    return {key: value for key, value in record.items() if key != "final" and "gradients" not in key}
-
-
-def unlike(one: dict[str, Any], strategy: str, options: dict[str, Any], layout: dict[str, Any]) -> list[str]:
-    other = run(strategy, **{"tp": 1, **options, **layout})
-    return differences(comparable(one, layout), comparable(other, layout))
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_training_has_same_bits_at_every_layout(name):
     options, layouts = CASES[name]
-    options = {**BATCH, **options}
-    one = run("order-free", 1, **options)
-    assert float.fromhex(one["step4 gradient norm"]) and one["step4 gradients"]
-    for layout in layouts:
-        assert not unlike(one, "order-free", options, layout), layout
+    assert_same_order_free({**BATCH, **options}, layouts)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("shape", ({"tied": True}, {"shape": "gpt2", "dtype": "fp32", "tied": True}), ids=str)
 def test_training_has_same_bits_at_every_combination_of_sizes(shape):
-    options = {**BATCH, **shape, "model": FOUR, "steps": 2}
-    one = run("order-free", 1, **options)
-    for layout in EVERY:
-        for sp in {False, layout["tp"] > 1}:
-            assert not unlike(one, "order-free", options, {**layout, "sp": sp}), (layout, sp)
+    layouts = ({**layout, "sp": sp} for layout in EVERY for sp in {False, layout["tp"] > 1})
+    assert_same_order_free({**BATCH, **shape, "model": FOUR, "steps": 2}, layouts)
 
 
 def test_gather_and_other_sizes_of_tp_have_same_bits_at_every_layout():

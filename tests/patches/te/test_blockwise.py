@@ -105,7 +105,7 @@ def test_it_is_the_function_that_unfused_is(name):
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "dropout": ({"attention_dropout": 0.1}, {}, "attention dropout is not covered: set it to 0"),
+    "dropout": ({"attention_dropout": 0.1}, {}, "attention dropout"),
     "bias": ({}, {"core_attention_bias_type": "alibi"}, "core_attention_bias_type is not covered"),
     "a tensor of biases": ({}, {"core_attention_bias": torch.zeros(1)}, "core_attention_bias is not covered"),
     "padding": ({}, {"attn_mask_type": "padding"}, "attn_mask_type='padding' of whole batches is not covered"),

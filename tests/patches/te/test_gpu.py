@@ -17,7 +17,7 @@ def test_module_on_a_gpu_is_right(case, strategy):
         assert_right(one_in_te(case, False), case)
 
 
-@pytest.mark.parametrize("case", filter(right_in_stock, CASES), ids=str)
+@pytest.mark.parametrize("case", list(filter(right_in_stock, CASES)), ids=str)
 def test_stock_module_on_a_gpu_is_right(case):
     """What the stand-in for the extension claims to compute."""
     assert_right(one_in_te(case, False), case)

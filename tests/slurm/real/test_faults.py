@@ -137,7 +137,7 @@ def test_a_stopped_rank_keeps_its_cell_neither_from_answering_term_nor_from_goin
     case.cluster.run("scancel", "--signal=TERM", case.jobs(cell)[0])
     case.wait_for_attempt(cell, 2)
     case.wait_until_complete(cell)
-    assert re.search("the step has not ended|no sign of life", (case.out / cell / "log.txt").read_text())
+    assert re.search("SIGTERM came|no sign of life", (case.out / cell / "log.txt").read_text())
     return [cell]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tpcheck.study.megatron import DTYPES
+from tpcheck.run.dtypes import DTYPES
 from tpcheck.study.study import Finding, Results
 from tpcheck.study.text import percent, small
 from tpcheck.study.tp_vs_dp import published

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tpcheck.config.strategies import Strategy
-from tpcheck.study.megatron import DTYPES, Kind, begin, drawn, layer, layer_config, share
+from tpcheck.run.dtypes import DTYPES
+from tpcheck.study.megatron import Kind, begin, drawn, layer, layer_config, share
 from tpcheck.study.ranks import on_ranks
 from tpcheck.study.study import Progress
 from tpcheck.study.tensors import apart

@@ -29,6 +29,7 @@ from tpcheck.trace.compare.comparison import Comparison, Row
 from tpcheck.trace.compare.excess import limit
 from tpcheck.trace.compare.logical import Key
 from tpcheck.trace.compare.reader import Trace
+from tpcheck.trace.record.noise import nudged_folder
 
 __all__ = ["FEATURES", "NO_SUM", "TP", "bugs", "stock", "tree"]
 
@@ -45,7 +46,7 @@ def stock(dtype: str, settings: TpVsDp, progress: Progress) -> dict[str, Any]:
     """TP=4 against TP=1, with an estimate of what rounding may do, and the first numbers of both."""
     with tempfile.TemporaryDirectory(prefix="tpcheck-") as scratch:
         one, four = Path(scratch, "tp1"), Path(scratch, "tp4")
-        runs = [(one, 1, 0), (four, TP, 0), *((one / f"noise-{seed}", 1, seed) for seed in range(1, NUDGED + 1))]
+        runs = [(one, 1, 0), (four, TP, 0), *((nudged_folder(one, seed), 1, seed) for seed in range(1, NUDGED + 1))]
         for number, (path, tp, perturb) in enumerate(runs):
             progress(number / len(runs), f"TP={tp}" + f", nudged, seed {perturb}" * bool(perturb))
             on_ranks(tp, _traced, settings.run(tp=tp, dtype=dtype), str(path), perturb)
@@ -70,7 +71,7 @@ def bugs(settings: TpVsDp, progress: Progress) -> dict[str, Any]:
     for place, (dtype, names) in enumerate(TRIED.items()):
         with tempfile.TemporaryDirectory(prefix="tpcheck-") as scratch:
             one = Path(scratch, "tp1")
-            for number, path in enumerate((one, one / "noise-1")):
+            for number, path in enumerate((one, nudged_folder(one, 1))):
                 progress(place / len(TRIED), f"{dtype}, TP=1")
                 on_ranks(1, _traced, settings.run(dtype=dtype), str(path), number)
             for name in names:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tpcheck.study.megatron import DTYPES
+from tpcheck.run.dtypes import DTYPES
 from tpcheck.study.page import Block, Heading, Page, Paragraph, Picture, Table
 from tpcheck.study.study import Results
 from tpcheck.study.text import percent, small

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tpcheck.config.strategies import Strategy
-from tpcheck.study.megatron import DTYPES, begin, drawn, layer, layer_config
+from tpcheck.run.dtypes import DTYPES
+from tpcheck.study.megatron import begin, drawn, layer, layer_config
 from tpcheck.study.ranks import on_ranks
 from tpcheck.study.study import Progress
 from tpcheck.study.tensors import apart

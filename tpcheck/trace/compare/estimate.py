@@ -32,7 +32,7 @@ from tpcheck.trace.compare.metrics import Blocks, Distance, distance
 from tpcheck.trace.compare.reader import Trace
 from tpcheck.trace.compare.sign_flips import sign_flip_distance
 from tpcheck.trace.module_names import role_of
-from tpcheck.trace.record.noise import REDRAWN
+from tpcheck.trace.record.noise import REDRAWN, nudged_folders
 
 __all__ = ["GRADIENT_NORM", "ROUNDING", "Estimate", "open_noise", "open_trace", "spread_of"]
 
@@ -273,8 +273,7 @@ def open_trace(path: Path) -> Trace:
 def open_noise(path: Path, reference: Trace, redrawn: bool = False) -> list[Trace]:
     """The traces of the reference at `path` run again, nudged: its folders `noise-1`, `noise-2` …; those that drop
     other elements, where B does, if there are any."""
-    found = sorted(folder for folder in path.glob("noise-*") if folder.is_dir())
-    traces = [_open_nudged(folder, path) for folder in found]
+    traces = [_open_nudged(folder, path) for folder in nudged_folders(path)]
     traces = [trace for trace in traces if (trace.perturb >= REDRAWN) == redrawn]
     seen: set[int] = set()
     for trace in traces:

@@ -1,5 +1,6 @@
-"""A common factor over all layers and steps, of whole tensors or of one part of each, where each tensor's own is within
-what rounding explains.
+"""A common factor over all layers and steps, where that of each tensor alone is within what rounding explains.
+
+It is looked for in whole tensors and in one part of each:
 
 factor of each tensor, in units of its spread   z₁ … zₙ     mean z·√n: rounding's averages out, a bug's does not
 the same of every nudged run                                by how much more than independent ones theirs do

@@ -14,7 +14,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -23,13 +22,14 @@ from tpcheck.checkpoint.ulp import values
 from tpcheck.checkpoint.unpickle import ITEMSIZE
 from tpcheck.errors import TpcheckError, shown
 from tpcheck.files.names import RANK, RECORDS, SETTINGS
+from tpcheck.files.records import Json
 from tpcheck.trace.compare.logical import Box, Key, Logical, encoded, in_a_row, replicas_of, resolved, slices_of
 from tpcheck.trace.compare.tensorfile import tensors
 from tpcheck.trace.record.store import FORMAT, rank_folder
 
 __all__ = ["PHASES", "Trace"]
 
-Json: TypeAlias = dict[str, Any]
+
 OPEN_FILES = 64
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 DESCRIPTION: Json = {"world": int, "tp": int, "dp": int, "pp": int, "dtype": str, "sample": int, "perturb": int,

@@ -8,11 +8,14 @@ nudge them alike.
 from __future__ import annotations
 
 import zlib
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["REDRAWN", "Nudge", "nudge", "redrawn", "spawn"]
+from tpcheck.files.names import NUDGED
+
+__all__ = ["REDRAWN", "Nudge", "nudge", "nudged_folder", "nudged_folders", "redrawn", "spawn"]
 
 REDRAWN = 101  # from this seed on, a nudged run's dropout drops other elements, too
 
@@ -20,6 +23,16 @@ REDRAWN = 101  # from this seed on, a nudged run's dropout drops other elements,
 # order of a few hundred summands is worth several units in the last place.
 UNITS = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 4, torch.float64: 4}
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def nudged_folder(path: Path, seed: int) -> Path:
+    """Where the run at `path` is traced again, nudged by `seed`."""
+    return path / f"{NUDGED}{seed}"
+
+
+def nudged_folders(path: Path) -> list[Path]:
+    """Those in `path`, by whatever seeds."""
+    return sorted(folder for folder in path.glob(f"{NUDGED}*") if folder.is_dir())
 
 
 def spawn(seed: int, *place: object) -> torch.Generator:

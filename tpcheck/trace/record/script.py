@@ -20,8 +20,9 @@ from typing import Any
 from patches.imports import when_imported
 from tpcheck.config.load import parse_trace
 from tpcheck.errors import TpcheckError
-from tpcheck.files.names import RANK
+from tpcheck.trace.record.noise import nudged_folder
 from tpcheck.trace.record.recording import record
+from tpcheck.trace.record.store import require_untraced
 
 __all__ = ["LOOP", "STEPS", "trace_script"]
 
@@ -42,9 +43,8 @@ def trace_script(path: str | Path, steps: Collection[int] = STEPS, perturb: int 
     Raises TpcheckError where the folder holds a trace, and where the script ends without a step that was wanted.
     """
     options = parse_trace({"steps": steps, "perturb": perturb})
-    folder = Path(path, f"noise-{perturb}") if perturb else Path(path)
-    if any(folder.glob(f"rank-*/{RANK}")):
-        raise TpcheckError(f"{folder} holds a trace already: name another folder, or remove it")
+    folder = nudged_folder(Path(path), perturb) if perturb else Path(path)
+    require_untraced(folder)
     loop = _Loop(folder, steps, options.perturb)
     call_off = when_imported(LOOP, loop.hook)
     try:

@@ -22,7 +22,7 @@ from tpcheck.files.json_files import write_object
 from tpcheck.files.names import RANK, RECORDS, SETTINGS
 from tpcheck.trace.record.shards import Shards
 
-__all__ = ["FORMAT", "Writer", "rank_folder"]
+__all__ = ["FORMAT", "Writer", "rank_folder", "require_untraced"]
 
 FORMAT = 1
 FILE_BYTES = 32 << 20
@@ -32,12 +32,17 @@ def rank_folder(trace: Path, rank: int) -> Path:
     return trace / f"rank-{rank:05d}"
 
 
+def require_untraced(folder: Path) -> None:
+    """Raise `TpcheckError` where `folder`, a trace's or one rank's, holds a trace already."""
+    if (folder / RANK).exists() or any(folder.glob(f"rank-*/{RANK}")):
+        raise TpcheckError(f"{folder} holds a trace already: name another folder, or remove it")
+
+
 class Writer:
     """Writes one rank's records into `folder`, which must not hold a trace yet."""
 
     def __init__(self, folder: Path, description: dict[str, Any]) -> None:
-        if (folder / RANK).exists():
-            raise TpcheckError(f"{folder} holds a trace already: name another folder, or remove it")
+        require_untraced(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.description = folder, {"format": FORMAT, **description}
         self.records = self.files = self.bytes = 0

@@ -6,7 +6,7 @@ VENV ?= .venv
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 # Versions that the patches cover, besides the one in constraints.txt: older ones run; newer ones, which may be for a
-# newer Python, are read, and run by test-newer-megatron.
+# newer Python, are read and run, too.
 MEGATRON_VERSIONS ?= 0.14.0 0.15.3
 NEWER_MEGATRON_VERSIONS ?= 0.17.1 0.18.2 0.19.2
 # Transformer Engine versions whose Python code the tests run: the oldest and newest supported, one in between.
@@ -33,14 +33,14 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help venv demo test test-megatron test-newer-megatron test-megatron-lm test-te test-kernels test-slurm \
+.PHONY: help venv demo test test-megatron test-megatron-lm test-te test-kernels test-slurm \
     test-frameworks te-coverage gpu wheels lint bench silent-bugs fuzz clean distclean
 
 help:
 	@echo "make demo    train Qwen3 at TP=1/2/4/8, stock and patched; then at seven layouts; compare every bit; draw the picture"
-	@echo "make test    run the tests; test-megatron only those against older versions of megatron-core,"
-	@echo "             test-te only those of Transformer Engine's layers (TE $(TE_VERSIONS), on CPU)"
-	@echo "make test-newer-megatron  the patches on newer versions of megatron-core, mixtures of experts among them"
+	@echo "make test    run the tests"
+	@echo "make test-megatron  the patches on other versions of megatron-core: $(MEGATRON_VERSIONS) $(NEWER_MEGATRON_VERSIONS)"
+	@echo "make test-te  the patches of Transformer Engine's layers, on a CPU: TE $(TE_VERSIONS)"
 	@echo "make test-megatron-lm MEGATRON_LM=path  Megatron-LM's own pretrain_gpt.py, unmodified, on a checkout"
 	@echo "make test-kernels  the GPU kernels without a GPU: in Triton's interpreter, and what the compiler makes of them"
 	@echo "make te-coverage  which lines of Transformer Engine's layers those tests run"
@@ -75,13 +75,15 @@ demo: $(READY)
 	@echo "==> sweep $(LAYOUTS): one run, any layout"
 	@$(BIN)/tpcheck sweep $(LAYOUTS)
 
-test: $(READY) test-megatron test-te
+test: $(READY)
 	@echo "==> tests"
 	@$(PYTEST) --ignore tests/patches/kernels
 
 colon = $(subst $() ,:,$(strip $(1)))
 
-test-megatron: $(MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%) $(NEWER_MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%)
+# The code of newer versions runs on an older Python than they ask for; what of Triton it imports is not called.
+test-megatron: $(VENV)/triton-$(TRITON_VERSION) \
+    $(MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%) $(NEWER_MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%)
 	@echo "==> call sites in megatron-core $(NEWER_MEGATRON_VERSIONS)"
 	@MEGATRON_SOURCES=$(call colon,$(NEWER_MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%)) \
 	    $(BIN)/python -m pytest -q -W ignore tests/patches/test_call_sites.py
@@ -94,9 +96,6 @@ test-megatron: $(MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%) $(NEWER_MEGATRON_V
 	        tests/patches/megatron/moe/test_refusals.py \
 	        -k "other_versions or under_tree and (qwen3 or distributed or initialised) or every_layout and tied or very_object or weights or saved or by_blocks and (qwen3 or unfused)" || exit 1; \
 	done
-
-# The code of newer versions runs on an older Python than they ask for; what of Triton it imports is not called.
-test-newer-megatron: $(VENV)/triton-$(TRITON_VERSION) $(NEWER_MEGATRON_VERSIONS:%=$(VENV)/megatron-core-%)
 	@for version in $(NEWER_MEGATRON_VERSIONS); do \
 	    echo "==> the patches on megatron-core $$version"; \
 	    PYTHONPATH=$(VENV)/megatron-core-$$version:tests/support/typing_override:$< $(PYTEST) -q -W ignore \

@@ -106,7 +106,7 @@ def test_training_under_gather_has_same_bits_at_every_pp():
         assert not differences(one, run("gather", **layout, **options)), layout
 
 
-@pytest.mark.parametrize("dtype", ("bf16", "fp32"))
+@pytest.mark.parametrize("dtype", ("bf16", pytest.param("fp32", marks=pytest.mark.slow)))
 def test_wide_layers_have_same_bits_at_every_tp_and_thread_count(dtype):
     """Hidden sizes from 1024 up are where libraries begin to pick kernels by shape."""
     options = {"model": WIDE, "dtype": dtype, "seq": 40, "micro_batch": 1, "vocab": 1016}

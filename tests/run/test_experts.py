@@ -12,6 +12,7 @@ from tests.support.small_run import train
 from tests.support.traces import Runs
 from tpcheck.config.load import parse_run
 from tpcheck.errors import TpcheckError
+from tpcheck.run import model
 from tpcheck.sweep.spec import load_sweep
 
 MIXTURE = ("model.preset=qwen3-moe-tiny", "batch=order-free", "micro_batch_size=1", "sequence_parallel=true", "steps=4")
@@ -69,3 +70,10 @@ def test_expert_parallelism_is_an_axis_where_the_batch_has_no_order(tmp_path: Pa
 def test_what_a_mixture_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(TpcheckError, match=message):
         parse_run({"model": "qwen3-moe-tiny", "batch": "order-free", "sequence_parallel": True, **settings})
+
+
+def test_an_older_megatron_core_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_run({"model": "qwen3-moe-tiny", "strategy": "stock"})
+    monkeypatch.setattr(model, "library_version", lambda name: "0.15.3")
+    with pytest.raises(TpcheckError, match="experts need megatron-core >=0.16, not 0.15.3: install one"):
+        model.transformer_config(config)

@@ -36,10 +36,13 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
+from packaging.specifiers import SpecifierSet
 
 from patches.call_site import context_group
 from patches.megatron import initial_weights
+from patches.megatron.moe.refusals import VERSIONS as MIXTURES
 from patches.order.chunks import begin_gather
+from patches.registry import library_version
 from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.run.dtypes import DTYPES
@@ -71,6 +74,9 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     model, dtype = config.model, DTYPES[config.dtype]
     if config.gradient_accumulation_fusion and config.strategy == "stock" and not layers._grad_accum_fusion_available:
         raise TpcheckError("gradient_accumulation_fusion needs Apex's fused_weight_gradient_mlp_cuda: set it false")
+    found = library_version("megatron-core")
+    if model.experts and (found is None or not SpecifierSet(MIXTURES).contains(found, prereleases=True)):
+        raise TpcheckError(f"experts need megatron-core {MIXTURES}, not {found}: install one, or train without them")
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     try:
         return TransformerConfig(

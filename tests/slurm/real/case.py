@@ -129,10 +129,12 @@ class Case:
             thread.join()
 
     def _brake(self, cell: str, seconds: float, over: threading.Event) -> None:
+        known: list[psutil.Process] = []
         while not over.wait(0.1):
-            ranks = self.ranks(cell) if self._step(cell) else []
+            ranks = known if self._step(cell) else []
             _each(ranks, "suspend")
-            over.wait(seconds if ranks else 0.2)
+            known = self.ranks(cell)  # while they are halted: on a busy machine it takes as long as many steps
+            over.wait(seconds if ranks else 0.0)
             _each([rank for rank in ranks if rank not in self.stopped], "resume")
 
     def _step(self, cell: str) -> int:

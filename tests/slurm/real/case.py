@@ -133,7 +133,8 @@ class Case:
         while not over.wait(0.1):
             ranks = known if self._step(cell) else []
             _each(ranks, "suspend")
-            known = self.ranks(cell)  # while they are halted: on a busy machine it takes as long as many steps
+            # While they are halted, and only if they are gone: on a busy machine it takes as long as many steps.
+            known = [rank for rank in known if rank.is_running()] or self.ranks(cell)
             over.wait(seconds if ranks else 0.0)
             _each([rank for rank in ranks if rank not in self.stopped], "resume")
 

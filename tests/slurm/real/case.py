@@ -129,13 +129,10 @@ class Case:
             thread.join()
 
     def _brake(self, cell: str, seconds: float, over: threading.Event) -> None:
-        known: list[psutil.Process] = []
         while not over.wait(0.1):
-            ranks = known if self._step(cell) else []
+            ranks = self.ranks(cell) if self._step(cell) else []
             _each(ranks, "suspend")
-            # While they are halted, and only if they are gone: on a busy machine it takes as long as many steps.
-            known = [rank for rank in known if rank.is_running()] or self.ranks(cell)
-            over.wait(seconds if ranks else 0.0)
+            over.wait(seconds if ranks else 0.2)
             _each([rank for rank in ranks if rank not in self.stopped], "resume")
 
     def _step(self, cell: str) -> int:

@@ -159,20 +159,19 @@ def command(name: str, device: str, folder: Path, seconds: float) -> list[str]:
     if name == "doctor":
         shape = ["qwen3-8b", "seq_length=4096", "micro_batch_size=1", "global_batch_size=1"]
         return [sys.executable, "-m", "tpcheck", "doctor", *(shape if device == "cuda" else ["qwen3-tiny"])]
+    if name in SECTIONS:
+        bench = [sys.executable, "-W", "ignore", "-m", "tests.gpu.bench", "--device", device, "--out", str(folder)]
+        sections = [argument for section in SECTIONS[name] for argument in ("--only", section)]
+        return [*bench, *sections, "--seconds", f"{max(0.0, seconds - MARGIN):.0f}"]
     pytest = [sys.executable, "-m", "pytest", "-v", "--durations=10", "-p", "tests.gpu.at_once"]
     pytest += ["-p", "no:cacheprovider", "-p", "no:benchmark"]
     # Of one test: it ends a worker, and another takes its place. A signal would wait for the GPU, as the test does.
     pytest += [f"--timeout={max(30.0, seconds / 3):.0f}", "--timeout-method=thread"]
-    if name in ("kernels", "tests"):
-        pytest += [f"--junitxml={folder / name}.xml", "-n", str(WORKERS[device][name]), "--dist", "worksteal"]
+    pytest += [f"--junitxml={folder / name}.xml", "-n", str(WORKERS[device][name]), "--dist", "worksteal"]
     if name == "kernels":
         return [*pytest, str(KERNELS)]
-    if name == "tests":
-        marked = "gpu" if device == "cuda" else "not gpu and not slow"
-        return [*pytest, "-m", marked, *map(str, sorted(TESTS.rglob("test_gpu.py")))]
-    bench = [sys.executable, "-W", "ignore", "-m", "tests.gpu.bench", "--device", device, "--out", str(folder)]
-    sections = [argument for section in SECTIONS[name] for argument in ("--only", section)]
-    return [*bench, *sections, "--seconds", f"{max(0.0, seconds - MARGIN):.0f}"]
+    marked = "gpu" if device == "cuda" else "not gpu and not slow"
+    return [*pytest, "-m", marked, *map(str, sorted(TESTS.rglob("test_gpu.py")))]
 
 
 def run_part(name: str, device: str, folder: Path, seconds: float, environment: dict[str, str]) -> dict[str, object]:

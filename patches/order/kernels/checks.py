@@ -5,8 +5,8 @@ so do added, batched and scaled results, single rows, leaves that are added by t
 more tiles than the device has processors, so that programs go on to a second one, and more k steps a leaf than stages
 of loads, so that buffers are used again; each is launched several times, so that a race has chances to show.
 
-On an H100 that is some 45 kernels, which take Triton half a minute to compile once (an estimate; they are then on disk,
-and most of them a training step needs as well), and 130 launches of about 0.2 ms.
+On an H100 that is some 45 kernels, which take Triton about a minute to compile once (they are then on disk, and most of
+them a training step needs as well), and 130 launches of about 0.2 ms.
 """
 
 from __future__ import annotations

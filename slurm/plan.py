@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slurm.commands import max_array_size
-from tpcheck.files.names import CANCELLED, CELLS, DIGESTS, EXIT_REASONS
+from tpcheck.files.names import CELLS
 from tpcheck.sweep.completeness import is_complete, only_one
-from tpcheck.sweep.spec import Cell, load_sweep
-from tpcheck.sweep.stored_spec import write_run, write_sweep
+from tpcheck.sweep.spec import load_sweep
+from tpcheck.sweep.stored_spec import prepare_job, write_sweep
 
-__all__ = ["command", "plan", "prepare"]
+__all__ = ["command", "plan"]
 
 
 def command(path: Path, overrides: Sequence[str]) -> int:
@@ -36,7 +36,7 @@ def plan(path: Path, overrides: Sequence[str] = ()) -> list[str]:
         todo = [(place, cell) for place, cell in enumerate(sweep.cells) if not is_complete(cell)]
         write_sweep(sweep)
         for place, cell in todo:
-            prepare(cell)
+            prepare_job(cell)
             first = place - place % largest
             arrays.setdefault((cell.arch, cell.config.world_size, first), []).append(str(place - first))
         (sweep.output / CELLS).write_text("".join(f"{cell.name}\n" for cell in sweep.cells))
@@ -56,11 +56,3 @@ def _code(output: Path) -> str:
     from slurm.snapshot import Snapshot  # imports torch, which a login shell in a clone can do without
 
     return f"CODE={shlex.quote(str(Snapshot.now().write(output)))} "
-
-
-def prepare(cell: Cell) -> None:
-    """Make the cell's directory what its job wants to find."""
-    write_run(cell, cell.path.absolute())  # wherever the job starts
-    (cell.path / CANCELLED).unlink(missing_ok=True)
-    (cell.path / EXIT_REASONS).unlink(missing_ok=True)  # why an earlier job ended is no reason of this one
-    (cell.path / DIGESTS).unlink(missing_ok=True)  # of fewer steps, or the cell would be complete

@@ -25,7 +25,6 @@ from rich.console import Console
 from slurm import preflight, sbatch, submissions
 from slurm.allocation import Allocation, allocation_of
 from slurm.commands import max_array_size
-from slurm.plan import prepare
 from slurm.profile import Profile, load_profile
 from slurm.queue import job_states
 from slurm.script import Script
@@ -40,7 +39,7 @@ from tpcheck.files.names import LOG, MANIFEST, RUN, SLURM_JOBS
 from tpcheck.sweep import conclude
 from tpcheck.sweep.completeness import is_complete, only_one, other_settings
 from tpcheck.sweep.spec import Cell, Sweep, load_sweep
-from tpcheck.sweep.stored_spec import write_sweep
+from tpcheck.sweep.stored_spec import prepare_job, write_sweep
 
 __all__ = ["command"]
 
@@ -159,7 +158,7 @@ def _submit(script: Script, sweep: Sweep, cluster: str) -> Submission:
     """Submit the script, and note it before and after."""
     for cell in sweep.cells:
         if cell.name in script.cells:
-            prepare(cell)
+            prepare_job(cell)
     script.folder.mkdir(parents=True, exist_ok=True)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     submission = Submission(now, cluster, script.name, None, script.cells, script.folder)

@@ -182,7 +182,7 @@ def try_case(kind: str, seed: int, source: Source, scratch: Path) -> list[Tried]
 def _no_ranks() -> Iterator[None]:
     """`train` up to the point where ranks are started."""
     before = launch.fork_ranks
-    launch.fork_ranks = lambda prepared, start: 0
+    launch.fork_ranks = lambda world_size, log, work: (0, None)
     try:
         yield
     finally:

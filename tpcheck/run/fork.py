@@ -1,7 +1,7 @@
 """Ranks forked from this process after one import, and what becomes of them.
 
-    fork_ranks ── fork tp * cp * pp * dp ranks ── wait
-                        └─ the first that fails takes the others with it
+    fork_ranks ── fork them ── work(place, pulse) in each ── wait
+                                   └─ the first that fails takes the others with it
 
 A forked rank leads its own process group and dies with its parent, so nothing is left behind.
 """
@@ -17,43 +17,51 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tpcheck.errors import TpcheckError
 from tpcheck.files.json_files import write_object
-from tpcheck.files.names import LOG
-from tpcheck.files.result_dir import final_digests
 from tpcheck.run import exit_reason
 from tpcheck.run.heartbeat import ENDED, PATIENCE, Pulse, no_sign_of
 from tpcheck.run.place import Place
-from tpcheck.run.prepared import Prepared
-from tpcheck.run.rank import SIGNALS, run_rank
 
-__all__ = ["fork_ranks"]
+__all__ = ["SIGNALS", "fork_ranks"]
 
+SIGNALS = {signal.SIGTERM, signal.SIGUSR2, signal.SIGINT}  # each asks a run to save and leave
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 1.0  # for the other ranks to say why they fail, before they are killed
 PR_SET_PDEATHSIG = 1
 
+Work = Callable[[Place, Pulse], None]
 
-def fork_ranks(prepared: Prepared, start: int) -> int:
-    """Train in ranks forked from here, from step `start` on; their exit code. Bad input that a rank found is raised."""
+
+def fork_ranks(world_size: int, log: Path, work: Work) -> tuple[int, int | None]:
+    """Do `work` in `world_size` ranks forked from here.
+
+    Args:
+        log: where it is noted what has ended them.
+        work: what a rank does, given its place and where to show that it is alive; it unblocks `SIGNALS`.
+
+    Returns:
+        An exit code, and the signal that asked the ranks to stop, if one did.
+
+    Raises:
+        TpcheckError: bad input that a rank found.
+    """
     ranks: dict[int, int] = {}
-    world_size = prepared.config.world_size
     pulse = Pulse(world_size)
     with tempfile.TemporaryDirectory(prefix="tpcheck-") as scratch, _forwarded_signals(ranks) as asked:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             for rank in range(world_size):
                 place = Place(rank, world_size, rank, f"file://{scratch}/store")
-                ranks[rank] = _fork(prepared, place, start, Path(scratch), pulse)
+                ranks[rank] = _fork(work, place, Path(scratch), pulse)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        code = _supervise(ranks, Path(scratch), Path(prepared.config.output) / LOG, pulse, asked)
-    stopped_early = asked and not final_digests(Path(prepared.config.output), prepared.config.steps)
-    return code or (128 + asked[0] if stopped_early else 0)
+        code = _supervise(ranks, Path(scratch), log, pulse, asked)
+    return code, asked[0] if asked else None
 
 
 @contextlib.contextmanager
@@ -78,7 +86,7 @@ def _forwarded_signals(ranks: dict[int, int]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _fork(prepared: Prepared, place: Place, start: int, scratch: Path, pulse: Pulse) -> int:
+def _fork(work: Work, place: Place, scratch: Path, pulse: Pulse) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -92,7 +100,7 @@ def _fork(prepared: Prepared, place: Place, start: int, scratch: Path, pulse: Pu
         place.announce()
         if "lo" in (name for _, name in socket.if_nameindex()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        code = _run_reported(prepared, place, start, scratch, pulse)
+        code = _reported(work, place, scratch, pulse)
     finally:
         os._exit(code)
 
@@ -102,10 +110,10 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _run_reported(prepared: Prepared, place: Place, start: int, scratch: Path, pulse: Pulse) -> int:
-    """Run a rank; why it fails goes to a file of its own in `scratch`."""
+def _reported(work: Work, place: Place, scratch: Path, pulse: Pulse) -> int:
+    """Do a rank's work; why it fails goes to a file of its own in `scratch`."""
     try:
-        run_rank(prepared, place, start, pulse)
+        work(place, pulse)
         return 0
     except TpcheckError as error:
         report = {"refused": True, "why": str(error)}

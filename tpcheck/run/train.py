@@ -18,13 +18,14 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
 
 from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.files.names import DIGESTS, TRACE
 from tpcheck.run import checkpointing, exit_reason, provenance
-from tpcheck.run.data import rank_batches
+from tpcheck.run.data import Source, rank_batches
 from tpcheck.run.heartbeat import Watch
 from tpcheck.run.model import (
     attention_backend,
@@ -35,15 +36,23 @@ from tpcheck.run.model import (
     train_step,
 )
 from tpcheck.run.place import Place
-from tpcheck.run.prepared import Prepared
 from tpcheck.run.resume import continued
 from tpcheck.run.ring import connected
 from tpcheck.run.step_display import Steps
 from tpcheck.trace import trace
 
-__all__ = ["Stop", "enable_patches", "process_group", "train"]
+__all__ = ["Prepared", "Stop", "enable_patches", "process_group", "train"]
 
 TIMEOUT = datetime.timedelta(minutes=10)  # a collective that waits longer has lost a rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run of which everything is decided that its ranks share; forked ranks inherit it."""
+
+    config: RunConfig
+    model: TransformerConfig
+    data: Source
 
 
 def train(prepared: Prepared, place: Place, start: int | None, stop: Stop, display: TextIO | None = None) -> None:

@@ -14,11 +14,11 @@ import yaml
 from tpcheck.config.load import parse_run
 from tpcheck.errors import TpcheckError, shown
 from tpcheck.files.json_files import read_object, write_object
-from tpcheck.files.names import RUN, SWEEP
+from tpcheck.files.names import CANCELLED, DIGESTS, EXIT_REASONS, RUN, SWEEP
 from tpcheck.files.records import SweepRecord
 from tpcheck.sweep.spec import Cell, Sweep
 
-__all__ = ["read_sweep", "write_run", "write_sweep"]
+__all__ = ["prepare_job", "read_sweep", "write_run", "write_sweep"]
 
 FORMAT = 1
 
@@ -46,6 +46,14 @@ def write_run(cell: Cell, output: Path) -> Path:
     config = cell.config.model_dump(mode="json") | {"output": str(output)}
     (cell.path / RUN).write_text(yaml.safe_dump(config, sort_keys=False))
     return cell.path / RUN
+
+
+def prepare_job(cell: Cell) -> None:
+    """Make the cell's directory what a job on a cluster wants to find."""
+    write_run(cell, cell.path.absolute())  # wherever the job starts
+    (cell.path / CANCELLED).unlink(missing_ok=True)
+    (cell.path / EXIT_REASONS).unlink(missing_ok=True)  # why an earlier job ended is no reason of this one
+    (cell.path / DIGESTS).unlink(missing_ok=True)  # of fewer steps, or the cell would be complete
 
 
 def read_sweep(output: Path) -> Sweep:

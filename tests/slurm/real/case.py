@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -42,7 +41,11 @@ PROFILE: dict[str, Any] = {
     "time": "00:10:00",
     "save_before_end": 120,
     "cpus_per_rank": 1,
-    "env": {"OMP_NUM_THREADS": 1, "GLOO_SOCKET_IFNAME": "lo"},
+    "env": {
+        "OMP_NUM_THREADS": 1,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": str(ROOT / "tests" / "support" / "slow_steps"),  # see `slowed`
+    },
     "architectures": {
         "h100": {"constraint": "h100", "nodes": 2, "ranks_per_node": 2, "memory_gib": 16},
         "b300": {"constraint": "b300", "nodes": 2, "ranks_per_node": 1, "memory_gib": 16},
@@ -57,7 +60,6 @@ class Case:
         self.cluster = cluster
         self.folder = folder
         self.out = folder / "out"
-        self.stopped: list[psutil.Process] = []  # ranks that `slowed` leaves alone
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, matrix: dict[str, Any] | None = None, **profile: Any) -> None:
@@ -117,23 +119,18 @@ class Case:
         return found
 
     @contextmanager
-    def slowed(self, cell: str, seconds: float = 1.0) -> Iterator[None]:
-        """While this lasts, `cell` comes to a halt for `seconds` again and again once it trains: it can't get ready."""
-        over = threading.Event()
-        thread = threading.Thread(target=self._brake, args=(cell, seconds, over))
-        thread.start()
+    def slowed(self, cell: str, seconds: float = 2.0) -> Iterator[None]:
+        """While this lasts, every step of `cell` takes `seconds` more, however fast or slow the machine is.
+
+        To be begun before the cell is submitted, and left when what is done to it has had its effect.
+        """
+        slow = self.out / cell / "slow"
+        slow.parent.mkdir(parents=True, exist_ok=True)
+        slow.write_text(str(seconds))
         try:
             yield
         finally:
-            over.set()
-            thread.join()
-
-    def _brake(self, cell: str, seconds: float, over: threading.Event) -> None:
-        while not over.wait(0.1):
-            ranks = self.ranks(cell) if self._step(cell) else []
-            _each(ranks, "suspend")
-            over.wait(seconds if ranks else 0.2)
-            _each([rank for rank in ranks if rank not in self.stopped], "resume")
+            slow.unlink()
 
     def _step(self, cell: str) -> int:
         records = result_dir.read_steps(self.out / cell)
@@ -192,11 +189,3 @@ def train_here(folder: Path) -> subprocess.Popen[bytes]:
     (folder / "run.yaml").write_text(yaml.safe_dump({**RUN, "output": str(folder / "run")}))
     command = [sys.executable, "-m", "tpcheck", "train", str(folder / "run.yaml")]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def _each(ranks: list[psutil.Process], action: str) -> None:
-    for rank in ranks:
-        try:
-            getattr(rank, action)()
-        except psutil.NoSuchProcess:
-            continue

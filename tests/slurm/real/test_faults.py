@@ -24,8 +24,8 @@ SOON = 120.0  # seconds for what Slurm or a cell does at once, on a machine that
 @together
 def test_a_cell_that_reaches_its_time_limit_saves_queues_again_and_goes_on(case: Case) -> list[str]:
     case.write(time="00:01:00", save_before_end=30)
-    case.submit()
     with case.slowed(CELL, seconds=6):  # too slow for one minute
+        case.submit()
         case.wait_for_attempt(CELL, 2)
     case.wait_until_complete(CELL)
     assert len(case.jobs(CELL)) == 1
@@ -35,11 +35,11 @@ def test_a_cell_that_reaches_its_time_limit_saves_queues_again_and_goes_on(case:
 @together
 def test_a_node_that_loses_its_power_costs_the_steps_since_the_last_checkpoint(case: Case) -> list[str]:
     case.write(sbatch={"exclude": "h1"})
-    case.submit()
     with case.slowed(CELL):
+        case.submit()
         case.wait_for_step(CELL, 7)
         case.cluster.fail("h2")
-    wait_for(lambda: not case.ranks(CELL), SOON, "the ranks on h2 to be gone")
+        wait_for(lambda: not case.ranks(CELL), SOON, "the ranks on h2 to be gone")
     # Slurm misses it after SlurmdTimeout, and gives the cell to the node again once it is back.
     wait_for(lambda: "down" in case.cluster.run("sinfo", "-h", "-n", "h2", "-o", "%T"), SOON, "h2 to be missed")
     case.cluster.start_slurmd("h2")
@@ -52,8 +52,8 @@ def test_a_node_that_loses_its_power_costs_the_steps_since_the_last_checkpoint(c
 @together
 def test_a_slurmd_that_dies_alone_and_comes_back_costs_nothing(case: Case) -> list[str]:
     case.write(sbatch={"exclude": "h1"})
-    case.submit()
     with case.slowed(CELL):
+        case.submit()
         case.wait_for_step(CELL, 2)
         case.cluster.kill_slurmd("h2")
         case.wait_for_step(CELL, 4)
@@ -67,9 +67,9 @@ def test_a_slurmd_that_dies_alone_and_comes_back_costs_nothing(case: Case) -> li
 def test_a_preempted_cell_saves_and_goes_on_when_the_other_job_has_ended(case: Case) -> list[str]:
     matrix = {"strategy": ["tree"], "tp": [1], "arch": ["b300"]}
     case.write(matrix, partition="scavenge", sbatch={"exclude": "b1"})
-    case.submit()
     cell = "tree-tp1-b300"
     with case.slowed(cell, seconds=3):  # or it may be complete before the other job is there
+        case.submit()
         case.wait_for_step(cell, 2)
         other = ["sbatch", "--parsable", "--partition=b300", "--nodelist=b2", "--exclusive", "--output=/dev/null"]
         high = case.cluster.run(*other, "--job-name=urgent", "--wrap=sleep 2")
@@ -82,8 +82,8 @@ def test_a_preempted_cell_saves_and_goes_on_when_the_other_job_has_ended(case: C
 @together
 def test_scancel_with_usr2_saves_at_the_next_step_and_the_cell_goes_on_from_there(case: Case) -> list[str]:
     case.write()
-    case.submit()
     with case.slowed(CELL):
+        case.submit()
         case.wait_for_step(CELL, 2)
         case.cluster.run("scancel", "--full", "--signal=USR2", case.jobs(CELL)[0])  # the script as well
         case.wait_for_attempt(CELL, 2)
@@ -97,9 +97,9 @@ def test_scancel_with_usr2_saves_at_the_next_step_and_the_cell_goes_on_from_ther
 def test_usr2_reaches_the_ranks_below_torchrun_on_two_nodes(case: Case) -> list[str]:
     need_node_names()
     case.write({"strategy": ["tree"], "tp": [2], "arch": ["b300"]}, launcher="torchrun")
-    case.submit()
     cell = "tree-tp2-b300"
     with case.slowed(cell):
+        case.submit()
         case.wait_for_step(cell, 2)
         case.cluster.run("scancel", "--signal=USR2", case.jobs(cell)[0])
         case.wait_for_attempt(cell, 2)
@@ -113,9 +113,9 @@ def test_usr2_reaches_the_ranks_below_torchrun_on_two_nodes(case: Case) -> list[
 def test_a_killed_rank_takes_its_cell_down_and_both_ranks_come_back(case: Case) -> list[str]:
     need_node_names()
     case.write({"strategy": ["tree"], "tp": [2], "arch": ["h100"]})
-    case.submit()
     cell = "tree-tp2-h100"
     with case.slowed(cell):
+        case.submit()
         case.wait_for_step(cell, 7)
         case.ranks(cell)[1].kill()
         case.wait_for_attempt(cell, 2)
@@ -128,12 +128,11 @@ def test_a_killed_rank_takes_its_cell_down_and_both_ranks_come_back(case: Case) 
 def test_a_stopped_rank_keeps_its_cell_neither_from_answering_term_nor_from_going_on(case: Case) -> list[str]:
     need_node_names()
     case.write({"strategy": ["tree"], "tp": [2], "arch": ["h100"]})
-    case.submit()
     cell = "tree-tp2-h100"
     with case.slowed(cell):
+        case.submit()
         case.wait_for_step(cell, 2)
-        case.stopped += case.ranks(cell)[1:]
-        case.stopped[0].suspend()
+        case.ranks(cell)[1].suspend()
     case.cluster.run("scancel", "--signal=TERM", case.jobs(cell)[0])
     case.wait_for_attempt(cell, 2)
     case.wait_until_complete(cell)
@@ -144,14 +143,14 @@ def test_a_stopped_rank_keeps_its_cell_neither_from_answering_term_nor_from_goin
 @together
 def test_a_controller_that_is_down_when_a_cell_wants_to_queue_again_is_waited_for(case: Case) -> list[str]:
     case.write()
-    case.submit()
     with case.slowed(CELL):
+        case.submit()
         case.wait_for_step(CELL, 2)
         case.cluster.kill_controller()
         for rank in case.ranks(CELL):
             rank.send_signal(signal.SIGUSR2)
-    try:
         wait_for(lambda: not case.ranks(CELL), SOON, "the cell to save and leave")
+    try:
         out = case.tpcheck("status", str(case.out)).stdout
         assert "unknown" in out
         assert "nothing is known" in out
@@ -195,11 +194,11 @@ def test_a_submission_interrupted_half_way_is_finished_by_the_next_one_and_nothi
 def test_a_full_disk_fails_the_cell_and_with_room_again_it_goes_on_from_its_last_checkpoint(case: Case) -> list[str]:
     case.write()
     with _small_disk(case.out):
-        case.submit()
         with case.slowed(CELL):
+            case.submit()
             case.wait_for_step(CELL, 7)
             _fill(case.out / "filler")
-        wait_for(lambda: not case.ranks(CELL), SOON, "the cell to fail")
+            wait_for(lambda: not case.ranks(CELL), SOON, "the cell to fail")
         wait_for(lambda: "failed" in case.tpcheck("status", str(case.out)).stdout, SOON, "status to say so")
         assert "No space left on device" in case.tpcheck("status", str(case.out)).stdout
         assert case.attempts(CELL) == 1
@@ -215,9 +214,9 @@ def test_a_full_disk_fails_the_cell_and_with_room_again_it_goes_on_from_its_last
 @together
 def test_cancelled_cells_are_not_queued_again_whoever_cancels_them(case: Case) -> list[str]:
     case.write({"strategy": ["tree"], "tp": [1], "seed": [1, 2, 3], "arch": ["h100"]}, throttle=2)
-    case.submit()
     first, second, third = (f"tree-tp1-seed{seed}-h100" for seed in (1, 2, 3))
     with case.slowed(first, seconds=4), case.slowed(second, seconds=4):
+        case.submit()
         case.wait_for_step(first, 1)
         case.wait_for_step(second, 1)
         assert "cancelled tree-tp1-seed3" in case.tpcheck("cancel", str(case.out), third).stdout

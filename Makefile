@@ -34,7 +34,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 export PYTHONUNBUFFERED := 1
 
 .PHONY: help venv demo test test-megatron test-megatron-lm test-te test-kernels test-slurm \
-    test-frameworks te-coverage gpu wheels lint bench silent-bugs fuzz clean distclean
+    test-frameworks test-studies te-coverage gpu wheels lint bench silent-bugs fuzz clean distclean
 
 help:
 	@echo "make demo    train Qwen3 at TP=1/2/4/8, stock and patched; then at seven layouts; compare every bit; draw the picture"
@@ -47,8 +47,8 @@ help:
 	@echo "make gpu     on a GPU machine, within ten minutes: a layer against stock, kernels, bits, into $(GPU_RESULTS)/<device>"
 	@echo "make wheels  what make gpu may miss there, fetched here into $(WHEELS), to be carried along"
 	@echo "make test-slurm  the tests that start a real Slurm on this machine: two architectures, faults, accounting"
-	@echo "make test-frameworks  traces of Hugging Face models and DeepSpeed, the studies of them and of Keras and JAX"
-	@echo "             installed for it"
+	@echo "make test-frameworks  traces of Hugging Face models and DeepSpeed, installed for it"
+	@echo "make test-studies  what each study finds, at its quick size; Keras and JAX are installed for it, too"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   what the patches cost, as ratios to stock"
 	@echo "make silent-bugs  a hundred silent bugs put into real runs, and whether tpcheck compare finds them"
@@ -77,7 +77,7 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "==> tests"
-	@$(PYTEST) --ignore tests/patches/kernels
+	@$(PYTEST) --ignore tests/patches/kernels $(STUDIES:%=--ignore %)
 
 colon = $(subst $() ,:,$(strip $(1)))
 
@@ -185,7 +185,12 @@ test-slurm: $(READY)
 test-frameworks: $(VENV)/frameworks
 	@echo "==> traces of Hugging Face models and DeepSpeed"
 	@DS_ACCELERATOR=cpu PYTHONPATH=$< $(PYTEST) -q -W ignore tests/trace/test_hugging_face.py tests/trace/test_deepspeed.py
-	@echo "==> studies: frameworks; Keras and JAX"
+
+STUDIES := $(filter-out %/test_house.py,$(wildcard tests/study/test_*.py))
+test-studies: $(VENV)/frameworks
+	@echo "==> studies"
+	@$(PYTEST) --dist loadfile -q $(STUDIES)
+	@echo "==> studies of frameworks; of Keras and JAX"
 	@DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=$< $(PYTEST) --dist loadfile -q -W ignore \
 	    tests/study/test_frameworks.py tests/study/test_keras_jax.py
 

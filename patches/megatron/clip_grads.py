@@ -15,6 +15,9 @@ from patches.registry import attribute
 
 __all__ = ["PATCHES"]
 
+ELEMENTWISE = ("Adam", "AdamW", "FusedAdam", "SGD", "FusedSGD")  # optimizers of torch, Transformer Engine and Apex
+STATES = ("exp_avg_dtype", "exp_avg_sq_dtype", "main_params_dtype")  # of TE's, scaled where they are fp16 or fp8
+
 
 def _get_grad_norm(original: Any) -> Any:
     @torch.no_grad()
@@ -70,13 +73,39 @@ def _count_zeros(original: Any) -> Any:
 
 def _init(original: Any) -> Any:
     def __init__(self: Any, optimizer: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        if config.optimizer not in ("adam", "sgd"):
-            raise UnsupportedError(f"optimizer={config.optimizer!r} is not covered: use adam or sgd")
-        if config.fp16:
-            raise UnsupportedError("fp16 training with loss scaling is not covered: use bf16 or fp32")
+        _refuse(optimizer, config)
         original(self, optimizer, config, *args, **kwargs)
 
     return __init__
+
+
+def _refuse(optimizer: Any, config: Any) -> None:
+    if config.optimizer not in ("adam", "sgd"):
+        raise UnsupportedError(f"optimizer={config.optimizer!r} is not covered: use adam or sgd")
+    if config.fp16:
+        raise UnsupportedError("fp16 training with loss scaling is not covered: use bf16 or fp32")
+    if getattr(config, "optimizer_cpu_offload", False):
+        raise UnsupportedError(
+            "optimizer_cpu_offload=True is not covered, what lies where follows from shards' sizes: set it to False "
+            "(without --optimizer-cpu-offload)"
+        )
+    if getattr(config, "overlap_param_gather_with_optimizer_step", False):
+        raise UnsupportedError(
+            "overlap_param_gather_with_optimizer_step=True is not covered, the gradient norm is then one of norms of "
+            "virtual stages: set it to False (without --overlap-param-gather-with-optimizer-step)"
+        )
+    for name in STATES:
+        if getattr(config, name, torch.float32) not in (torch.float32, torch.bfloat16):
+            raise UnsupportedError(
+                f"{name}={getattr(config, name)} is not covered, since it is scaled by the largest element of a "
+                f"rank's shard: use torch.float32 (without --{name.replace('_', '-')})"
+            )
+    # Megatron before 0.18 calls the optimizer of a muon run "adam".
+    if optimizer is not None and type(optimizer).__name__ not in ELEMENTWISE:
+        cls = type(optimizer)
+        raise UnsupportedError(
+            f"{cls.__module__}.{cls.__name__} is not covered: use {', '.join(ELEMENTWISE)} (--optimizer adam)"
+        )
 
 
 def _norm_patch(name: str, module: str) -> Any:
@@ -106,7 +135,6 @@ PATCHES = [
         "counted in float32, in an order that follows the shards",
         _count_zeros,
         parameters="parameters grad_stats_parallel_group use_decoupled_grad tp_group expert_tp_group",
-        order_free=True,
     ),
     attribute(
         "optimizer-settings",

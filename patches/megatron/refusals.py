@@ -36,6 +36,13 @@ COVERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "cuda_graph_impl": (("none",), "set it to 'none' (--cuda-graph-impl none)"),
     "experimental_attention_variant": ((), "use multi-head or grouped-query attention"),
     "delay_wgrad_compute": ((False,), "set it to False (without --delay-wgrad-compute)"),
+    "softmax_type": (("vanilla",), "set it to 'vanilla' (--softmax-type vanilla)"),
+    "batch_invariant_mode": (
+        (False,),
+        "its kernels take the place of the patches': set it to False (without --batch-invariant-mode)",
+    ),
+    "qk_clip": ((False,), "set it to False (without --qk-clip)"),
+    "has_cond_embedder": ((False,), "its gradient is a sum over stages: set it to False"),
     "use_te_activation_func": ((False,), "set it to False (without --use-te-activation-func)"),
     "use_transformer_engine_op_fuser": (
         (False,),
@@ -51,9 +58,10 @@ COVERED_ORDER_FREE: dict[str, tuple[tuple[Any, ...], str]] = {
         "the loss must be a sum over tokens, divided once, at the end: set it to True (--calculate-per-token-loss)",
     ),
     "mtp_num_layers": ((0,), "its loss is a mean over a micro-batch: set it to None (without --mtp-num-layers)"),
-    "has_cond_embedder": ((False,), "its gradient is a sum over stages: set it to False"),
 }
 
+# Layers of Megatron whose weights, drawn or cut by ranks, and sums depend on TP.
+UNCOVERED_LAYERS = {"MambaMixer", "GatedDeltaNet", "_GDNBase", "DSAttention"}
 UNCOVERED_MODULES = (
     "transformer_engine", "apex", "megatron.core.extensions",
 )  # fmt: skip
@@ -99,6 +107,11 @@ def _check_settings(config: Any, table: dict[str, tuple[tuple[Any, ...], str]], 
 def _module_init(original: Any) -> Any:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         check_config(config)
+        for cls in type(self).__mro__:
+            if cls.__name__ in UNCOVERED_LAYERS and cls.__module__.startswith("megatron.core"):
+                raise UnsupportedError(
+                    f"{cls.__module__}.{cls.__name__} is not covered: build the model of attention and MLP layers alone"
+                )
         original(self, config, *args, **kwargs)
 
     return __init__

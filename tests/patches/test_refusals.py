@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer import OptimizerConfig, muon
+from megatron.core.optimizer.optimizer import FP32Optimizer
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 import patches
+from patches.megatron.refusals import check_config
 from tests.support import plain_megatron
 from tests.support.ranks import on_ranks
 
@@ -29,6 +37,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "cross_entropy_fusion_impl='te'",
     ),
     "fp16": ({"model": {"fp16": True}, "dtype": "fp32"}, "fp16=True"),
+    "attention sinks": ({"model": {"softmax_type": "off-by-one"}}, "softmax_type='off-by-one' is not covered"),
+    "clipped queries and keys": ({"model": {"qk_clip": True}}, "qk_clip=True is not covered"),
+    "batch-invariant kernels": (
+        {"model": {"batch_invariant_mode": True, "attention_backend": AttnBackend.flash}},
+        "batch_invariant_mode=True is not covered",
+    ),
 }
 
 
@@ -118,20 +132,86 @@ def test_transformer_engine_layers_are_refused_by_name():
 
 
 def optimize(**settings: Any) -> None:
-    import torch
-    from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.optimizer.optimizer import FP32Optimizer
-
     patches.enable()
-    FP32Optimizer(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1), OptimizerConfig(**settings), None)
+    config = OptimizerConfig()
+    for name, value in settings.items():  # given to the constructor, some of them need Transformer Engine
+        setattr(config, name, value)
+    FP32Optimizer(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1), config, None)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), (({"optimizer": "muon"}, "optimizer='muon'"), ({"fp16": True}, "fp16"))
+    ("settings", "message"),
+    (
+        ({"optimizer": "muon"}, "optimizer='muon'"),
+        ({"fp16": True}, "fp16"),
+        ({"optimizer_cpu_offload": True}, "optimizer_cpu_offload=True .*without --optimizer-cpu-offload"),
+        (
+            {"overlap_param_gather_with_optimizer_step": True},
+            "overlap_param_gather_with_optimizer_step=True .*the gradient norm is then one of norms of virtual stages",
+        ),
+        ({"exp_avg_dtype": torch.float16}, "exp_avg_dtype=torch.float16 .*without --exp-avg-dtype"),
+        ({"exp_avg_sq_dtype": torch.uint8}, "exp_avg_sq_dtype=torch.uint8 is not covered"),
+        ({"main_params_dtype": torch.float16}, "main_params_dtype=torch.float16 is not covered"),
+    ),
 )
 def test_optimizer_is_refused_by_name(settings, message):
     with pytest.raises(AssertionError, match=message):
         on_ranks(1, lambda: optimize(**settings))
+
+
+class Muon(torch.optim.SGD):
+    """In the place of Megatron's, which is made of a package that is not installed here."""
+
+    def __init__(self, groups: Any, lr: float, **settings: Any) -> None:
+        super().__init__(groups, lr)
+
+
+def muon_that_calls_itself_adam() -> None:
+    def optimizer(config: OptimizerConfig, chunks: Any) -> Any:
+        config.optimizer = "muon"
+        return muon.get_megatron_muon_optimizer(config, chunks)
+
+    muon.HAVE_EMERGING_OPTIMIZERS, muon.TensorParallelMuon = True, Muon
+    plain_megatron.get_megatron_optimizer = optimizer
+    patches.enable()
+    plain_megatron.train()
+
+
+def test_optimizer_is_refused_that_megatron_calls_adam():
+    """It orthogonalises a rank's shard, or picks its products by its shape."""
+    with pytest.raises(AssertionError, match="Muon is not covered: use Adam, AdamW.*--optimizer adam"):
+        on_ranks(1, muon_that_calls_itself_adam)
+
+
+def state_space_layer() -> None:
+    class MambaMixer(MegatronModule):  # Megatron's needs the package mamba-ssm
+        __module__ = "megatron.core.ssm.mamba_mixer"
+
+    patches.enable()
+    parallel_state.initialize_model_parallel()
+    MambaMixer(TransformerConfig(**{**plain_megatron.SHARED, **plain_megatron.QWEN3}))
+
+
+def test_state_space_layers_are_refused_by_name():
+    with pytest.raises(AssertionError, match="mamba_mixer.MambaMixer is not covered: .* attention and MLP layers"):
+        on_ranks(1, state_space_layer)
+
+
+@pytest.mark.parametrize("batch", ("ordered", "order-free"))
+def test_embedder_of_conditions_is_refused_by_name(batch):
+    with patches.enabled(batch=batch), pytest.raises(patches.UnsupportedError, match="has_cond_embedder=True is not"):
+        check_config(SimpleNamespace(has_cond_embedder=True, calculate_per_token_loss=True))
+
+
+def train_in_autocast() -> None:
+    patches.enable()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain_megatron.train(dtype="fp32")
+
+
+def test_autocast_is_refused_by_name():
+    with pytest.raises(AssertionError, match="torch.autocast is not covered: make the parameters bf16"):
+        on_ranks(1, train_in_autocast)
 
 
 def smoothed_loss() -> None:
@@ -148,8 +228,6 @@ def test_label_smoothing_is_refused_by_name():
 
 
 def test_several_distributed_optimizer_instances_are_refused_by_name():
-    from types import SimpleNamespace
-
     from patches.megatron.param_and_grad_buffer import _start_grad_sync
 
     group = SimpleNamespace(ddp_config=SimpleNamespace(num_distributed_optimizer_instances=2))

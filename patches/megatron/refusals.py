@@ -60,8 +60,8 @@ COVERED_ORDER_FREE: dict[str, tuple[tuple[Any, ...], str]] = {
     "mtp_num_layers": ((0,), "its loss is a mean over a micro-batch: set it to None (without --mtp-num-layers)"),
 }
 
-# Layers of Megatron whose weights, drawn or cut by ranks, and sums depend on TP.
-UNCOVERED_LAYERS = {"MambaMixer", "GatedDeltaNet", "_GDNBase", "DSAttention"}
+# Models and layers of Megatron whose weights, drawn or cut by ranks, or sums depend on TP or pipeline stages.
+UNCOVERED_CLASSES = {"HybridModel", "MambaModel", "MambaMixer", "GatedDeltaNet", "_GDNBase", "DSAttention"}
 UNCOVERED_MODULES = (
     "transformer_engine", "apex", "megatron.core.extensions",
 )  # fmt: skip
@@ -108,9 +108,9 @@ def _module_init(original: Any) -> Any:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         check_config(config)
         for cls in type(self).__mro__:
-            if cls.__name__ in UNCOVERED_LAYERS and cls.__module__.startswith("megatron.core"):
+            if cls.__name__ in UNCOVERED_CLASSES and cls.__module__.startswith("megatron.core"):
                 raise UnsupportedError(
-                    f"{cls.__module__}.{cls.__name__} is not covered: build the model of attention and MLP layers alone"
+                    f"{cls.__module__}.{cls.__name__} is not covered: build a GPTModel of attention and MLP layers"
                 )
         original(self, config, *args, **kwargs)
 

@@ -16,6 +16,7 @@ import pytest
 
 import patches
 from patches.megatron.moe.refusals import COVERED
+from patches.megatron.refusals import UNCOVERED_CLASSES
 from patches.registry import SUPPORTED, Patch
 
 FOLDERS = [Path(folder) for folder in os.environ.get("MEGATRON_SOURCES", "").split(":") if folder]
@@ -115,6 +116,12 @@ def test_every_setting_of_mixtures_of_experts_is_refused_or_known(folder: Path):
     of_mixtures = {name for name in settings if re.search("moe|expert", name)}
     assert len(of_mixtures) > 40
     assert of_mixtures <= COVERED.keys() | SETTLED
+
+
+def test_every_class_that_is_refused_by_name_is_one_of_megatrons():
+    files = (file for folder in FOLDERS for file in folder.glob("megatron/core/**/*.py"))
+    found = {name for file in files for name in re.findall(r"^class (\w+)", file.read_text(encoding="utf-8"), re.M)}
+    assert found >= UNCOVERED_CLASSES
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=version_in)

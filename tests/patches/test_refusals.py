@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig, muon
 from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.transformer.enums import AttnBackend
@@ -183,18 +182,19 @@ def test_optimizer_is_refused_that_megatron_calls_adam():
         on_ranks(1, muon_that_calls_itself_adam)
 
 
-def state_space_layer() -> None:
-    class MambaMixer(MegatronModule):  # Megatron's needs the package mamba-ssm
-        __module__ = "megatron.core.ssm.mamba_mixer"
-
+def megatrons(name: str, module: str) -> None:
     patches.enable()
-    parallel_state.initialize_model_parallel()
-    MambaMixer(TransformerConfig(**{**plain_megatron.SHARED, **plain_megatron.QWEN3}))
+    cls = type(name, (MegatronModule,), {"__module__": f"megatron.core.{module}"})  # Megatron's own wants mamba-ssm
+    cls(TransformerConfig(**{**plain_megatron.SHARED, **plain_megatron.QWEN3}))
 
 
-def test_state_space_layers_are_refused_by_name():
-    with pytest.raises(AssertionError, match="mamba_mixer.MambaMixer is not covered: .* attention and MLP layers"):
-        on_ranks(1, state_space_layer)
+@pytest.mark.parametrize(
+    ("name", "module"),
+    (("MambaMixer", "ssm.mamba_mixer"), ("GatedDeltaNet", "ssm.gated_delta_net"), ("HybridModel", "models.hybrid")),
+)
+def test_state_space_layers_and_their_models_are_refused_by_name(name, module):
+    with pytest.raises(AssertionError, match=f"{module}.{name} is not covered: build a GPTModel"):
+        on_ranks(1, megatrons, name, module)
 
 
 @pytest.mark.parametrize("batch", ("ordered", "order-free"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from patches.contract import UnsupportedError
+from patches.contract import UnsupportedError, refuse_first
 from patches.megatron.moe.refusals import VERSIONS
 from patches.order.backend import training_device
 from patches.order.grad_norm import gradient_norm
@@ -80,32 +80,41 @@ def _init(original: Any) -> Any:
 
 
 def _refuse(optimizer: Any, config: Any) -> None:
-    if config.optimizer not in ("adam", "sgd"):
-        raise UnsupportedError(f"optimizer={config.optimizer!r} is not covered: use adam or sgd")
-    if config.fp16:
-        raise UnsupportedError("fp16 training with loss scaling is not covered: use bf16 or fp32")
-    if getattr(config, "optimizer_cpu_offload", False):
-        raise UnsupportedError(
-            "optimizer_cpu_offload=True is not covered, what lies where follows from shards' sizes: set it to False "
-            "(without --optimizer-cpu-offload)"
+    def is_set(name: str) -> bool:
+        return bool(getattr(config, name, False))
+
+    scaled = next((n for n in STATES if getattr(config, n, torch.float32) not in (torch.float32, torch.bfloat16)), "")
+    cls = type(optimizer)
+    refuse_first(
+        (
+            (config.optimizer not in ("adam", "sgd"), f"optimizer={config.optimizer!r}", "use adam or sgd"),
+            (config.fp16, "fp16 training with loss scaling", "use bf16 or fp32"),
+            (
+                is_set("optimizer_cpu_offload"),
+                "optimizer_cpu_offload=True",
+                "what is computed where follows from shards' sizes: set it to False (without --optimizer-cpu-offload)",
+            ),
+            (
+                is_set("overlap_param_gather_with_optimizer_step"),
+                "overlap_param_gather_with_optimizer_step=True",
+                "the gradient norm is then one of norms of virtual stages: set it to False "
+                "(without --overlap-param-gather-with-optimizer-step)",
+            ),
+            (is_set("optimizer_cuda_graph"), "optimizer_cuda_graph=True", "set it to False"),
+            (
+                scaled,
+                f"{scaled}={getattr(config, scaled, None)}",
+                "it is scaled by the largest element of a rank's shard: use torch.float32 "
+                f"(without --{scaled.replace('_', '-')})",
+            ),
+            # Megatron before 0.18 calls the optimizer of a muon run "adam".
+            (
+                optimizer is not None and cls.__name__ not in ELEMENTWISE,
+                f"{cls.__module__}.{cls.__name__}",
+                f"use {', '.join(ELEMENTWISE)} (--optimizer adam)",
+            ),
         )
-    if getattr(config, "overlap_param_gather_with_optimizer_step", False):
-        raise UnsupportedError(
-            "overlap_param_gather_with_optimizer_step=True is not covered, the gradient norm is then one of norms of "
-            "virtual stages: set it to False (without --overlap-param-gather-with-optimizer-step)"
-        )
-    for name in STATES:
-        if getattr(config, name, torch.float32) not in (torch.float32, torch.bfloat16):
-            raise UnsupportedError(
-                f"{name}={getattr(config, name)} is not covered, since it is scaled by the largest element of a "
-                f"rank's shard: use torch.float32 (without --{name.replace('_', '-')})"
-            )
-    # Megatron before 0.18 calls the optimizer of a muon run "adam".
-    if optimizer is not None and type(optimizer).__name__ not in ELEMENTWISE:
-        cls = type(optimizer)
-        raise UnsupportedError(
-            f"{cls.__module__}.{cls.__name__} is not covered: use {', '.join(ELEMENTWISE)} (--optimizer adam)"
-        )
+    )
 
 
 def _norm_patch(name: str, module: str) -> Any:

@@ -148,6 +148,7 @@ def optimize(**settings: Any) -> None:
             {"overlap_param_gather_with_optimizer_step": True},
             "overlap_param_gather_with_optimizer_step=True .*the gradient norm is then one of norms of virtual stages",
         ),
+        ({"optimizer_cuda_graph": True}, "optimizer_cuda_graph=True is not covered"),
         ({"exp_avg_dtype": torch.float16}, "exp_avg_dtype=torch.float16 .*without --exp-avg-dtype"),
         ({"exp_avg_sq_dtype": torch.uint8}, "exp_avg_sq_dtype=torch.uint8 is not covered"),
         ({"main_params_dtype": torch.float16}, "main_params_dtype=torch.float16 is not covered"),

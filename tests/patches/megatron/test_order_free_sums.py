@@ -93,6 +93,22 @@ def misused_embedding() -> dict[str, Any]:
     return plain_megatron.train(**OPTIONS, tied=True)
 
 
+def test_a_gradient_that_comes_after_its_sum_was_rounded_is_refused():
+    """Two calls of forward and backward before one update: the second would add integers to the first's float32."""
+
+    def two_calls() -> None:
+        get, micro_batches = plain_megatron.get_forward_backward_func, plain_megatron.samples
+
+        def call_twice(**given: Any) -> Any:
+            get()(**{**given, "data_iterator": micro_batches(7, 200, OPTIONS["seq"], 1, OPTIONS["global_batch"])})
+            return get()(**given)
+
+        plain_megatron.get_forward_backward_func = lambda: call_twice
+
+    with pytest.raises(AssertionError, match="came after the batch's sums had been rounded: call zero_grad_buffer"):
+        on_ranks(1, train, two_calls, {})
+
+
 def test_a_part_of_a_gradient_that_nobody_adds_is_refused_by_name():
     with pytest.raises(
         AssertionError, match="word_embeddings.weight, or a part of it, is summed by a module that is not"

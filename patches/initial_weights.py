@@ -25,9 +25,10 @@ from patches.contract import UnsupportedError
 from patches.order.backend import training_device
 from patches.registry import REGISTRY
 
-__all__ = ["WHY", "Noted", "drawn_by_name", "is_building", "note"]
+__all__ = ["DRAWN", "WHY", "Noted", "drawn_by_name", "is_building", "note"]
 
 NOTE = "_patches_draw"
+DRAWN = "_patches_drawn"  # of a weight that was noted, then drawn
 SHARED = "embedding.word_embeddings.weight"  # the name of both copies, where two pipeline stages hold one
 WHY = "what is drawn from a shared generator follows from all that was drawn before, in shapes that TP changes"
 
@@ -83,6 +84,7 @@ def note(
     if isinstance(init_method, Noted):
         init_method = init_method.init_method
     draw = Draw(init_method, dim, stride, rank, size)
+    setattr(weight, DRAWN, True)
     if _building.get():
         setattr(weight, NOTE, draw)
     else:

@@ -193,6 +193,24 @@ def test_ranks_that_hold_different_things_are_told_before_the_first_update(chang
     assert answers[0] == answers[1] and said in answers[0] and bool(said) == bool(answers[0])
 
 
+def train_a_model_that_is_older_than_the_patches(tp: int) -> dict[str, Any]:
+    patches.cpu.enable()
+    wrap = plain_megatron.DistributedDataParallel
+
+    def enable_and_wrap(*args: Any, **kwargs: Any) -> Any:
+        patches.enable()
+        return wrap(*args, **kwargs)
+
+    plain_megatron.DistributedDataParallel = enable_and_wrap
+    return plain_megatron.train(tp=tp, shape="gpt2", model={"use_cpu_initialization": False})
+
+
+def test_a_model_that_is_older_than_the_patches_is_refused_where_it_is_spread() -> None:
+    """Nothing else tells it apart: LayerNorms of a whole hidden size are torch's own at every TP."""
+    with pytest.raises(AssertionError, match="word_embeddings was built before patches.enable.* build the model after"):
+        on_ranks(2, train_a_model_that_is_older_than_the_patches, 2)
+
+
 def test_training_compares_ranks() -> None:
     """The comparison is called from Megatron's own finalize_model_grads."""
 

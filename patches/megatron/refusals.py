@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from patches.call_site import contract
 from patches.contract import UnsupportedError
 from patches.megatron.moe.refusals import check_mixture
@@ -120,8 +122,12 @@ def _module_init(original: Any) -> Any:
 def _module_tree_init(original: Any) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        if getattr(self, "hidden_dropout", None):
+            raise UnsupportedError(f"hidden_dropout={self.hidden_dropout} of a layer is not covered: set it to 0")
         for name, module in self.named_modules():
             cls = type(module)
+            if isinstance(module, torch.nn.Dropout) and module.p:
+                raise UnsupportedError(f"{name} is a Dropout of {module.p}, which is not covered: set it to 0")
             if cls.__module__.startswith(UNCOVERED_MODULES) and not _is_covered(cls):
                 raise UnsupportedError(
                     f"{name} is a {cls.__module__}.{cls.__name__}, which is not covered: "
@@ -150,7 +156,7 @@ PATCHES = [
     attribute(
         "layer-modules",
         "megatron.core.transformer.transformer_layer:TransformerLayer.__init__",
-        "refuses layers made of modules that are not covered",
+        "refuses layers made of modules that are not covered, or with a dropout of their own",
         _module_tree_init,
     ),
     attribute(

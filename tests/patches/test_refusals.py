@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, muon
 from megatron.core.optimizer.optimizer import FP32Optimizer
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 import patches
@@ -100,34 +104,47 @@ def test_setting_is_refused_by_name_in_a_pipeline(name):
         on_ranks(2, train, options)
 
 
-def build_with_uncovered_module() -> None:
-    import torch
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.transformer_config import TransformerConfig
-    from megatron.core.transformer.transformer_layer import TransformerLayer
+class RMSNorm(torch.nn.Module):
+    __module__ = "transformer_engine.pytorch.module.rmsnorm"
 
-    class RMSNorm(torch.nn.Module):
-        __module__ = "transformer_engine.pytorch.module.rmsnorm"
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
 
-        def __init__(self, **kwargs: Any) -> None:
-            super().__init__()
 
+def norm_of_transformer_engine(spec: Any) -> None:
+    spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
+
+
+def dropout_of_a_layer(spec: Any) -> None:
+    spec.params["hidden_dropout"] = 0.1
+
+
+def dropout_of_attention(spec: Any) -> None:
+    core = spec.submodules.self_attention.submodules.core_attention
+    spec.submodules.self_attention.submodules.core_attention = ModuleSpec(core, params={"attention_dropout": 0.1})
+
+
+def build_layer(change: Any) -> None:
     patches.enable()
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
     config = TransformerConfig(**{**plain_megatron.SHARED, **plain_megatron.QWEN3})
     spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
-    TransformerLayer(config, spec.submodules)
+    change(spec)
+    build_module(spec, config=config)
 
 
-def test_transformer_engine_layers_are_refused_by_name():
-    with pytest.raises(
-        AssertionError, match="self_attention.q_layernorm is a transformer_engine.pytorch.module.rmsnorm.RMSNorm"
-    ):
-        on_ranks(1, build_with_uncovered_module)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        (norm_of_transformer_engine, "attention.q_layernorm is a transformer_engine.pytorch.module.rmsnorm.RMSNorm"),
+        (dropout_of_a_layer, "hidden_dropout=0.1 of a layer is not covered: set it to 0"),
+        (dropout_of_attention, "self_attention.core_attention.attention_dropout is a Dropout of 0.1, which is not"),
+    ),
+)
+def test_what_a_layer_is_made_of_is_refused_by_name(change, message):
+    with pytest.raises(AssertionError, match=message):
+        on_ranks(1, build_layer, change)
 
 
 def optimize(**settings: Any) -> None:

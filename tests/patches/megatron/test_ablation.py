@@ -33,13 +33,13 @@ REFUSED_WITHOUT = {
 }
 # Those that sums over the batch without an order need: (layout that feels it, options).
 ORDER_FREE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "batch-sums-reset": ({"pp": 2}, {}),
     "blockwise-attention": ({"cp": 2}, {"chunks": 4}),  # without it, ranks see their own keys alone
     "batch-sums-rounded": ({"pp": 2}, {}),
     "data-parallel-sum": ({"dp": 3}, {"ddp": {"check_for_nan_in_grad": False}}),
 }
 REFUSED_ORDER_FREE = {
     "batch-sums": ({}, "has no attribute '_patches_totals'"),
+    "batch-sums-reset": ({}, "came after the batch's sums had been rounded"),
     "embedding-copies": ({"tied": True, "pp": 2}, "of embedding.word_embeddings.weight differs between ranks"),
     "position-embedding": ({"shape": "gpt2"}, "position_embeddings.weight, or a part of it, is summed by a module"),
     "column-bias": ({"shape": "gpt2"}, "linear_fc1.bias, or a part of it, is summed by a module"),

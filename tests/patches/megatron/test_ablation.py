@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import patches
-from patches.megatron import initial_weights, moe
+from patches.megatron import initial_weights, moe, tokenizer
 from patches.registry import check_versions
 from tests.support.megatron_runs import differences, run, training_without
 from tests.support.ranks import on_ranks
@@ -57,7 +57,7 @@ ELSEWHERE = {
 }  # tests/patches/test_refusals.py
 ELSEWHERE |= {"shared-embedding"}  # tests/patches/test_refusals.py
 ELSEWHERE |= {"masked-softmax"}  # tests/patches/test_patches.py
-ELSEWHERE |= {"padded-vocabulary", "padded-vocabulary-0.17"}  # tests/patches/test_patches.py
+ELSEWHERE |= {patch.name for patch in tokenizer.PATCHES}  # tests/patches/test_patches.py
 ELSEWHERE |= {"saved-optimizer"}  # tests/patches/megatron/test_fully_reshardable.py
 ELSEWHERE |= {patch.name for patch in initial_weights.PATCHES}  # tests/patches/megatron/test_initial_weights.py
 ELSEWHERE |= {"blockwise-attention"}  # whole sequences: tests/patches/megatron/test_blockwise.py

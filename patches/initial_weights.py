@@ -4,8 +4,8 @@
     when the model is complete  each is drawn whole, in float32, from a generator seeded by (seed, name), then cut
 
 Names are those of the whole model: layers count from its first pipeline stage. A layer that is built by itself has
-no name and takes a number, in order of building. `seed` is what `torch.manual_seed` was last given; where pipeline
-stages differ in it, as in Megatron-LM's scripts, it is the first stage's.
+no name and takes a number, in order of building on its stage. `seed` is what `torch.manual_seed` was last given; where
+pipeline stages differ in it, as in Megatron-LM's scripts, it is the first stage's for what has a name.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from patches.call_site import tp_group
+from patches.contract import UnsupportedError
 from patches.order.backend import training_device
 from patches.registry import REGISTRY
 
-__all__ = ["WHY", "Noted", "drawn_by_name", "is_building", "note"]
+__all__ = ["DRAWN", "WHY", "Noted", "drawn_by_name", "is_building", "note"]
 
 NOTE = "_patches_draw"
+DRAWN = "_patches_drawn"  # of a weight that was noted, then drawn
 SHARED = "embedding.word_embeddings.weight"  # the name of both copies, where two pipeline stages hold one
 WHY = "what is drawn from a shared generator follows from all that was drawn before, in shapes that TP changes"
 
@@ -82,10 +84,11 @@ def note(
     if isinstance(init_method, Noted):
         init_method = init_method.init_method
     draw = Draw(init_method, dim, stride, rank, size)
+    setattr(weight, DRAWN, True)
     if _building.get():
         setattr(weight, NOTE, draw)
     else:
-        draw.into(weight, _seed(weight.device), f"layer {next(REGISTRY.unnamed)}")
+        draw.into(weight, _own_seed(weight.device), _next_number())
 
 
 class Noted:
@@ -126,11 +129,33 @@ def drawn_by_name(model: torch.nn.Module) -> Iterator[None]:
     model.patches_seeds = seeds  # type: ignore[assignment]
 
 
+def _next_number() -> str:
+    """Instead of a name, for a layer outside of a model: its number among those of its pipeline stage."""
+    from megatron.core import parallel_state
+
+    number, stage = f"layer {next(REGISTRY.unnamed)}", 0
+    if parallel_state.model_parallel_is_initialized():
+        stage, stages = (
+            parallel_state.get_pipeline_model_parallel_rank(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+        )
+        if stages > 1 and REGISTRY.contract is not None and REGISTRY.contract.order_free:
+            raise UnsupportedError(
+                f"a layer outside of GPTModel, BertModel and T5Model with pipeline_model_parallel_size={stages} is not "
+                "covered by batch='order-free', since stages draw its weights by numbers of their own: use one stage"
+            )
+    return f"{number} of stage {stage}" if stage else number
+
+
+def _own_seed(device: torch.device) -> int:
+    return torch.cuda.initial_seed() if device.type == "cuda" else torch.initial_seed()
+
+
 def _seed(device: torch.device) -> int:
     """The seed of a device's default generator, on all pipeline stages that of the first."""
     from megatron.core import parallel_state
 
-    own = torch.cuda.initial_seed() if device.type == "cuda" else torch.initial_seed()
+    own = _own_seed(device)
     if not parallel_state.model_parallel_is_initialized():
         return own
     group, answer = parallel_state.get_pipeline_model_parallel_group(), [own]

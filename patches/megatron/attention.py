@@ -60,8 +60,6 @@ def _forward(original: Any) -> Any:
     def forward(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if contract().attention == "blockwise":
             return original(self, query, key, value, *args, **kwargs)
-        if getattr(self.config, "softmax_type", "vanilla") != "vanilla":
-            raise UnsupportedError(f"softmax_type={self.config.softmax_type!r} is not covered: use 'vanilla'")
         groups = getattr(self, "kv_groups", self.config.num_query_groups)
         repeat = query.shape[2] // key.shape[2]
         if groups == self.config.num_attention_heads:
@@ -106,11 +104,9 @@ def _blockwise(original: Any) -> Any:
 
 
 def _refuse_blockwise(module: Any, bias: Tensor | None) -> None:
-    softmax = getattr(module.config, "softmax_type", "vanilla")
     dropout = module.training and module.attention_dropout.p > 0
     refuse_first(
         (
-            (softmax != "vanilla", f"softmax_type={softmax!r}", "use 'vanilla'"),
             (dropout, "attention dropout", "set it to 0 (--attention-dropout 0)"),
             (bias is not None, "an attention bias", "leave it out"),
         )

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 
-from patches.contract import UnsupportedError
+from patches.contract import UnsupportedError, refuse_first
 from patches.megatron.moe.refusals import VERSIONS
 from patches.order.backend import training_device
 from patches.order.grad_norm import gradient_norm
 from patches.registry import attribute
 
 __all__ = ["PATCHES"]
+
+ELEMENTWISE = ("Adam", "AdamW", "FusedAdam", "SGD", "FusedSGD")  # optimizers of torch, Transformer Engine and Apex
+STATES = ("exp_avg_dtype", "exp_avg_sq_dtype", "main_params_dtype")  # of TE's, scaled where they are fp16 or fp8
 
 
 def _get_grad_norm(original: Any) -> Any:
@@ -70,13 +73,48 @@ def _count_zeros(original: Any) -> Any:
 
 def _init(original: Any) -> Any:
     def __init__(self: Any, optimizer: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        if config.optimizer not in ("adam", "sgd"):
-            raise UnsupportedError(f"optimizer={config.optimizer!r} is not covered: use adam or sgd")
-        if config.fp16:
-            raise UnsupportedError("fp16 training with loss scaling is not covered: use bf16 or fp32")
+        _refuse(optimizer, config)
         original(self, optimizer, config, *args, **kwargs)
 
     return __init__
+
+
+def _refuse(optimizer: Any, config: Any) -> None:
+    def is_set(name: str) -> bool:
+        return bool(getattr(config, name, False))
+
+    scaled = next((n for n in STATES if getattr(config, n, torch.float32) not in (torch.float32, torch.bfloat16)), "")
+    cls = type(optimizer)
+    refuse_first(
+        (
+            (config.optimizer not in ("adam", "sgd"), f"optimizer={config.optimizer!r}", "use adam or sgd"),
+            (config.fp16, "fp16 training with loss scaling", "use bf16 or fp32"),
+            (
+                is_set("optimizer_cpu_offload"),
+                "optimizer_cpu_offload=True",
+                "what is computed where follows from shards' sizes: set it to False (without --optimizer-cpu-offload)",
+            ),
+            (
+                is_set("overlap_param_gather_with_optimizer_step"),
+                "overlap_param_gather_with_optimizer_step=True",
+                "the gradient norm is then one of norms of virtual stages: set it to False "
+                "(without --overlap-param-gather-with-optimizer-step)",
+            ),
+            (is_set("optimizer_cuda_graph"), "optimizer_cuda_graph=True", "set it to False"),
+            (
+                scaled,
+                f"{scaled}={getattr(config, scaled, None)}",
+                "it is scaled by the largest element of a rank's shard: use torch.float32 "
+                f"(without --{scaled.replace('_', '-')})",
+            ),
+            # Megatron before 0.18 calls the optimizer of a muon run "adam".
+            (
+                optimizer is not None and cls.__name__ not in ELEMENTWISE,
+                f"{cls.__module__}.{cls.__name__}",
+                f"use {', '.join(ELEMENTWISE)} (--optimizer adam)",
+            ),
+        )
+    )
 
 
 def _norm_patch(name: str, module: str) -> Any:
@@ -106,7 +144,6 @@ PATCHES = [
         "counted in float32, in an order that follows the shards",
         _count_zeros,
         parameters="parameters grad_stats_parallel_group use_decoupled_grad tp_group expert_tp_group",
-        order_free=True,
     ),
     attribute(
         "optimizer-settings",

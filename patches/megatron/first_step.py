@@ -1,4 +1,7 @@
-"""What tensor-parallel ranks must agree on before their first update: replicated weights, and what these came from."""
+"""Before the first update: the model was built under the patches, and tensor-parallel ranks agree on what they share.
+
+That is replicated weights, and what these came from.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch.distributed as dist
 
 from patches.call_site import contract
 from patches.contract import UnsupportedError
+from patches.initial_weights import DRAWN
 
 __all__ = ["require_agreement"]
 
@@ -20,11 +24,14 @@ SEEN = "_patches_agreed"
 def require_agreement(chunks: Sequence[torch.nn.Module], group: Any) -> None:
     """Raise `UnsupportedError` on all ranks of `group` where they hold different values of one thing; once a model.
 
+    Also where the model is older than the patches.
+
     Shards of weights are not compared: no two ranks hold the same.
     """
     if getattr(chunks[0], SEEN, False):
         return
     setattr(chunks[0], SEEN, True)
+    _refuse_older_layers(chunks)
     own = dict(_held(chunks))
     everyone: list[Any] = [None] * group.size()
     dist.all_gather_object(everyone, own, group=group)
@@ -35,6 +42,19 @@ def require_agreement(chunks: Sequence[torch.nn.Module], group: Any) -> None:
             raise UnsupportedError(
                 f"tensor-parallel ranks {ranks} have another {name} than rank 0 at the first step: training would "
                 "depend on TP; seed all of them alike, and build or load the same model on each"
+            )
+
+
+def _refuse_older_layers(chunks: Sequence[torch.nn.Module]) -> None:
+    from megatron.core.tensor_parallel import layers
+
+    for name, module in (named for chunk in chunks for named in chunk.named_modules()):
+        weight = getattr(module, "weight", None)
+        kinds = (layers.ColumnParallelLinear, layers.RowParallelLinear, layers.VocabParallelEmbedding)
+        if isinstance(module, kinds) and weight is not None and not hasattr(weight, DRAWN):
+            raise UnsupportedError(
+                f"{name} was built before patches.enable(), so that its initial weights depend on TP: build the model "
+                "after it"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from patches.call_site import contract, mark_grad_reduced, replicated, tp_group, tp_sharded
@@ -22,6 +23,7 @@ MODULE = "megatron.core.tensor_parallel.layers"
 
 def _row_forward(original: Any) -> Any:
     def forward(self: Any, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        _refuse_autocast(input_)
         if self.is_expert:
             return expert_products(self, input_, [self.weight]), None
         group = tp_group(self)
@@ -42,6 +44,7 @@ def _row_forward(original: Any) -> Any:
 
 def _column_forward_impl(original: Any) -> Any:
     def _forward_impl(self: Any, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        _refuse_autocast(input)
         if self.is_expert:
             return expert_products(self, input, [weight])
         group = tp_group(self)
@@ -88,6 +91,13 @@ def _embedding_forward(original: Any) -> Any:
         return mappings.reduce_from_tensor_model_parallel_region(partial, group=group)
 
     return forward
+
+
+def _refuse_autocast(x: Tensor) -> None:
+    if torch.is_autocast_enabled(x.device.type):
+        raise UnsupportedError(
+            "torch.autocast is not covered: make the parameters bf16 (--bf16), with enable_autocast=False"
+        )
 
 
 def _sink(gradient_accumulation_fusion: bool, weight: Tensor) -> GradSink:

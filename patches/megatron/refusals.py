@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from patches.call_site import contract
 from patches.contract import UnsupportedError
 from patches.megatron.moe.refusals import check_mixture
@@ -36,6 +38,13 @@ COVERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "cuda_graph_impl": (("none",), "set it to 'none' (--cuda-graph-impl none)"),
     "experimental_attention_variant": ((), "use multi-head or grouped-query attention"),
     "delay_wgrad_compute": ((False,), "set it to False (without --delay-wgrad-compute)"),
+    "softmax_type": (("vanilla",), "set it to 'vanilla' (--softmax-type vanilla)"),
+    "batch_invariant_mode": (
+        (False,),
+        "its kernels take the place of the patches': set it to False (without --batch-invariant-mode)",
+    ),
+    "qk_clip": ((False,), "set it to False (without --qk-clip)"),
+    "has_cond_embedder": ((False,), "its gradient is a sum over stages: set it to False"),
     "use_te_activation_func": ((False,), "set it to False (without --use-te-activation-func)"),
     "use_transformer_engine_op_fuser": (
         (False,),
@@ -51,9 +60,10 @@ COVERED_ORDER_FREE: dict[str, tuple[tuple[Any, ...], str]] = {
         "the loss must be a sum over tokens, divided once, at the end: set it to True (--calculate-per-token-loss)",
     ),
     "mtp_num_layers": ((0,), "its loss is a mean over a micro-batch: set it to None (without --mtp-num-layers)"),
-    "has_cond_embedder": ((False,), "its gradient is a sum over stages: set it to False"),
 }
 
+# Models and layers of Megatron whose weights, drawn or cut by ranks, or sums depend on TP or pipeline stages.
+UNCOVERED_CLASSES = {"HybridModel", "MambaModel", "MambaMixer", "GatedDeltaNet", "_GDNBase", "DSAttention"}
 UNCOVERED_MODULES = (
     "transformer_engine", "apex", "megatron.core.extensions",
 )  # fmt: skip
@@ -99,6 +109,11 @@ def _check_settings(config: Any, table: dict[str, tuple[tuple[Any, ...], str]], 
 def _module_init(original: Any) -> Any:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         check_config(config)
+        for cls in type(self).__mro__:
+            if cls.__name__ in UNCOVERED_CLASSES and cls.__module__.startswith("megatron.core"):
+                raise UnsupportedError(
+                    f"{cls.__module__}.{cls.__name__} is not covered: build a GPTModel of attention and MLP layers"
+                )
         original(self, config, *args, **kwargs)
 
     return __init__
@@ -107,8 +122,12 @@ def _module_init(original: Any) -> Any:
 def _module_tree_init(original: Any) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        if getattr(self, "hidden_dropout", None):
+            raise UnsupportedError(f"hidden_dropout={self.hidden_dropout} of a layer is not covered: set it to 0")
         for name, module in self.named_modules():
             cls = type(module)
+            if isinstance(module, torch.nn.Dropout) and module.p:
+                raise UnsupportedError(f"{name} is a Dropout of {module.p}, which is not covered: set it to 0")
             if cls.__module__.startswith(UNCOVERED_MODULES) and not _is_covered(cls):
                 raise UnsupportedError(
                     f"{name} is a {cls.__module__}.{cls.__name__}, which is not covered: "
@@ -137,7 +156,7 @@ PATCHES = [
     attribute(
         "layer-modules",
         "megatron.core.transformer.transformer_layer:TransformerLayer.__init__",
-        "refuses layers made of modules that are not covered",
+        "refuses layers made of modules that are not covered, or with a dropout of their own",
         _module_tree_init,
     ),
     attribute(

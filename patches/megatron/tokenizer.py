@@ -1,13 +1,18 @@
-"""The padded vocabulary of Megatron-LM's scripts: megatron.training's before 0.17, megatron.core.tokenizers' since."""
+"""The padded vocabulary: of Megatron-LM's scripts, megatron.training's before 0.17 and megatron.core.tokenizers' since;
+of models that Megatron, Megatron Bridge or NeMo build from a config of their own.
+"""
 
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
+from packaging.specifiers import SpecifierSet
+
 from patches.call_site import contract
-from patches.contract import UnsupportedError
-from patches.registry import attribute
+from patches.contract import Contract, UnsupportedError
+from patches.registry import Patch, Undo, attribute
 
 __all__ = ["PATCHES"]
 
@@ -19,14 +24,62 @@ def _padding(original: Any) -> Any:
         """Pad as at the largest TP size, `leaves`, whatever the TP size is."""
         counted, tp = copy.copy(args), args.tensor_model_parallel_size
         counted.tensor_model_parallel_size = contract().leaves
-        size = original(orig_vocab_size, counted, *rest, **kwargs)
-        if size % tp:
-            raise UnsupportedError(
-                f"tp={tp} does not divide the padded vocabulary {size}: use --make-vocab-size-divisible-by {tp * 128}"
-            )
-        return size
+        return _divisible(original(orig_vocab_size, counted, *rest, **kwargs), tp)
 
     return vocab_size_with_padding
+
+
+def _padding_by_numbers(original: Any) -> Any:
+    def calculate_padded_vocab_size(
+        vocab_size: int,
+        make_vocab_size_divisible_by: int,
+        tensor_model_parallel_size: int,
+        *rest: Any,
+        **kwargs: Any,
+    ) -> int:
+        size = original(vocab_size, make_vocab_size_divisible_by, contract().leaves, *rest, **kwargs)
+        return _divisible(size, tensor_model_parallel_size)
+
+    return calculate_padded_vocab_size
+
+
+def _padding_by_config(original: Any) -> Any:
+    def get_vocab_size(config: Any, *rest: Any, **kwargs: Any) -> int:
+        counted = copy.copy(config)
+        counted.tensor_model_parallel_size = contract().leaves
+        return _divisible(original(counted, *rest, **kwargs), config.tensor_model_parallel_size)
+
+    return get_vocab_size
+
+
+def _divisible(size: int, tp: int) -> int:
+    if size % tp:
+        raise UnsupportedError(
+            f"tp={tp} does not divide the padded vocabulary {size}: use --make-vocab-size-divisible-by {tp * 128}"
+        )
+    return size
+
+
+def _wherever_imported(name: str, target: str, replacement: Any, versions: str = "") -> Patch:
+    """A patch of a function that other modules, imported before or after, hold under its own name."""
+    module, _, attr = target.partition(":")
+
+    def install(contract: Contract) -> Undo:
+        original = getattr(sys.modules[module], attr, None)
+        if original is None:
+            raise UnsupportedError(f"{target} does not exist here: this version is not known to the patches")
+        replaced = replacement(original)
+        holders = [held for held in list(sys.modules.values()) if getattr(held, "__dict__", {}).get(attr) is original]
+        for holder in holders:
+            setattr(holder, attr, replaced)
+
+        def undo() -> None:
+            for holder in holders:
+                setattr(holder, attr, original)
+
+        return undo
+
+    return Patch(name, target, WHY, install, SpecifierSet(versions), lazy=True)
 
 
 PATCHES = [
@@ -47,4 +100,16 @@ PATCHES = [
         parameters="orig_vocab_size args logging_enabled",
         versions=">=0.17",
     ),
+    _wherever_imported(
+        "padded-vocabulary-models",
+        "megatron.training.vocab_utils:calculate_padded_vocab_size",
+        _padding_by_numbers,
+        ">=0.18",
+    ),
+    _wherever_imported(
+        "padded-vocabulary-bridge",
+        "megatron.bridge.utils.vocab_utils:calculate_padded_vocab_size",
+        _padding_by_numbers,
+    ),
+    _wherever_imported("padded-vocabulary-nemo", "nemo.lightning.base:get_vocab_size", _padding_by_config),
 ]

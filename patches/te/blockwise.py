@@ -109,6 +109,7 @@ def _refuse(original: Any, module: Any, given: dict[str, Any]) -> None:
         *uncovered(module, given),
         (isinstance(module.cp_group, list), "cp_comm_type='a2a+p2p'", "use another, which changes nothing"),
         (getattr(module, "softcap", None), "softcap", "leave it 0"),
+        (getattr(module, "return_max_logit", False), "return_max_logit", "set log_max_attention_logit=False"),
         (FP8GlobalStateManager.is_fp8_enabled(), "FP8", "train in bf16 or fp32"),
     ]
     for name, parameter in inspect.signature(original).parameters.items():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import patches
-from patches.megatron import initial_weights, moe
+from patches.megatron import initial_weights, moe, tokenizer
 from patches.registry import check_versions
 from tests.support.megatron_runs import differences, run, training_without
 from tests.support.ranks import on_ranks
@@ -33,13 +33,13 @@ REFUSED_WITHOUT = {
 }
 # Those that sums over the batch without an order need: (layout that feels it, options).
 ORDER_FREE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "batch-sums-reset": ({"pp": 2}, {}),
     "blockwise-attention": ({"cp": 2}, {"chunks": 4}),  # without it, ranks see their own keys alone
     "batch-sums-rounded": ({"pp": 2}, {}),
     "data-parallel-sum": ({"dp": 3}, {"ddp": {"check_for_nan_in_grad": False}}),
 }
 REFUSED_ORDER_FREE = {
     "batch-sums": ({}, "has no attribute '_patches_totals'"),
+    "batch-sums-reset": ({}, "came after the batch's sums had been rounded"),
     "embedding-copies": ({"tied": True, "pp": 2}, "of embedding.word_embeddings.weight differs between ranks"),
     "position-embedding": ({"shape": "gpt2"}, "position_embeddings.weight, or a part of it, is summed by a module"),
     "column-bias": ({"shape": "gpt2"}, "linear_fc1.bias, or a part of it, is summed by a module"),
@@ -57,7 +57,7 @@ ELSEWHERE = {
 }  # tests/patches/test_refusals.py
 ELSEWHERE |= {"shared-embedding"}  # tests/patches/test_refusals.py
 ELSEWHERE |= {"masked-softmax"}  # tests/patches/test_patches.py
-ELSEWHERE |= {"padded-vocabulary", "padded-vocabulary-0.17"}  # tests/patches/test_patches.py
+ELSEWHERE |= {patch.name for patch in tokenizer.PATCHES}  # tests/patches/test_patches.py
 ELSEWHERE |= {"saved-optimizer"}  # tests/patches/megatron/test_fully_reshardable.py
 ELSEWHERE |= {patch.name for patch in initial_weights.PATCHES}  # tests/patches/megatron/test_initial_weights.py
 ELSEWHERE |= {"blockwise-attention"}  # whole sequences: tests/patches/megatron/test_blockwise.py

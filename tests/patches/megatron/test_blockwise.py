@@ -161,7 +161,6 @@ REFUSED: dict[str, tuple[dict[str, Any], AttnMaskType, str, dict[str, Any], str]
         {"attention_dropout": 0.1},
         "attention dropout is not covered: set it to 0 (--attention-dropout 0)",
     ),
-    "off-by-one": ({"softmax_type": "off-by-one"}, AttnMaskType.causal, "none", {}, "softmax_type='off-by-one'"),
     "wide heads": ({"kv_channels": 288}, AttnMaskType.causal, "none", {}, "one width up to 256, not 288"),
 }
 

@@ -12,7 +12,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel import ColumnParallelLinear, model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from packaging.version import Version
 
@@ -129,6 +129,33 @@ def test_two_layers_of_one_shape_have_weights_of_their_own() -> None:
         assert abs(float(first.std()) - 0.02) < 0.001  # of 9216 draws, whose standard error is 0.00015
 
 
+def layers_by_themselves(batch: patches.Batch) -> list[str]:
+    """Digests of two layers of every stage, the first of which builds another one before."""
+    patches.enable(batch=batch)
+    parallel_state.initialize_model_parallel(1, torch.distributed.get_world_size())
+    torch.manual_seed(1234)
+
+    def layer() -> torch.Tensor:
+        settings = {"config": config(1, **QWEN3), "init_method": torch.nn.init.normal_}
+        return ColumnParallelLinear(8, 8, bias=False, gather_output=False, **settings).weight
+
+    if torch.distributed.get_rank() == 0:
+        layer()
+    return [digest({"": layer()}) for _ in range(2)]
+
+
+def test_layers_outside_of_a_model_have_other_weights_on_every_stage() -> None:
+    (alone,) = on_ranks(1, layers_by_themselves, "ordered")
+    first, second = on_ranks(2, layers_by_themselves, "ordered")
+    assert first == alone and len({*first, *second}) == 4
+
+
+def test_layers_outside_of_a_model_are_refused_in_a_pipeline_where_no_layout_counts() -> None:
+    assert on_ranks(1, layers_by_themselves, "order-free") == on_ranks(1, layers_by_themselves, "ordered")
+    with pytest.raises(AssertionError, match="a layer outside of GPTModel, .* with pipeline_model_parallel_size=2 is"):
+        on_ranks(2, layers_by_themselves, "order-free")
+
+
 def first_step_with(change: Any) -> str:
     patches.enable()
     tp = torch.distributed.get_world_size()
@@ -164,6 +191,24 @@ def other_seed(model: Any) -> None:
 def test_ranks_that_hold_different_things_are_told_before_the_first_update(change: Any, said: str) -> None:
     answers = on_ranks(2, first_step_with, change)
     assert answers[0] == answers[1] and said in answers[0] and bool(said) == bool(answers[0])
+
+
+def train_a_model_that_is_older_than_the_patches(tp: int) -> dict[str, Any]:
+    patches.cpu.enable()
+    wrap = plain_megatron.DistributedDataParallel
+
+    def enable_and_wrap(*args: Any, **kwargs: Any) -> Any:
+        patches.enable()
+        return wrap(*args, **kwargs)
+
+    plain_megatron.DistributedDataParallel = enable_and_wrap
+    return plain_megatron.train(tp=tp, shape="gpt2", model={"use_cpu_initialization": False})
+
+
+def test_a_model_that_is_older_than_the_patches_is_refused_where_it_is_spread() -> None:
+    """Nothing else tells it apart: LayerNorms of a whole hidden size are torch's own at every TP."""
+    with pytest.raises(AssertionError, match="word_embeddings was built before patches.enable.* build the model after"):
+        on_ranks(2, train_a_model_that_is_older_than_the_patches, 2)
 
 
 def test_training_compares_ranks() -> None:

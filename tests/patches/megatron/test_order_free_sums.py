@@ -93,6 +93,22 @@ def misused_embedding() -> dict[str, Any]:
     return plain_megatron.train(**OPTIONS, tied=True)
 
 
+def test_a_gradient_that_comes_after_its_sum_was_rounded_is_refused():
+    """Two calls of forward and backward before one update: the second would add integers to the first's float32."""
+
+    def two_calls() -> None:
+        get, micro_batches = plain_megatron.get_forward_backward_func, plain_megatron.samples
+
+        def call_twice(**given: Any) -> Any:
+            get()(**{**given, "data_iterator": micro_batches(7, 200, OPTIONS["seq"], 1, OPTIONS["global_batch"])})
+            return get()(**given)
+
+        plain_megatron.get_forward_backward_func = lambda: call_twice
+
+    with pytest.raises(AssertionError, match="came after the batch's sums had been rounded: call zero_grad_buffer"):
+        on_ranks(1, train, two_calls, {})
+
+
 def test_a_part_of_a_gradient_that_nobody_adds_is_refused_by_name():
     with pytest.raises(
         AssertionError, match="word_embeddings.weight, or a part of it, is summed by a module that is not"
@@ -111,9 +127,9 @@ def counted_zeros(batch: patches.Batch) -> float:
     return optimizer.count_zeros_fp32(parameters, dist.group.WORLD)
 
 
-def test_zeros_are_counted_where_float32_ends_to_count():
-    assert on_ranks(1, counted_zeros, "order-free") == [2**24 + 3]
-    assert on_ranks(1, counted_zeros, "ordered") == [2**24]
+@pytest.mark.parametrize("batch", ("ordered", "order-free"))
+def test_zeros_are_counted_where_float32_ends_to_count(batch):
+    assert on_ranks(1, counted_zeros, batch) == [2**24 + 3]
 
 
 def test_a_parameter_outside_of_ddp_is_refused():

@@ -116,6 +116,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "any mask": ({}, {"attn_mask_type": "arbitrary"}, "attn_mask_type='arbitrary' of whole batches is not covered"),
     "fp8 output": ({}, {"fp8_output": True}, "fp8_output is not covered: leave it False"),
+    "the largest score": ({"return_max_logit": True}, {}, "return_max_logit is not covered"),
     "splits": ({}, {"num_splits": 2}, "num_splits > 1 is not covered"),
 }
 

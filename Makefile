@@ -28,8 +28,8 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
-# Tests of a few ranks each leave cores idle; two at a time don't.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+# Tests wait, for ranks and for time to pass: three at a time keep two cores busy.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist worksteal
 
 export PYTHONUNBUFFERED := 1
 

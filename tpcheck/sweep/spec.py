@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,8 +107,8 @@ class Sweep:
         """The cells by group, in the sweep's order."""
         groups: dict[str, list[Cell]] = {}
         for cell in self.cells:
-            groups.setdefault(label(cell.group) or "all", []).append(cell)
-        return list(groups.items())
+            groups.setdefault(json.dumps(cell.group, sort_keys=True), []).append(cell)  # labels may be alike
+        return [(label(cells[0].group) or "all", cells) for cells in groups.values()]
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = (), anywhere: bool = False) -> Sweep:

@@ -83,7 +83,7 @@ def resume_point(config: RunConfig, resume: bool) -> int:
 
 
 def _require_steps(output: Path, step: int, checkpoint: Path) -> None:
-    """Refuse a record that ends before the checkpoint, as in a copy made while the run went on: no reader takes gaps."""
+    """Refuse a record that ends before the checkpoint, as that of a copy made meanwhile may: no reader takes gaps."""
     recorded = result_dir.read_steps(output)
     if recorded and recorded[-1]["step"] < step:
         raise TpcheckError(

@@ -68,7 +68,9 @@ class Group:
 
     @property
     def status(self) -> Literal["different", "incomplete", "alone", "identical"]:
-        if any(a.differ(b) for a, b in itertools.combinations(self.complete, 2)):
+        models = {digests.model for digests in self.complete}
+        optimizers = {digests.optimizer for digests in self.complete} - {None}
+        if len(models) > 1 or len(optimizers) > 1:
             return "different"
         if self.missing:
             return "incomplete"

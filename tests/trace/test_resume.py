@@ -15,7 +15,7 @@ from tpcheck.config.load import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.run.launch import launch
-from tpcheck.trace.compare.command import compare
+from tpcheck.trace.compare.command import compare, to_json
 from tpcheck.trace.compare.comparison import Comparison
 from tpcheck.trace.compare.reader import Trace
 
@@ -44,6 +44,8 @@ def judged(runs: Runs, path: Path, bug: contextlib.AbstractContextManager[None])
 def test_a_clean_resume_is_identical(runs: Runs, tmp_path: Path) -> None:
     found = judged(runs, tmp_path / "b", contextlib.nullcontext())
     assert found.verdict == "identical" and not found.unmapped
+    assert found.notes == ["A has steps [0, 1, 2, 3], B has [2, 3]: compared where both have them"]
+    assert to_json(found)["notes"] == found.notes
     begun = {row.key.kind for row in found.rows if row.key.kind.startswith("resumed")}
     assert begun == {"resumed.weight", "resumed.main", "resumed.exp_avg", "resumed.exp_avg_sq"}
 

@@ -320,3 +320,17 @@ def test_a_verdict_that_cannot_be_written_is_given(
     told = capsys.readouterr()
     assert "HELD" in told.out
     assert f"not written: {cells.output}: Permission denied" in told.err
+
+
+def test_a_damaged_record_of_steps_leaves_the_verdict_as_it_is(
+    cells: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    complete(cells)
+    write_sweep(cells)
+    steps = cells.cells[-1].path / "steps.jsonl"
+    first, _, third = steps.read_text().splitlines()
+    steps.write_text(f"{first}\n{third}\n")
+    assert main(["verdict", str(cells.output)]) == 0
+    told = capsys.readouterr()
+    assert "HELD" in told.out
+    assert f"not drawn: {steps}: step 3 stands where 2 should" in told.err

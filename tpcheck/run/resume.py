@@ -52,7 +52,8 @@ def continued(before: dict[str, Any], now: dict[str, Any], step: int) -> dict[st
             f"{_short(now['products'], products)}: resume on what it began on, or start a new run"
         )
     past = {key: value for key, value in before.items() if key not in ("format", "history", "data")}
-    return {**now, "history": [*before.get("history", []), {**past, "until_step": step}]}
+    history = [*before.get("history", []), {**past, "until_step": step}]
+    return {**now, "attention": before.get("attention"), "history": history}  # until a step of its own has run
 
 
 def resume_point(config: RunConfig, resume: bool) -> int:

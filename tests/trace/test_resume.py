@@ -15,6 +15,7 @@ from tpcheck.config.load import parse_run
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.run.launch import launch
+from tpcheck.run.nudged import make_nudged_runs
 from tpcheck.trace.compare.command import compare, to_json
 from tpcheck.trace.compare.comparison import Comparison
 from tpcheck.trace.compare.reader import Trace
@@ -77,6 +78,8 @@ def test_a_resume_beyond_the_steps_to_trace_is_refused(tmp_path: Path) -> None:
 def test_a_run_that_has_made_its_trace_goes_on_without(tmp_path: Path) -> None:
     settings = {**BASE, "steps": 4, "output": str(tmp_path / "run"), "trace": {"steps": [0, 1]}}
     assert launch(parse_run({**settings, "stop_after": 3})) == 0
-    assert launch(parse_run(settings), resume=True) == 0
+    assert launch(parse_run({**settings, "tp": 2}), resume=True) == 0
     assert Trace(tmp_path / "run/trace").steps == [0, 1]
     assert result_dir.final_digests(tmp_path / "run", 4)
+    make_nudged_runs(tmp_path / "run", seeds=1)
+    assert Trace(tmp_path / "run/noise-1/trace").tp == 1  # as the run was when it was traced

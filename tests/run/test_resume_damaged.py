@@ -53,6 +53,15 @@ def test_a_flipped_bit_is_seen_before_anything_is_trained(stopped: Path, capsys:
     assert (stopped / "steps.jsonl").read_bytes() == before
 
 
+def test_a_checkpoint_that_was_not_copied_whole_is_refused_with_a_way_out(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = stopped / "checkpoints/step-00000002"
+    next(checkpoint.glob("*.distcp")).unlink()
+    assert resume(stopped) == 2
+    assert f"(without {checkpoint}, the run goes on from what was saved before)" in capsys.readouterr().err
+
+
 def test_a_record_of_steps_that_ends_before_the_checkpoint_is_refused(
     stopped: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

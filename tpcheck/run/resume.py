@@ -13,7 +13,7 @@ from tpcheck.files import result_dir
 from tpcheck.files.names import STEPS
 from tpcheck.run.provenance import versions
 
-__all__ = ["continued", "resume_point"]
+__all__ = ["continued", "resume_point", "without"]
 
 MAY_CHANGE = {
     "tp",
@@ -77,10 +77,18 @@ def resume_point(config: RunConfig, resume: bool) -> int:
         raise TpcheckError(f"{output} is at step {step} already, beyond steps={config.steps}")
     if step:
         checkpoint = result_dir.checkpoint_path(output, step)
-        Checkpoint(checkpoint)  # refuses a damaged one
+        try:
+            Checkpoint(checkpoint)
+        except TpcheckError as error:  # it is damaged
+            raise TpcheckError(f"{error} {without(checkpoint)}") from error
         _require_steps(output, step, checkpoint)
     _require_steps_to_trace(config, before, step)
     return step
+
+
+def without(checkpoint: Path) -> str:
+    """The way out where a run's last checkpoint cannot be gone on from."""
+    return f"(without {checkpoint}, the run goes on from what was saved before)"
 
 
 def _require_steps(output: Path, step: int, checkpoint: Path) -> None:
@@ -89,7 +97,7 @@ def _require_steps(output: Path, step: int, checkpoint: Path) -> None:
     if recorded and recorded[-1]["step"] < step:
         raise TpcheckError(
             f"{output / STEPS} ends at step {recorded[-1]['step']}, {checkpoint} is of step {step}: restore it "
-            f"(without {checkpoint}, the run goes on from what was saved before)"
+            f"{without(checkpoint)}"
         )
 
 

@@ -22,6 +22,7 @@ import patches
 from patches.contract import Attention, Batch, Strategy
 
 BAD_INPUT = 2
+PROMISED = ("leaves", "attention", "symmetric_memory", "batch", "chunks")  # options that a stock run would not heed
 
 
 def main() -> None:
@@ -44,6 +45,9 @@ def main() -> None:
     options = parser.parse_args()
     if not options.script.is_file():
         parser.error(f"{options.script}: no such script")
+    ours = [name for name in PROMISED if getattr(options, name) != parser.get_default(name)]
+    if options.strategy == "stock" and ours:
+        parser.error(f"--{ours[0].replace('_', '-')} is the patches': use --strategy tree or gather, or leave it out")
     sys.argv = [str(options.script), *options.args]
     sys.path[0] = str(options.script.resolve().parent)  # before the patches look for Megatron
     try:

@@ -1,6 +1,6 @@
 """`tpcheck status DIR`: every cell of a sweep, from the files in DIR and from what Slurm says, at any time.
 
-    digests.json is there        complete, whatever Slurm says
+    digests.json is there        complete, whatever Slurm says; of another run, too, which is told
     Slurm knows the job          its state in our words: pending, running, requeued, timed-out, …
     Slurm has forgotten it       cancelled by `tpcheck cancel`, else failed when it had started, missing when not
     never submitted              missing
@@ -32,8 +32,9 @@ from tpcheck.files.json_files import readable_lines
 from tpcheck.files.lock import is_locked
 from tpcheck.files.names import CANCELLED, EXIT_REASONS, LOCK, LOG, RUN
 from tpcheck.files.records import EndRecord
+from tpcheck.files.result_dir import read_manifest
 from tpcheck.sweep import conclude
-from tpcheck.sweep.completeness import digests_of
+from tpcheck.sweep.completeness import digests_of, other_settings
 from tpcheck.sweep.live_table import progress
 from tpcheck.sweep.spec import Cell, Sweep
 from tpcheck.sweep.stored_spec import read_sweep
@@ -148,6 +149,8 @@ def _row(cell: Cell, submission: Submission | None, known: Mapping[tuple[str, in
     if state == "failed":
         said, log = _said(cell, logs)
         why = _failure(job_state, said, submission)
+    elif state == "complete":
+        why = _other_run(cell)
     return Row(cell.name, job, state, nodes, step, speed, tried[-1].restart if tried else 0, log, why)
 
 
@@ -185,6 +188,15 @@ def _why(state: CellState, job: str, job_state: JobState | None) -> str:
     if state == "missing" and job:
         return f"Slurm knows nothing of job {job}, which never started: cancelled while it was pending, or long ago"
     return ""
+
+
+def _other_run(cell: Cell) -> str:
+    """Why no verdict would count a complete cell, as one that was copied here from elsewhere."""
+    try:
+        changes = other_settings(cell, read_manifest(cell.path)["config"])
+    except TpcheckError as error:
+        return str(error)
+    return f"was made with other settings ({changes}), no verdict counts it" if changes else ""
 
 
 def _failure(job_state: JobState | None, said: str, submission: Submission | None) -> str:

@@ -169,6 +169,17 @@ def test_hash_of_a_run_without_checkpoints_is_the_one_on_record(tmp_path: Path, 
     assert f"{found.tensors['model']['embedding.weight'].digest}  embedding.weight  bfloat16[16, 6]" in lines
 
 
+def test_hash_says_when_the_last_checkpoint_is_not_where_the_run_has_come_to(tmp_path: Path, capsys: Any) -> None:
+    found = digest_checkpoint(save(result_dir.checkpoint_path(tmp_path, 1), TENSORS))
+    result_dir.write_digests(tmp_path, {"step": 2, **found.to_json()})
+    digest.command(tmp_path, tensors=False, as_json=False)
+    said = "# these are of step 1, the last checkpoint here; those on record are of 2"
+    assert said in capsys.readouterr().out.splitlines()
+    result_dir.write_digests(tmp_path, {"step": 1, **found.to_json()})
+    digest.command(tmp_path, tensors=False, as_json=False)
+    assert "of step" not in capsys.readouterr().out
+
+
 def test_a_forked_process_digests_after_its_parent_did(tmp_path: Path) -> None:
     path = save(tmp_path / "x", {"w": torch.zeros(1 << 21)})
     digest_checkpoint(path)

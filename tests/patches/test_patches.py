@@ -113,6 +113,8 @@ def test_python_m_patches_runs_an_unmodified_script_with_same_bits_at_every_tp()
         (("--leaves", "6", str(SCRIPT)), "leaves=6"),
         (("--strategy", "trees", str(SCRIPT)), "invalid choice: 'trees'"),
         (("missing.py",), "missing.py: no such script"),
+        (("--strategy", "stock", "--batch", "order-free", str(SCRIPT)), "--batch is the patches'"),
+        (("--strategy", "stock", "--symmetric-memory", str(SCRIPT)), "--symmetric-memory is the patches'"),
     ),
 )
 def test_python_m_patches_answers_bad_input_with_exit_2(arguments, message):

@@ -51,3 +51,22 @@ def test_a_flipped_bit_is_seen_before_anything_is_trained(stopped: Path, capsys:
     assert resume(stopped) == 2
     assert str(shard.name) in capsys.readouterr().err
     assert (stopped / "steps.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_that_was_not_copied_whole_is_refused_with_a_way_out(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = stopped / "checkpoints/step-00000002"
+    next(checkpoint.glob("*.distcp")).unlink()
+    assert resume(stopped) == 2
+    assert f"(without {checkpoint}, the run goes on from what was saved before)" in capsys.readouterr().err
+
+
+def test_a_record_of_steps_that_ends_before_the_checkpoint_is_refused(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, *_ = (stopped / "steps.jsonl").read_text().splitlines()
+    (stopped / "steps.jsonl").write_text(first + "\n")
+    assert resume(stopped) == 2
+    assert "steps.jsonl ends at step 1, " in capsys.readouterr().err
+    assert (stopped / "steps.jsonl").read_text() == first + "\n"

@@ -30,7 +30,7 @@ from tpcheck.files.names import LOG
 from tpcheck.run import heartbeat
 from tpcheck.run.launch import launch
 from tpcheck.run.place import place_from_environment
-from tpcheck.run.resume import resume_point
+from tpcheck.run.resume import continued, resume_point
 
 TINY = {"preset": "qwen3-tiny", "num_layers": 1, "hidden_size": 32, "head_dim": 4, "ffn_hidden_size": 40}
 GPT2 = {"preset": "gpt2-124m", "num_layers": 1, "hidden_size": 32, "head_dim": 4, "ffn_hidden_size": 40}
@@ -288,6 +288,12 @@ def test_what_would_spoil_an_earlier_run_is_refused(tmp_path: Path) -> None:
         with pytest.raises(TpcheckError, match=words):
             launch(config, resume)
     assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+
+
+def test_a_manifest_keeps_what_computed_attention_where_no_step_is_left_to_run() -> None:
+    now = {"data": {"digest": "d"}, "products": None, "attention": None}
+    before = {**now, "config": {"strategy": "stock"}, "attention": "unfused"}
+    assert continued(before, now, 3)["attention"] == "unfused"
 
 
 def test_a_message_on_what_differs_stays_short(tmp_path: Path) -> None:

@@ -26,6 +26,20 @@ def test_digests_make_a_cell_complete_whatever_slurm_says(submitted: Sweep, slur
     }  # fmt: skip
 
 
+def test_a_complete_cell_that_is_not_what_the_sweep_says_is_told(
+    submitted: Sweep, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for cell in submitted.cells[:2]:
+        finish(cell)
+    there = submitted.cells[0].config.model_copy(update={"tp": 4}).model_dump(mode="json")
+    result_dir.write_manifest(submitted.cells[1].path, {"config": there})
+    assert main(["status", str(submitted.output)]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "other settings" in line]
+    assert [line.partition(",")[0] for line in told] == [
+        "stock-tp2 complete: was made with other settings (tp: 4 there"
+    ]
+
+
 @pytest.mark.parametrize(
     ("word", "ours"),
     [

@@ -32,6 +32,12 @@ def test_groups_hold_the_cells_that_differ_only_in_invariant_settings(tmp_path: 
     assert [cell.variant for cell in found[0][1]] == ["TP=1", "TP=2"]
 
 
+def test_settings_that_only_look_alike_in_a_name_are_not_of_one_group(tmp_path: Path) -> None:
+    alike = [{"data.path": "a b", "tp": 1}, {"data.path": "a_b", "tp": 2}]
+    found = sweep(tmp_path, matrix={"strategy": ["tree"]}, layouts=alike).groups()
+    assert [[cell.name for cell in cells] for _, cells in found] == [["tree-a_b-tp1"], ["tree-a_b-tp2"]]
+
+
 def test_nested_settings_can_be_in_the_matrix(tmp_path: Path) -> None:
     cells = sweep(tmp_path, matrix={"optimizer.lr": [1e-5, 1e-4], "model.num_layers": [1]}).cells
     assert [cell.name for cell in cells] == ["lr1e-05-num_layers1", "lr0.0001-num_layers1"]

@@ -128,6 +128,18 @@ def test_products_of_one_family_are_told_apart_by_what_differs(tmp_path: Path) -
     assert found.sentence().startswith(f"no verdict: {', '.join(names)} cannot be compared")
 
 
+def test_cells_that_were_trained_on_other_data_break_no_promise_and_hold_none(tmp_path: Path) -> None:
+    of = sweep(tmp_path, matrix={"strategy": ["stock", "tree"], "tp": [1, 2]})
+    for cell in of.cells:
+        digest = f"{cell.config.tp}" * 64
+        finish(cell, model=digest, data={"digest": digest})
+    found = judge(of)
+    assert found.exit_code == 2
+    names = ["tree (exact products, data 111111111111)", "tree (exact products, data 222222222222)"]
+    assert [group.name for group in found.groups[1:]] == names
+    assert found.sentence().startswith(f"no verdict: {', '.join(names)} cannot be compared")
+
+
 def test_cells_from_before_manifests_told_of_products_had_exact_ones(tmp_path: Path) -> None:
     of = sweep(tmp_path, matrix={"strategy": ["tree"], "tp": [1, 2, 4]})
     manifests: tuple[dict[str, Any], ...] = ({}, {"products": {"leaf": "exact"}}, {"products": {"family": "sm_90"}})
@@ -308,3 +320,17 @@ def test_a_verdict_that_cannot_be_written_is_given(
     told = capsys.readouterr()
     assert "HELD" in told.out
     assert f"not written: {cells.output}: Permission denied" in told.err
+
+
+def test_a_damaged_record_of_steps_leaves_the_verdict_as_it_is(
+    cells: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    complete(cells)
+    write_sweep(cells)
+    steps = cells.cells[-1].path / "steps.jsonl"
+    first, _, third = steps.read_text().splitlines()
+    steps.write_text(f"{first}\n{third}\n")
+    assert main(["verdict", str(cells.output)]) == 0
+    told = capsys.readouterr()
+    assert "HELD" in told.out
+    assert f"not drawn: {steps}: step 3 stands where 2 should" in told.err

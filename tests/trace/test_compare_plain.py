@@ -142,6 +142,22 @@ def test_nudged_runs_that_are_not_are_refused(
     assert words in capsys.readouterr().err
 
 
+def test_a_nudged_run_of_other_data_says_nothing_of_rounding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def of_tokens(path: Path, first: int, **options: Any) -> Path:
+        torch.manual_seed(0)
+        model, tokens = nn.Embedding(16, 4), torch.arange(first, first + 8).view(2, 4)
+        return traces.recorded(path, model, lambda: model(tokens).square().mean(), **options)
+
+    a = of_tokens(tmp_path / "a", 0)
+    of_tokens(a / "noise-1", 0, perturb=1)
+    assert main(["compare", str(a), str(a)]) == 0
+    of_tokens(a / "noise-2", 8, perturb=2)
+    assert main(["compare", str(a), str(a)]) == 2
+    assert "noise-2 is not the reference run again: input 0 of step 0 is another" in capsys.readouterr().err
+
+
 def test_a_nudged_run_that_was_interrupted_is_to_be_removed(tmp_path: Path) -> None:
     trace = recorded(tmp_path / "run" / "trace")
     (tmp_path / "run" / MANIFEST).write_text("{}")

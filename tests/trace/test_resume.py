@@ -13,9 +13,12 @@ from tests.silent_bugs import BUGS
 from tests.support.traces import BASE, Runs
 from tpcheck.config.load import parse_run
 from tpcheck.errors import TpcheckError
+from tpcheck.files import result_dir
 from tpcheck.run.launch import launch
-from tpcheck.trace.compare.command import compare
+from tpcheck.run.nudged import make_nudged_runs
+from tpcheck.trace.compare.command import compare, to_json
 from tpcheck.trace.compare.comparison import Comparison
+from tpcheck.trace.compare.reader import Trace
 
 cpu.enable()
 FOUR = {"steps": 4, "trace": {"steps": [0, 1, 2, 3]}}
@@ -42,6 +45,8 @@ def judged(runs: Runs, path: Path, bug: contextlib.AbstractContextManager[None])
 def test_a_clean_resume_is_identical(runs: Runs, tmp_path: Path) -> None:
     found = judged(runs, tmp_path / "b", contextlib.nullcontext())
     assert found.verdict == "identical" and not found.unmapped
+    assert found.notes == ["A has steps [0, 1, 2, 3], B has [2, 3]: compared where both have them"]
+    assert to_json(found)["notes"] == found.notes
     begun = {row.key.kind for row in found.rows if row.key.kind.startswith("resumed")}
     assert begun == {"resumed.weight", "resumed.main", "resumed.exp_avg", "resumed.exp_avg_sq"}
 
@@ -64,5 +69,17 @@ def test_what_was_not_restored_is_named(runs: Runs, tmp_path: Path, name: str, f
 def test_a_resume_beyond_the_steps_to_trace_is_refused(tmp_path: Path) -> None:
     settings = {**BASE, "steps": 4, "output": str(tmp_path / "run")}
     assert launch(parse_run({**settings, "stop_after": 2})) == 0
+    manifest = (tmp_path / "run/manifest.json").read_bytes()
     with pytest.raises(TpcheckError, match=r"trace.steps=\[0, 1\] are done, this run goes on from step 2"):
         launch(parse_run({**settings, "trace": {"steps": [0, 1]}}), resume=True)
+    assert (tmp_path / "run/manifest.json").read_bytes() == manifest
+
+
+def test_a_run_that_has_made_its_trace_goes_on_without(tmp_path: Path) -> None:
+    settings = {**BASE, "steps": 4, "output": str(tmp_path / "run"), "trace": {"steps": [0, 1]}}
+    assert launch(parse_run({**settings, "stop_after": 3})) == 0
+    assert launch(parse_run({**settings, "tp": 2}), resume=True) == 0
+    assert Trace(tmp_path / "run/trace").steps == [0, 1]
+    assert result_dir.final_digests(tmp_path / "run", 4)
+    make_nudged_runs(tmp_path / "run", seeds=1)
+    assert Trace(tmp_path / "run/noise-1/trace").tp == 1  # as the run was when it was traced

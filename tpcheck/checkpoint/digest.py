@@ -10,6 +10,7 @@ do not: they are the configuration's. Checkpoints are streamed: no tensor is eve
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -215,7 +216,13 @@ def _find(path: Path) -> tuple[Digests, Path]:
     if (path / ".metadata").exists() or not result_dir.is_result(path):
         return digest_with_progress(path), path
     if saved := result_dir.checkpoints(path):
-        return digest_with_progress(saved[-1][1]), saved[-1][1]
+        step, last = saved[-1]
+        digests = digest_with_progress(last)
+        with contextlib.suppress(TpcheckError):  # what is on record may be what is in doubt
+            if (recorded := result_dir.read_digests(path)) and recorded["step"] != step:
+                note = f"these are of step {step}, the last checkpoint here; those on record are of {recorded['step']}"
+                digests = dataclasses.replace(digests, notes=(*digests.notes, note))
+        return digests, last
     recorded = result_dir.read_digests(path)
     if recorded is None:
         raise TpcheckError(f"{path} has neither a complete checkpoint nor digests: train it first, or with --resume")

@@ -42,6 +42,7 @@ from tpcheck.checkpoint.reader import Checkpoint
 from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.files.json_files import sync
+from tpcheck.run.resume import without
 
 __all__ = ["discard_unfinished", "load", "save"]
 
@@ -105,7 +106,7 @@ def load(path: Path, step: int, pieces: Sequence[Any], optimizer: Any) -> None:
         Checkpoint(path).require_loadable(dist.get_rank(), dist.get_world_size())
         _load(path, step, pieces, optimizer)
     except TpcheckError as error:
-        raise TpcheckError(f"{error} (without {path}, the run goes on from what was saved before)") from error
+        raise TpcheckError(f"{error} {without(path)}") from error
     except (Exception, CheckpointException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise TpcheckError(f"{path} does not load into this model: {reason[:300]}") from error

@@ -28,10 +28,11 @@ def make_nudged_runs(path: Path, redrawn: bool = False, *, seeds: int) -> None:
     alike = [folder for folder in found if (_seed(folder) >= REDRAWN) == redrawn]
     if len(alike) >= seeds or not result_dir.is_result(path):
         return
+    settings = _traced_with(path)
     for seed in range(first, first + seeds):
         folder = nudged_folder(path, seed)
-        if folder not in found:
-            _run_again(path, folder, seed)
+        if folder not in found and settings is not None:
+            _run_again(path, settings, folder, seed)
 
 
 def _seed(folder: Path) -> int:
@@ -39,8 +40,14 @@ def _seed(folder: Path) -> int:
     return int(text) if text.isdecimal() else 0
 
 
-def _run_again(path: Path, folder: Path, seed: int) -> None:
-    settings: dict[str, Any] = result_dir.read_manifest(path)["config"]
+def _traced_with(path: Path) -> dict[str, Any] | None:
+    """The settings that the trace of the run was made with: it may have gone on with others since."""
+    manifest = result_dir.read_manifest(path)
+    settings = (one["config"] for one in (*manifest.get("history", ()), manifest))
+    return next((one for one in settings if one.get("trace")), None)
+
+
+def _run_again(path: Path, settings: dict[str, Any], folder: Path, seed: int) -> None:
     steps = max(settings["trace"]["steps"]) + 1
     changes = {"output": str(folder), "steps": steps, "stop_after": None, "checkpoint_every": 0}
     config = parse_run({**settings, **changes, "trace": {**settings["trace"], "perturb": seed}}, str(path))

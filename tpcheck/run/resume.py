@@ -10,9 +10,10 @@ from tpcheck.config.differences import settings_differences
 from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError, shortened
 from tpcheck.files import result_dir
+from tpcheck.files.names import STEPS
 from tpcheck.run.provenance import versions
 
-__all__ = ["continued", "resume_point"]
+__all__ = ["continued", "resume_point", "without"]
 
 MAY_CHANGE = {
     "tp",
@@ -51,7 +52,8 @@ def continued(before: dict[str, Any], now: dict[str, Any], step: int) -> dict[st
             f"{_short(now['products'], products)}: resume on what it began on, or start a new run"
         )
     past = {key: value for key, value in before.items() if key not in ("format", "history", "data")}
-    return {**now, "history": [*before.get("history", []), {**past, "until_step": step}]}
+    history = [*before.get("history", []), {**past, "until_step": step}]
+    return {**now, "attention": before.get("attention"), "history": history}  # until a step of its own has run
 
 
 def resume_point(config: RunConfig, resume: bool) -> int:
@@ -74,8 +76,39 @@ def resume_point(config: RunConfig, resume: bool) -> int:
     if step > config.steps:
         raise TpcheckError(f"{output} is at step {step} already, beyond steps={config.steps}")
     if step:
-        Checkpoint(result_dir.checkpoint_path(output, step))  # refuses a damaged one
+        checkpoint = result_dir.checkpoint_path(output, step)
+        try:
+            Checkpoint(checkpoint)
+        except TpcheckError as error:  # it is damaged
+            raise TpcheckError(f"{error} {without(checkpoint)}") from error
+        _require_steps(output, step, checkpoint)
+    _require_steps_to_trace(config, before, step)
     return step
+
+
+def without(checkpoint: Path) -> str:
+    """The way out where a run's last checkpoint cannot be gone on from."""
+    return f"(without {checkpoint}, the run goes on from what was saved before)"
+
+
+def _require_steps(output: Path, step: int, checkpoint: Path) -> None:
+    """Refuse a record that ends before the checkpoint, as that of a copy made meanwhile may: no reader takes gaps."""
+    recorded = result_dir.read_steps(output)
+    if recorded and recorded[-1]["step"] < step:
+        raise TpcheckError(
+            f"{output / STEPS} ends at step {recorded[-1]['step']}, {checkpoint} is of step {step}: restore it "
+            f"{without(checkpoint)}"
+        )
+
+
+def _require_steps_to_trace(config: RunConfig, before: dict[str, Any], step: int) -> None:
+    """Refuse a trace of steps that are done; one that the run itself was to make, it has made."""
+    trace = config.trace
+    if trace and trace.steps and step > max(trace.steps) and before.get("trace") != trace.model_dump(mode="json"):
+        raise TpcheckError(
+            f"trace.steps={sorted(trace.steps)} are done, this run goes on from step {step}: name later ones, "
+            "or trace=null"
+        )
 
 
 def _may_change() -> set[str]:

@@ -21,7 +21,6 @@ from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
 from tpcheck.config.schema import RunConfig
-from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.files.names import DIGESTS, TRACE
 from tpcheck.run import checkpointing, exit_reason, provenance
@@ -123,15 +122,9 @@ def enable_patches(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def traced(config: RunConfig, pieces: Sequence[torch.nn.Module], step: int) -> contextlib.AbstractContextManager[None]:
-    """The recording of the steps that the run file names, into `trace` in the output."""
-    if config.trace is None:
+    """The recording of those steps that the run file names and that are yet to come, into `trace` in the output."""
+    if config.trace is None or not config.trace.steps or step > max(config.trace.steps):
         return contextlib.nullcontext()
-    assert config.trace.steps is not None
-    if step > max(config.trace.steps):
-        raise TpcheckError(
-            f"trace.steps={sorted(config.trace.steps)} are done, this run goes on from step {step}: name later ones, "
-            "or trace=null"
-        )
     return trace(Path(config.output, TRACE), pieces, first=step, **config.trace.model_dump())
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tpcheck.errors import TpcheckError
 from tpcheck.sweep import report, verdict
 from tpcheck.sweep.spec import Sweep
 from tpcheck.sweep.stored_spec import read_sweep
@@ -55,6 +56,9 @@ def conclude(sweep: Sweep, to: Console, verify: bool = False) -> int:
         made = [verdict.write(judged, sweep.output), *report.write(sweep, judged)]
     except OSError as error:  # a directory of somebody else's, a full disk: the verdict stands
         print(f"not written: {error.filename or sweep.output}: {error.strerror}", file=sys.stderr)
+        return judged.exit_code
+    except TpcheckError as error:  # a record of steps that is damaged: there is no picture of it
+        print(f"not drawn: {error}", file=sys.stderr)
         return judged.exit_code
     for file in made[1:]:
         to.print(f"{file}", markup=False, soft_wrap=True)

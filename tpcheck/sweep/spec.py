@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,8 +107,8 @@ class Sweep:
         """The cells by group, in the sweep's order."""
         groups: dict[str, list[Cell]] = {}
         for cell in self.cells:
-            groups.setdefault(label(cell.group) or "all", []).append(cell)
-        return list(groups.items())
+            groups.setdefault(json.dumps(cell.group, sort_keys=True), []).append(cell)  # labels may be alike
+        return [(label(cells[0].group) or "all", cells) for cells in groups.values()]
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = (), anywhere: bool = False) -> Sweep:
@@ -218,6 +219,8 @@ def _base(file: SweepFile, path: Path) -> dict[str, Any]:
 
 def _cells(file: SweepFile, base: Mapping[str, Any], output: Path, path: Path) -> list[Cell]:
     cells: dict[str, Cell] = {}
+    folders: dict[str, str] = {}  # what cells are called, by what must set them apart
+    runs: dict[tuple[str | None, str], str] = {}
     unused = list(file.exclude)
     for values, layout in itertools.product(itertools.product(*file.matrix.values()), file.layouts):
         settings = {**dict(zip(file.matrix, values, strict=True)), **layout}
@@ -233,11 +236,10 @@ def _cells(file: SweepFile, base: Mapping[str, Any], output: Path, path: Path) -
             raise TpcheckError(f"{path}: {both} would both be cell {name}: remove one of them")
         config = _resolve(base, settings, output, path, name)
         arch = str(settings[ARCH]) if ARCH in settings else None
-        for other in cells.values():
-            if other.name.casefold() == name.casefold():
-                raise TpcheckError(f"{path}: {other.name} and {name} would be one directory on some file systems")
-            if other.arch == arch and other.config == config.model_copy(update={"output": other.config.output}):
-                raise TpcheckError(f"{path}: cells {other.name} and {name} are the same run: remove one of them")
+        if (other := folders.setdefault(name.casefold(), name)) != name:
+            raise TpcheckError(f"{path}: {other} and {name} would be one directory on some file systems")
+        if (other := runs.setdefault((arch, config.model_dump_json(exclude={"output"})), name)) != name:
+            raise TpcheckError(f"{path}: cells {other} and {name} are the same run: remove one of them")
         invariant = file.invariant or (ORDER_FREE if config.order_free else INVARIANT)
         cells[name] = Cell(name, settings, _group(settings, invariant), config, arch)
     if unused:

@@ -58,6 +58,8 @@ def prepare_job(cell: Cell) -> None:
 
 def read_sweep(output: Path) -> Sweep:
     """The sweep whose results are in `output`, wherever that directory is now."""
+    if not (output / SWEEP).exists():
+        raise TpcheckError(f"{output} has no {SWEEP}: name the directory of a sweep that was started")
     plan = read_object(output / SWEEP, FORMAT, SweepRecord)
     try:
         cells = tuple(_cell(given, output) for given in plan["cells"])

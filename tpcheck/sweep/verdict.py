@@ -3,11 +3,12 @@
 What the patches promise (every strategy but stock) must hold; stock is reported, not judged. Read from the
 result directories alone, so it can be given on an unfinished sweep too: it then says what is missing.
 Products of another class of bits (manifest.json: exact on a CPU, tensor cores of one class or another) part a group.
+So do other data.
 
     exit code 0   every cell is complete, everything promised held
               1   cells of a promised group differ: the first step and the tensors are named
-              2   cells are missing or not what the sweep says, those of one class of bits ran with other products,
-                  or an optimizer was saved in a way that has no digest
+              2   cells are missing or not what the sweep says, those of one class of bits ran with other products
+                  or data, or an optimizer was saved in a way that has no digest
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Group:
     variants: tuple[str, ...]  # what sets its cells apart: TP=1, TP=2, …
     cells: Mapping[str, Digests | None]
     difference: tuple[str, ...] = ()  # where two of them part, in lines; only for what was promised
-    mixed: bool = False  # cells that belong here ran with other products of the same class of bits
+    mixed: bool = False  # cells that belong here ran with other products of the same class of bits, or other data
     refused: Mapping[str, str] = field(default_factory=dict)  # cells that are complete and can't count, and why
     notes: tuple[str, ...] = ()  # what the digests on record do not tell
 
@@ -67,7 +68,9 @@ class Group:
 
     @property
     def status(self) -> Literal["different", "incomplete", "alone", "identical"]:
-        if any(a.differ(b) for a, b in itertools.combinations(self.complete, 2)):
+        models = {digests.model for digests in self.complete}
+        optimizers = {digests.optimizer for digests in self.complete} - {None}
+        if len(models) > 1 or len(optimizers) > 1:
             return "different"
         if self.missing:
             return "incomplete"
@@ -212,7 +215,7 @@ class _Found:
     """What a cell has left: digests, if it is complete and what the sweep says it is."""
 
     digests: Digests | None = None
-    products: dict[str, Any] | None = None
+    products: dict[str, Any] | None = None  # and the digest of the data: what is promised is said of one
     refused: str = ""
     note: str = ""
 
@@ -222,7 +225,9 @@ def _look(cell: Cell, verify: bool) -> _Found:
     if digests is None:
         return _Found()
     manifest = result_dir.read_manifest(cell.path)
-    products = result_dir.products(manifest)
+    products, data = result_dir.products(manifest), (manifest.get("data") or {}).get("digest")
+    if products is not None and data:
+        products = {**products, "data": data[:SHORT]}
     if changes := other_settings(cell, manifest["config"]):
         return _Found(refused=f"was made with other settings ({changes}): train it again")
     recorded = checkpoint.Digests.from_json(result_dir.read_digests(cell.path) or {}, str(cell.path / DIGESTS))

@@ -74,6 +74,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "a": {"path": str(comparison.a.path), "tp": comparison.a.tp, "dp": comparison.a.dp},
         "b": {"path": str(comparison.b.path), "tp": comparison.b.tp, "dp": comparison.b.dp},
         "vocabulary": comparison.vocabulary,
+        "notes": comparison.notes,
         "unmapped": comparison.unmapped,
         "tensors": [_row(row) for row in comparison.rows],
     }

@@ -279,6 +279,11 @@ def open_noise(path: Path, reference: Trace, redrawn: bool = False) -> list[Trac
     for trace in traces:
         if trace.steps != reference.steps or trace.dtype != reference.dtype or trace.sample != reference.sample:
             raise TpcheckError(f"{trace.path} is not the reference run again: its steps, dtype or sampling are others")
+        if (key := _other_input(trace, reference)) is not None:
+            raise TpcheckError(
+                f"{trace.path} is not the reference run again: {key.name} of step {key.step} is another: "
+                f"remove it, and make it anew with the data that {path} had"
+            )
         if not trace.perturb or trace.perturb in seen:
             raise TpcheckError(
                 f"{trace.path} says nothing of rounding: it is traced with perturb={trace.perturb}, "
@@ -286,6 +291,16 @@ def open_noise(path: Path, reference: Trace, redrawn: bool = False) -> list[Trac
             )
         seen.add(trace.perturb)
     return traces
+
+
+def _other_input(trace: Trace, reference: Trace) -> Key | None:
+    """What a nudged run was given and the reference was not: what follows from it is no rounding."""
+    for key in reference.records:
+        if key.kind == "input":
+            x, y = reference.logical_or_none(key), trace.logical_or_none(key)
+            if x is not None and y is not None and not x.floats and not np.array_equal(x.bits, y.bits):
+                return key
+    return None
 
 
 def _open_nudged(folder: Path, path: Path) -> Trace:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from tpcheck.errors import shown
 from tpcheck.trace.compare.comparison import Comparison, Row, Verdict
 from tpcheck.trace.compare.diagnose import adds_up, explain, others, resumed_otherwise
 from tpcheck.trace.compare.estimate import GRADIENT_NORM, ROUNDING, Estimate
@@ -71,6 +72,10 @@ class _Judge:
 
     def compare(self) -> Comparison:
         steps = set(self.a.steps) & set(self.b.steps)
+        if set(self.a.steps) != set(self.b.steps):
+            self.result.notes.append(
+                f"A has steps {shown(self.a.steps)}, B has {shown(self.b.steps)}: compared where both have them"
+            )
         for step in sorted(steps):
             self._order_samples(step)
         # What only B has, recomputation mostly, comes where B meets it.
@@ -113,10 +118,10 @@ class _Judge:
             order = permutation(self.a.logical(key), self.b.logical(key))
             if order:
                 self.b.orders[step] = order
-                shown = ", ".join(map(str, order[:SHOWN])) + (" …" if len(order) > SHOWN else "")
+                those = ", ".join(map(str, order[:SHOWN])) + (" …" if len(order) > SHOWN else "")
                 self.result.notes.append(
                     f"step {step}: the global batch's samples are laid over microbatches and ranks in another order in "
-                    f"B: A's are there as {shown}; compared sample by sample"
+                    f"B: A's are there as {those}; compared sample by sample"
                 )
                 return
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,26 @@ def test_a_run_that_has_made_its_trace_goes_on_without(tmp_path: Path) -> None:
     assert result_dir.final_digests(tmp_path / "run", 4)
     make_nudged_runs(tmp_path / "run", seeds=1)
     assert Trace(tmp_path / "run/noise-1/trace").tp == 1  # as the run was when it was traced
+
+
+def test_a_trace_that_an_earlier_start_has_begun_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    settings = {**BASE, "steps": 4, "output": str(output), "trace": {"steps": [0, 1, 2, 3]}}
+    assert launch(parse_run({**settings, "stop_after": 3, "trace": {"steps": [0, 1]}})) == 0
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    with pytest.raises(TpcheckError, match="trace holds a trace already: move it away"):
+        launch(parse_run(settings), resume=True)
+    assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+
+
+def test_a_run_that_was_killed_while_it_was_traced_goes_on_and_traces_what_is_to_come(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    settings = {**BASE, "steps": 4, "output": str(output), "trace": {"steps": [0, 1, 2, 3]}}
+    assert launch(parse_run({**settings, "tp": 2, "stop_after": 2})) == 0
+    end = output / "trace/rank-00001/rank.json"
+    begun = json.loads(end.read_text())
+    del begun["records"]  # as it is until the last step is recorded
+    end.write_text(json.dumps(begun))
+    assert launch(parse_run(settings), resume=True) == 0
+    found = Trace(output / "trace")
+    assert (found.steps, found.tp) == ([2, 3], 1)

@@ -10,7 +10,7 @@ from tpcheck.config.differences import settings_differences
 from tpcheck.config.schema import RunConfig
 from tpcheck.errors import TpcheckError, shortened
 from tpcheck.files import result_dir
-from tpcheck.files.names import STEPS
+from tpcheck.files.names import STEPS, TRACE
 from tpcheck.run.provenance import versions
 
 __all__ = ["continued", "resume_point", "without"]
@@ -82,7 +82,7 @@ def resume_point(config: RunConfig, resume: bool) -> int:
         except TpcheckError as error:  # it is damaged
             raise TpcheckError(f"{error} {without(checkpoint)}") from error
         _require_steps(output, step, checkpoint)
-    _require_steps_to_trace(config, before, step)
+    _make_room_for_trace(config, before, step)
     return step
 
 
@@ -101,10 +101,17 @@ def _require_steps(output: Path, step: int, checkpoint: Path) -> None:
         )
 
 
-def _require_steps_to_trace(config: RunConfig, before: dict[str, Any], step: int) -> None:
-    """Refuse a trace of steps that are done; one that the run itself was to make, it has made."""
-    trace = config.trace
-    if trace and trace.steps and step > max(trace.steps) and before.get("trace") != trace.model_dump(mode="json"):
+def _make_room_for_trace(config: RunConfig, before: dict[str, Any], step: int) -> None:
+    """Refuse a trace that cannot be made, but for one that the run has made; remove what a killed run left of one."""
+    from tpcheck.trace.record.store import discard_unfinished, require_untraced
+
+    trace, folder = config.trace, Path(config.output, TRACE)
+    if not trace or not trace.steps:
+        return
+    if step <= max(trace.steps):
+        discard_unfinished(folder)
+        require_untraced(folder, "move it away, and the steps to come are traced, or go on with trace=null")
+    elif before.get("trace") != trace.model_dump(mode="json"):
         raise TpcheckError(
             f"trace.steps={sorted(trace.steps)} are done, this run goes on from step {step}: name later ones, "
             "or trace=null"

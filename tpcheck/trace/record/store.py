@@ -11,6 +11,7 @@ Records wait in memory until they fill a file; nothing else is kept.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tpcheck.files.json_files import write_object
 from tpcheck.files.names import RANK, RECORDS, SETTINGS
 from tpcheck.trace.record.shards import Shards
 
-__all__ = ["FORMAT", "Writer", "rank_folder", "require_untraced"]
+__all__ = ["FORMAT", "Writer", "discard_unfinished", "rank_folder", "require_untraced"]
 
 FORMAT = 1
 FILE_BYTES = 32 << 20
@@ -32,10 +33,18 @@ def rank_folder(trace: Path, rank: int) -> Path:
     return trace / f"rank-{rank:05d}"
 
 
-def require_untraced(folder: Path) -> None:
-    """Raise `TpcheckError` where `folder`, a trace's or one rank's, holds a trace already."""
+def require_untraced(folder: Path, instead: str = "name another folder, or remove it") -> None:
+    """Raise `TpcheckError` where `folder`, a trace's or one rank's, holds a trace already; `instead` is the way out."""
     if (folder / RANK).exists() or any(folder.glob(f"rank-*/{RANK}")):
-        raise TpcheckError(f"{folder} holds a trace already: name another folder, or remove it")
+        raise TpcheckError(f"{folder} holds a trace already: {instead}")
+
+
+def discard_unfinished(trace: Path) -> None:
+    """Remove the trace in the folder `trace` if a rank has not come to its end, as where the run was killed."""
+    files = list(trace.glob(f"rank-*/{RANK}"))
+    if any("records" not in json.loads(file.read_bytes()) for file in files):
+        for file in files:
+            shutil.rmtree(file.parent)
 
 
 class Writer:

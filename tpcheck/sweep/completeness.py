@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tpcheck.files.lock import hold, is_locked
 from tpcheck.files.names import LOCK, LOG, MANIFEST
 from tpcheck.sweep.spec import Cell
 
-__all__ = ["Digests", "digests_of", "is_complete", "only_one", "other_settings"]
+__all__ = ["Digests", "differ", "digests_of", "is_complete", "only_one", "other_settings"]
 
 CELL_FREE = ("output", "stop_after")  # settings that two runs of the same cell may differ in
 
@@ -34,10 +34,11 @@ class Digests:
     optimizer: str | None
     notes: tuple[str, ...] = field(default=(), compare=False)  # why there is none
 
-    def differ(self, other: Digests) -> bool:
-        """Whether the two states are known not to be the same."""
-        optimizers = {self.optimizer, other.optimizer} - {None}
-        return self.model != other.model or len(optimizers) > 1
+
+def differ(states: Collection[Digests]) -> bool:
+    """Whether any two of the states are known not to be the same."""
+    models, optimizers = {state.model for state in states}, {state.optimizer for state in states}
+    return len(models) > 1 or len(optimizers - {None}) > 1
 
 
 def digests_of(cell: Cell) -> Digests | None:

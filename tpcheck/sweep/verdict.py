@@ -27,7 +27,7 @@ from tpcheck.errors import TpcheckError
 from tpcheck.files import result_dir
 from tpcheck.files.json_files import write_object
 from tpcheck.files.names import DIGESTS, VERDICT
-from tpcheck.sweep.completeness import Digests, digests_of, other_settings
+from tpcheck.sweep.completeness import Digests, differ, digests_of, other_settings
 from tpcheck.sweep.spec import Cell, Sweep, only_size
 
 __all__ = ["SHORT", "Group", "Verdict", "judge", "write"]
@@ -68,9 +68,7 @@ class Group:
 
     @property
     def status(self) -> Literal["different", "incomplete", "alone", "identical"]:
-        models = {digests.model for digests in self.complete}
-        optimizers = {digests.optimizer for digests in self.complete} - {None}
-        if len(models) > 1 or len(optimizers) > 1:
+        if differ(self.complete):
             return "different"
         if self.missing:
             return "incomplete"
@@ -286,7 +284,7 @@ def _judge(
     found = {cell.name: looked[cell.name].digests for cell in cells}
     promised = all(cell.promised for cell in cells)
     complete = [(cell, digests) for cell in cells if (digests := found[cell.name])]
-    strangers = ((a, b) for (a, x), (b, y) in itertools.combinations(complete, 2) if x.differ(y))
+    strangers = ((a, b) for (a, x), (b, y) in itertools.combinations(complete, 2) if differ((x, y)))
     lines: tuple[str, ...] = ()
     if promised and (pair := next(strangers, None)):
         a, b = pair

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from patches.call_site import contract
 from patches.contract import UnsupportedError
-from patches.ops.sequences import ATTRIBUTE, ROUNDED, batch_sum
+from patches.ops.sequences import ATTRIBUTE
 from patches.order.batch_sum import BatchSum, round_into
 from patches.order.collectives import tree_all_reduce, tree_reduce_scatter
 from patches.registry import attribute
@@ -135,8 +135,7 @@ def _reset(original: Any) -> Any:
         original(self)
         getattr(self, TOTALS).zero_()
         for parameter in self.param_index_map:
-            setattr(parameter, ROUNDED, False)
-            batch_sum(parameter).reset()
+            getattr(parameter, ATTRIBUTE).reset()
 
     return reset
 
@@ -145,7 +144,7 @@ def round_sums(buffer: Any) -> None:
     """Round the totals of a `_ParamAndGradBuffer` to its `grad_data`."""
     round_into(buffer.grad_data, getattr(buffer, TOTALS))
     for parameter in buffer.param_index_map:
-        setattr(parameter, ROUNDED, True)
+        getattr(parameter, ATTRIBUTE).rounded = True
 
 
 BUFFER_PARAMETERS = (

@@ -19,10 +19,9 @@ from torch import Tensor
 from patches.contract import UnsupportedError
 from patches.order.batch_sum import BatchSum
 
-__all__ = ["ATTRIBUTE", "ROUNDED", "add_leaves", "added", "batch_leaves", "batch_sum", "in_chunks"]
+__all__ = ["ATTRIBUTE", "add_leaves", "added", "batch_leaves", "batch_sum", "in_chunks"]
 
 ATTRIBUTE = "_patches_batch_sum"
-ROUNDED = "_patches_rounded"  # of a parameter: its sum is complete, and what was its memory holds float32
 
 
 def batch_sum(parameter: Any) -> BatchSum:
@@ -38,7 +37,7 @@ def batch_sum(parameter: Any) -> BatchSum:
             f"{list(parameter.shape)}: wrap the model in Megatron's DistributedDataParallel after patches.enable(), "
             "and give layers whole parameters"
         )
-    if getattr(parameter, ROUNDED, False):
+    if found.rounded:
         raise UnsupportedError(
             f"batch='order-free': a gradient of a {type(parameter).__name__} of shape {list(parameter.shape)} came "
             "after the batch's sums had been rounded: call zero_grad_buffer() before every call of Megatron's forward "

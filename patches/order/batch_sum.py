@@ -27,7 +27,7 @@ from patches.order.products import add_product_in_units
 __all__ = ["BatchSum", "exceeds", "round_into"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class BatchSum:
     """The sum of one parameter's gradient, as far as this rank has it.
 
@@ -35,11 +35,13 @@ class BatchSum:
         total: int64 in the parameter's shape, in units of the grid.
         bound: Σ max|contribution|, a float64 scalar on the same device.
         foreign: whether a gradient has come that is not among the contributions, a boolean scalar.
+        rounded: the sum is complete, and the memory of `total` holds what it was rounded to.
     """
 
     total: Tensor
     bound: Tensor
     foreign: Tensor
+    rounded: bool = False
 
     @classmethod
     def of(cls, total: Tensor) -> BatchSum:
@@ -51,6 +53,7 @@ class BatchSum:
         """Forget all but `total`, which is a part of a buffer."""
         self.bound.zero_()
         self.foreign.zero_()
+        self.rounded = False
 
     def add(self, x: Tensor) -> None:
         """Add a contribution: float32 in the parameter's shape."""

@@ -57,7 +57,7 @@ ELSEWHERE = {
 }  # tests/patches/test_refusals.py
 ELSEWHERE |= {"shared-embedding"}  # tests/patches/test_refusals.py
 ELSEWHERE |= {"masked-softmax"}  # tests/patches/test_patches.py
-ELSEWHERE |= {patch.name for patch in tokenizer.PATCHES}  # tests/patches/test_patches.py
+ELSEWHERE |= {patch.name for patch in tokenizer.PATCHES}  # tests/patches/megatron/test_tokenizer.py
 ELSEWHERE |= {"saved-optimizer"}  # tests/patches/megatron/test_fully_reshardable.py
 ELSEWHERE |= {patch.name for patch in initial_weights.PATCHES}  # tests/patches/megatron/test_initial_weights.py
 ELSEWHERE |= {"blockwise-attention"}  # whole sequences: tests/patches/megatron/test_blockwise.py

@@ -22,9 +22,8 @@ SEEN = "_patches_agreed"
 
 
 def require_agreement(chunks: Sequence[torch.nn.Module], group: Any) -> None:
-    """Raise `UnsupportedError` on all ranks of `group` where they hold different values of one thing; once a model.
-
-    Also where the model is older than the patches.
+    """Once a model, raise `UnsupportedError` where it is older than the patches, or ranks of `group` hold different
+    values of one thing, then on all of them.
 
     Shards of weights are not compared: no two ranks hold the same.
     """
@@ -48,9 +47,9 @@ def require_agreement(chunks: Sequence[torch.nn.Module], group: Any) -> None:
 def _refuse_older_layers(chunks: Sequence[torch.nn.Module]) -> None:
     from megatron.core.tensor_parallel import layers
 
+    kinds = (layers.ColumnParallelLinear, layers.RowParallelLinear, layers.VocabParallelEmbedding)
     for name, module in (named for chunk in chunks for named in chunk.named_modules()):
         weight = getattr(module, "weight", None)
-        kinds = (layers.ColumnParallelLinear, layers.RowParallelLinear, layers.VocabParallelEmbedding)
         if isinstance(module, kinds) and weight is not None and not hasattr(weight, DRAWN):
             raise UnsupportedError(
                 f"{name} was built before patches.enable(), so that its initial weights depend on TP: build the model "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from patches.call_site import contract, mark_grad_reduced, replicated, tp_group, tp_sharded
-from patches.contract import UnsupportedError
+from patches.contract import UnsupportedError, refuse_first
 from patches.experts import expert_products
 from patches.ops.bias import bias_per_token
 from patches.ops.embedding import embedding
@@ -94,10 +94,8 @@ def _embedding_forward(original: Any) -> Any:
 
 
 def _refuse_autocast(x: Tensor) -> None:
-    if torch.is_autocast_enabled(x.device.type):
-        raise UnsupportedError(
-            "torch.autocast is not covered: make the parameters bf16 (--bf16), with enable_autocast=False"
-        )
+    way_out = "make the parameters bf16 (--bf16), with enable_autocast=False"
+    refuse_first([(torch.is_autocast_enabled(x.device.type), "torch.autocast", way_out)])
 
 
 def _sink(gradient_accumulation_fusion: bool, weight: Tensor) -> GradSink:

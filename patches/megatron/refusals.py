@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from patches.call_site import contract
-from patches.contract import UnsupportedError
+from patches.contract import UnsupportedError, refuse_first
 from patches.megatron.moe.refusals import check_mixture
 from patches.registry import attribute
 
@@ -122,8 +122,8 @@ def _module_init(original: Any) -> Any:
 def _module_tree_init(original: Any) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if getattr(self, "hidden_dropout", None):
-            raise UnsupportedError(f"hidden_dropout={self.hidden_dropout} of a layer is not covered: set it to 0")
+        dropout = getattr(self, "hidden_dropout", None)
+        refuse_first([(dropout, f"hidden_dropout={dropout} of a layer", "set it to 0")])
         for name, module in self.named_modules():
             cls = type(module)
             if isinstance(module, torch.nn.Dropout) and module.p:

@@ -21,10 +21,8 @@ WHY = "the vocabulary is padded to a multiple of the TP size"
 
 def _padding(original: Any) -> Any:
     def vocab_size_with_padding(orig_vocab_size: int, args: Any, *rest: Any, **kwargs: Any) -> int:
-        """Pad as at the largest TP size, `leaves`, whatever the TP size is."""
-        counted, tp = copy.copy(args), args.tensor_model_parallel_size
-        counted.tensor_model_parallel_size = contract().leaves
-        return _divisible(original(orig_vocab_size, counted, *rest, **kwargs), tp)
+        size = original(orig_vocab_size, _at_most_ranks(args), *rest, **kwargs)
+        return _divisible(size, args.tensor_model_parallel_size)
 
     return vocab_size_with_padding
 
@@ -45,11 +43,16 @@ def _padding_by_numbers(original: Any) -> Any:
 
 def _padding_by_config(original: Any) -> Any:
     def get_vocab_size(config: Any, *rest: Any, **kwargs: Any) -> int:
-        counted = copy.copy(config)
-        counted.tensor_model_parallel_size = contract().leaves
-        return _divisible(original(counted, *rest, **kwargs), config.tensor_model_parallel_size)
+        return _divisible(original(_at_most_ranks(config), *rest, **kwargs), config.tensor_model_parallel_size)
 
     return get_vocab_size
+
+
+def _at_most_ranks(settings: Any) -> Any:
+    """The settings as at the largest TP size, `leaves`, whatever the TP size is."""
+    counted = copy.copy(settings)
+    counted.tensor_model_parallel_size = contract().leaves
+    return counted
 
 
 def _divisible(size: int, tp: int) -> int:

@@ -57,7 +57,10 @@ def continued(before: dict[str, Any], now: dict[str, Any], step: int) -> dict[st
 
 
 def resume_point(config: RunConfig, resume: bool) -> int:
-    """The step whose checkpoint this run goes on from, 0 to begin; refuses what would spoil an earlier run."""
+    """The step whose checkpoint this run goes on from, 0 to begin; refuses what would spoil an earlier run.
+
+    What a killed run left of a trace that is to be made is removed.
+    """
     output = Path(config.output)
     if not result_dir.is_result(output):
         return 0
